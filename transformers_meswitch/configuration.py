@@ -1,0 +1,197 @@
+"""The three configurations: of the producer, of one expert's delta, and of a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from transformers import PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .delta_format.spec import FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
+from .errors import CompressionError, DeltaFormatError, FormatVersionError
+
+__all__ = ["MESwitchConfig", "MESwitchExpertConfig", "MESwitchFamilyConfig"]
+
+
+class _PeftTypeName(str):
+    """A ``PeftType`` member in all that PEFT and transformers ask of one, without touching PEFT's closed enum.
+
+    PEFT looks methods up by hash in plain dictionaries and reads ``.value``; both work on this string.
+    """
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    name = value
+
+
+#: The key under which the method is registered with PEFT.
+MESWITCH = _PeftTypeName(PEFT_TYPE)
+
+
+class MESwitchConfig(QuantizationConfigMixin):
+    """How to compress a fine-tuned checkpoint into a delta against its base.
+
+    Pass it as ``quantization_config`` to ``AutoModelForCausalLM.from_pretrained(expert, ...)`` or to
+    :func:`transformers_meswitch.compress`.
+
+    Args:
+        base_model_name_or_path (`str`): the base that the expert was fine-tuned from.
+        base_revision (`str`, *optional*): branch, tag or commit of the base.
+        bits (`int`, defaults to 2): bits of one code, 1 to 4.
+        salient_channels (`int`, defaults to 16): input channels per layer kept in bfloat16; capped at a layer's width.
+        column_steps (`bool`, defaults to `False`): also fit a step per input channel.
+        layer_bits (`dict[str, int]`, *optional*): regular expression on module names to bits; the first match wins.
+
+    Raises:
+        CompressionError: bits or channels out of range.
+
+    >>> MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 3}).bits_of("model.layers.0.mlp.down_proj")
+    3
+    """
+
+    def __init__(
+        self,
+        base_model_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        bits: int = 2,
+        salient_channels: int = 16,
+        column_steps: bool = False,
+        layer_bits: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        import re
+
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            raise CompressionError(
+                f"MESwitchConfig got unknown arguments {sorted(kwargs)}; known are base_model_name_or_path, "
+                "base_revision, bits, salient_channels, column_steps and layer_bits."
+            )
+        self.quant_method = "meswitch"  # type: ignore[assignment]  # transformers allows a plain string
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_revision = base_revision
+        self.bits = bits
+        self.salient_channels = salient_channels
+        self.column_steps = column_steps
+        self.layer_bits = dict(layer_bits or {})
+        for where, value in [("bits", bits), *((f"layer_bits[{k!r}]", v) for k, v in self.layer_bits.items())]:
+            if isinstance(value, bool) or value not in SUPPORTED_BITS:
+                raise CompressionError(f"{where} is {value!r}; supported are {SUPPORTED_BITS}.")
+        if isinstance(salient_channels, bool) or not isinstance(salient_channels, int) or salient_channels < 0:
+            raise CompressionError(f"salient_channels is {salient_channels!r}, expected an integer of at least 0.")
+        for pattern in self.layer_bits:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression ({error}).") from error
+
+    def bits_of(self, module: str) -> int:
+        """Bits for one module: the first ``layer_bits`` pattern found in its name, else ``bits``."""
+        import re
+
+        return next((b for pattern, b in self.layer_bits.items() if re.search(pattern, module)), self.bits)
+
+
+@dataclass
+class MESwitchExpertConfig(PeftConfig):
+    """``adapter_config.json`` of a delta repo.
+
+    Args:
+        format_version: version of the delta format, see ``docs/delta_format.md``.
+        bits: bits asked for when the delta was made; each module's own are in ``modules``.
+        salient_channels: salient input channels asked for.
+        modules: canonical module name to its record (:mod:`transformers_meswitch.delta_format.spec`).
+        base_model_type: ``model_type`` of the base's config.
+        base_fingerprint: digests of the base checkpoint's bytes (:mod:`transformers_meswitch.delta_format.fingerprint`).
+        vocab_size: rows of the expert's input embedding.
+        tie_word_embeddings: whether the expert's output head is its input embedding.
+        eos_token_id: token ids that end the expert's answer.
+        pad_token_id: the expert's padding token.
+        expert_model_name_or_path: the fine-tune the delta was made from.
+        saliency: how salient channels were chosen, ``"reconstruction"`` or ``"weight"``.
+    """
+
+    format_version: int = FORMAT_VERSION
+    bits: int | None = None
+    salient_channels: int | None = None
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    base_model_type: str | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    vocab_size: int | None = None
+    tie_word_embeddings: bool | None = None
+    eos_token_id: list[int] | None = None
+    pad_token_id: int | None = None
+    expert_model_name_or_path: str | None = None
+    saliency: str | None = None
+    #: PEFT reads this from every tuner's config; the modules table replaces it.
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MESWITCH  # type: ignore[assignment]
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise DeltaFormatError(f"adapter_config.json: format_version is {self.format_version!r}, expected 1 or more.")
+        if self.format_version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"This delta is in format version {self.format_version}; this release of transformers-meswitch reads "
+                f"up to version {FORMAT_VERSION}. Upgrade to a release that reads version {self.format_version}: "
+                "pip install -U transformers-meswitch"
+            )
+        if not isinstance(self.modules, dict):
+            raise DeltaFormatError(f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object.")
+
+    def records(self) -> dict[str, ModuleRecord]:
+        """The parsed ``modules`` table.
+
+        Raises:
+            DeltaFormatError: a malformed entry.
+        """
+        return {name: parse_record(name, entry) for name, entry in self.modules.items()}
+
+
+class MESwitchFamilyConfig(PreTrainedConfig):
+    """``config.json`` of a family repo: the base and where each expert's delta lives.
+
+    Args:
+        base_model_name_or_path (`str`): id or path of the base; a path that starts with ``./`` is inside the family repo.
+        base_revision (`str`, *optional*): branch, tag or commit of the base.
+        experts (`dict[str, dict]`): expert name to ``{"repo": id or "./path", "revision": str | None}``.
+        default_expert (`str`, *optional*): the expert that is active after loading; `None` is the base.
+        router (`dict`, *optional*): reserved for the family's router.
+
+    >>> MESwitchFamilyConfig("me/base", experts={"math": "me/math-delta"}).experts
+    {'math': {'repo': 'me/math-delta', 'revision': None}}
+    """
+
+    model_type = "meswitch"
+
+    base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    experts: dict[str, Any] | None = None
+    default_expert: str | None = None
+    router: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        base_model_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        experts: dict[str, Any] | None = None,
+        default_expert: str | None = None,
+        router: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_revision = base_revision
+        self.experts = {
+            name: {"repo": ref, "revision": None} if isinstance(ref, str) else dict(ref)
+            for name, ref in (experts or {}).items()
+        }
+        self.default_expert = default_expert
+        self.router = router
+        super().__init__(**kwargs)
