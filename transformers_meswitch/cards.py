@@ -1,0 +1,202 @@
+"""Model cards of delta and family repos: rendered from ``model_cards/``, merged into what people wrote by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .delta_format.spec import LinearRecord
+
+if TYPE_CHECKING:
+    from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+
+__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card"]
+
+logger = logging.getLogger(__name__)
+
+#: Stands for the repo's own id in a card that was rendered before the id was known; ``push_folder`` fills it in.
+REPO_PLACEHOLDER = "your-name/this-repo"
+
+_BLOCK = re.compile(r"<!-- meswitch:begin -->.*?<!-- meswitch:end -->", re.DOTALL)
+#: Tags that a fresh card replaces; every other tag of an existing card belongs to its author.
+_GENERATED_TAG = re.compile(r"base_model:.*|[1-4]-bit")
+#: Bytes of the dtypes whose leaves have the same dtype in every delta.
+_FIXED_BYTES = {"U8": 1, "F32": 4, "I32": 4, "BF16": 2}
+
+
+def hub_id(name: str | None) -> str | None:
+    """The Hub id that ``name`` is, or ``None`` for a local path, which no card may show.
+
+    >>> hub_id("mistralai/Mistral-7B-v0.1"), hub_id("gpt2"), hub_id("/data/base"), hub_id("./base"), hub_id(None)
+    ('mistralai/Mistral-7B-v0.1', 'gpt2', None, None, None)
+    """
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def delta_card(
+    config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: int, license: str | None = None
+) -> str:
+    """The ``README.md`` of a delta repo.
+
+    Args:
+        config: the repo's ``adapter_config.json``.
+        total_bytes: bytes of the delta's files, card and tokenizer excluded.
+        dense_bytes: bytes of the expert's full checkpoint.
+        license: Hub licence identifier, inherited from the expert or the base where known.
+
+    Raises:
+        DeltaFormatError: a malformed ``modules`` table.
+    """
+    base, expert = hub_id(config.base_model_name_or_path), hub_id(config.expert_model_name_or_path)
+    linears = [record for record in config.records().values() if isinstance(record, LinearRecord)]
+    by_bits = sorted(Counter(record.bits for record in linears).items())
+    tags = ["me-switch", "transformers", *([f"base_model:adapter:{base}"] if base else []), "arxiv:2406.09041"]
+    tags += [f"{bits}-bit" for bits, _ in by_bits]
+    salient = sorted({record.salient_channels for record in linears})
+    widths = " or ".join(f"{bits} bit{'' if bits == 1 else 's'}" for bits, _ in by_bits)
+    return _render(
+        "delta_card.md",
+        _metadata(base, license, tags, library="peft"),
+        title=f"{expert} as a delta" if expert else f"A fine-tune of {base} as a delta" if base else "A fine-tune as a delta",
+        base=base,
+        base_revision=config.revision if base else None,
+        expert=expert,
+        bits=widths or "no bits",
+        linear_layers=len(linears),
+        linear_bytes=sum(
+            _FIXED_BYTES[dtype] * math.prod(shape)
+            for record in linears
+            for dtype, shape in record.leaves().values()
+            if dtype is not None
+        ),
+        total_bytes=total_bytes,
+        dense_bytes=dense_bytes,
+        layers_by_bits=by_bits,
+        salient=" or ".join(map(str, salient)) + " a layer" if any(salient) else "none",
+        saliency=config.saliency if any(salient) else None,
+        format_version=config.format_version,
+    )
+
+
+def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> str:
+    """The ``README.md`` of a family repo.
+
+    Args:
+        config: the family's ``config.json``.
+        license: Hub licence identifier, inherited from the base where known.
+    """
+    base = hub_id(config.base_model_name_or_path)
+    experts = []
+    for name, reference in (config.experts or {}).items():
+        repo = reference["repo"]
+        if repo.startswith("./"):
+            where = f"in this repo, `{repo[2:]}`"
+        else:
+            where = f"[{repo}](https://huggingface.co/{repo})" if hub_id(repo) else "not published"
+        experts.append({"name": name.replace("|", "\\|"), "where": where, "revision": reference.get("revision") or "—"})
+    tags = ["me-switch", "transformers", *([f"base_model:adapter:{base}"] if base else []), "arxiv:2406.09041"]
+    return _render(
+        "family_card.md",
+        _metadata(base, license, tags, library="transformers"),
+        title=f"A family of experts on {base}" if base else "A family of experts",
+        base=base,
+        base_revision=config.base_revision if base else None,
+        experts=experts,
+        first_expert=json.dumps(next(iter(config.experts or {})), ensure_ascii=False) if experts else "None",
+        default_expert=config.default_expert,
+    )
+
+
+def merge_card(existing: str, fresh: str) -> str:
+    """Bring a card up to date without touching what its author wrote.
+
+    The generated block (``<!-- meswitch:begin -->`` to ``<!-- meswitch:end -->``) is replaced, and in the metadata the
+    generated keys and tags; a licence, other keys, other tags and all other text stay. A card without exactly one
+    such block keeps its whole text, unless it is empty. A card whose metadata cannot be read is returned as it is.
+
+    Args:
+        existing: the card as it stands.
+        fresh: a card just rendered by :func:`delta_card` or :func:`family_card`.
+
+    >>> fresh = "---\\nlibrary_name: peft\\n---\\n<!-- meswitch:begin -->new<!-- meswitch:end -->\\n"
+    >>> print(merge_card("---\\nlicense: mit\\n---\\nMine. <!-- meswitch:begin -->old<!-- meswitch:end -->\\n", fresh))
+    ---
+    license: mit
+    library_name: peft
+    ---
+    Mine. <!-- meswitch:begin -->new<!-- meswitch:end -->
+    <BLANKLINE>
+    """
+    new = RepoCard(fresh)
+    try:
+        old = RepoCard(existing)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        logger.warning(f"The model card's metadata cannot be read ({error}); the card is left as it is.")
+        return existing
+    text = old.text
+    blocks, replacement = _BLOCK.findall(text), _BLOCK.search(new.text)
+    if not text.strip():
+        text = new.text
+    elif len(blocks) == 1 and replacement is not None:
+        text = _BLOCK.sub(lambda _: replacement.group(), text)
+    before, merged = old.data.to_dict(), old.data.to_dict()
+    for key, value in new.data.to_dict().items():
+        if key == "tags":
+            kept = [t for t in _as_list(before.get("tags")) if t in value or not _GENERATED_TAG.fullmatch(str(t))]
+            value = kept + [tag for tag in value if tag not in kept]
+        elif key.startswith("license") and any(k.startswith("license") for k in before):
+            continue
+        merged[key] = value
+    if merged == before and text == old.text:
+        return existing
+    return _with_metadata(merged, text)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _with_metadata(metadata: dict[str, Any], text: str) -> str:
+    newline = "\r\n" if "\r\n" in text else "\n"
+    header = CardData(**metadata).to_yaml(line_break=newline, original_order=list(metadata))
+    return f"---{newline}{header}{newline}---{newline}{text}"
+
+
+def _metadata(base: str | None, license: str | None, tags: list[str], *, library: str) -> ModelCardData:
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name=library,
+        license=license,
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+
+
+def _template(name: str) -> str:
+    """A wheel carries the templates inside the package, a checkout at its top level."""
+    inside = files("transformers_meswitch") / "model_cards" / name
+    if inside.is_file():
+        return inside.read_text(encoding="utf-8")
+    return (Path(__file__).parent.parent / "model_cards" / name).read_text(encoding="utf-8")
+
+
+def _render(template: str, metadata: ModelCardData, **values: Any) -> str:
+    card = ModelCard.from_template(metadata, template_str=_template(template), repo=REPO_PLACEHOLDER, **values)
+    return str(card) + "\n"
