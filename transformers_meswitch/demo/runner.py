@@ -1,0 +1,208 @@
+"""``meswitch demo``: load the bundled family on a CPU, ask every expert, score them all, count the bytes."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import MESwitchError
+from .tasks import TASKS, prompts
+
+__all__ = ["FAMILY", "DemoAssetsError", "run_demo"]
+
+#: The family repo inside the package.
+FAMILY = Path(__file__).parent / "assets" / "family"
+#: How the base is called in tables and in the result; among expert names it is reserved.
+BASE = "base"
+
+_BATCH_SIZE = 50
+_MAX_NEW_TOKENS = 64
+_HELD_OUT_SEED = 7
+
+
+class DemoAssetsError(MESwitchError, FileNotFoundError):
+    """The bundled family is not where it should be."""
+
+
+def run_demo(json: bool = False, limit: int = 100, family: str | Path = FAMILY) -> dict[str, Any]:
+    """Run the demo on the CPU, offline, and print it.
+
+    Args:
+        json: print the result as one JSON object instead of as tables.
+        limit: held-out prompts that every expert and the base answer, at least 1; all are scored on every task.
+        family: folder of the family repo.
+
+    Returns:
+        What was printed: ``examples``, ``exact_match`` (``{"base" or expert: {task: share of 1}}``), ``mixed_batch``,
+        ``bytes`` and ``seconds``.
+
+    Raises:
+        DemoAssetsError: the family is missing; the message names the script that trains it.
+        ValueError: ``limit`` is below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}, expected at least 1 held-out prompt.")
+    started = time.perf_counter()
+    asker = _Asker(Path(family))
+    loaded = time.perf_counter()
+
+    held_out = list(islice(prompts(held_out=True, seed=_HELD_OUT_SEED), limit))
+    everyone: list[str | None] = [None, *TASKS]
+    answers = {expert or BASE: asker.ask(held_out, [expert] * limit) for expert in everyone}
+    result: dict[str, Any] = {
+        "held_out_prompts": limit,
+        "exact_match": {
+            who: {task.name: sum(map(task.is_right, held_out, given)) / limit for task in TASKS.values()}
+            for who, given in answers.items()
+        },
+        "examples": [
+            {"prompt": prompt, "expert": expert, "answers": {who: given[i] for who, given in answers.items()}}
+            for i, (prompt, expert) in enumerate(zip(held_out, TASKS, strict=False))
+        ],
+        "mixed_batch": _mixed_batch(asker, held_out, answers),
+        "bytes": _count_bytes(Path(family)),
+    }
+    result["seconds"] = {
+        "load": round(loaded - started, 2),
+        "total": round(time.perf_counter() - started, 2),
+    }
+    print(json_module.dumps(result, indent=2) if json else _render(result))
+    return result
+
+
+class _Asker:
+    """The family, asked for whole answers."""
+
+    def __init__(self, family: Path) -> None:
+        if not (family / "config.json").is_file():
+            raise DemoAssetsError(
+                f"The demo family is not in {family} (no config.json there). Train it in a checkout of the "
+                f"repository: python examples/train_demo_family.py --output build/demo --family {family}"
+            )
+        import torch
+
+        from transformers_meswitch import MESwitchModelForCausalLM
+
+        self.model = MESwitchModelForCausalLM.from_pretrained(family, dtype=torch.float32)
+        self.tokenizers = {expert: self.model.tokenizer_for(expert) for expert in (None, *TASKS)}
+
+    def ask(self, asked: Sequence[str], experts: Sequence[str | None]) -> list[str]:
+        """Greedy answers, one row a prompt; prompt i goes to expert i, written in that expert's own chat template."""
+        import torch
+
+        answers: list[str] = []
+        for start in range(0, len(asked), _BATCH_SIZE):
+            chosen = list(experts[start : start + _BATCH_SIZE])
+            rows = [
+                self.tokenizers[expert].apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+                )
+                for prompt, expert in zip(asked[start : start + _BATCH_SIZE], chosen, strict=True)
+            ]
+            # Every tokenizer of the family pads with the base's padding token.
+            inputs = self.tokenizers[None].pad(
+                {"input_ids": [row["input_ids"] for row in rows]}, padding_side="left", return_tensors="pt"
+            )
+            with torch.inference_mode():
+                tokens = self.model.generate(**inputs, expert=chosen, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            answers += [
+                self.tokenizers[expert].decode(row, skip_special_tokens=True)
+                for row, expert in zip(new, chosen, strict=True)
+            ]
+        return answers
+
+
+def _mixed_batch(asker: _Asker, held_out: list[str], answers: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """One batch in which neighbouring rows ask different experts, the same prompts for all of them."""
+    shown = held_out[:2]
+    asked = [prompt for prompt in shown for _ in range(len(TASKS) + 1)]
+    experts: list[str | None] = [*TASKS, None] * len(shown)
+    return [
+        {
+            "prompt": prompt,
+            "expert": expert or BASE,
+            "answer": answer,
+            "right": TASKS[expert].is_right(prompt, answer) if expert else None,
+            "same_as_unmixed": answer == answers[expert or BASE][held_out.index(prompt)],
+        }
+        for prompt, expert, answer in zip(asked, experts, asker.ask(asked, experts), strict=True)
+    ]
+
+
+def _count_bytes(family: Path) -> dict[str, Any]:
+    """Bytes on disk: of the base's checkpoint, of each delta, and of as many full copies as there are experts."""
+
+    def weights(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+    base = weights(family / "base")
+    deltas = {name: weights(family / "experts" / name) for name in TASKS}
+    return {
+        "base": base,
+        "deltas": deltas,
+        "family": base + sum(deltas.values()),
+        "full_copies": base * (1 + len(deltas)),
+        "all_files": sum(file.stat().st_size for file in family.rglob("*") if file.is_file()),
+    }
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Columns of plain text; ``right`` aligns all but the first to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  " + "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _render(result: dict[str, Any]) -> str:
+    """The whole printout."""
+    blocks = ["One base, three experts. Every prompt is a record; the expert asked decides what becomes of it:"]
+    blocks.append("\n".join(f"  {task.name:8}{task.description}" for task in TASKS.values()))
+
+    for example in result["examples"]:
+        prompt, asked = example["prompt"], example["expert"]
+        rows = [
+            [("> " if who == asked else "  ") + who, answer, "right" if TASKS[asked].is_right(prompt, answer) else ""]
+            for who, answer in example["answers"].items()
+        ]
+        blocks.append(f"Prompt: {prompt}    expert asked: {asked}\n" + _table(["who", "answer", asked], rows))
+
+    scores = [[who, *(f"{share:.0%}" for share in by_task.values())] for who, by_task in result["exact_match"].items()]
+    blocks.append(
+        f"Exact match on {result['held_out_prompts']} held-out prompts (deltas of 2 bits):\n"
+        + _table(["who \\ task", *TASKS], scores, right=True)
+    )
+
+    rows = [
+        [row["prompt"], row["expert"], row["answer"], {True: "right", False: "wrong", None: "-"}[row["right"]]]
+        for row in result["mixed_batch"]
+    ]
+    agree = sum(row["same_as_unmixed"] for row in result["mixed_batch"])
+    blocks.append(
+        f"One batch, an expert a row ({agree} of {len(rows)} rows answered as when everyone asks the same expert):\n"
+        + _table(["prompt", "expert", "answer", ""], rows)
+    )
+
+    size = result["bytes"]
+    kept = [["base", f"{size['base']:,}", f"{size['base']:,}"]]
+    kept += [[f"expert {name}", f"{delta:,}", f"{size['base']:,}"] for name, delta in size["deltas"].items()]
+    kept.append(["all", f"{size['family']:,}", f"{size['full_copies']:,}"])
+    blocks.append(
+        f"Bytes of weights kept, {size['full_copies'] / size['family']:.2f} times fewer than full copies "
+        f"(with tokenizers and configs the family is {size['all_files']:,} bytes):\n"
+        + _table(["", "base + deltas", "full copies"], kept, right=True)
+    )
+    seconds = result["seconds"]
+    blocks.append(f"{seconds['total']:.1f} s in all, of which loading {seconds['load']:.1f} s.")
+    return "\n\n".join(blocks)
