@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -20,7 +20,7 @@ from .delta_format.spec import LinearRecord
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 
-__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card"]
+__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card", "with_license"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def delta_card(
-    config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: int, license: str | None = None
-) -> str:
+def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: int, license: str | None = None) -> str:
     """The ``README.md`` of a delta repo.
 
     Args:
@@ -73,7 +71,11 @@ def delta_card(
     return _render(
         "delta_card.md",
         _metadata(base, license, tags, library="peft"),
-        title=f"{expert} as a delta" if expert else f"A fine-tune of {base} as a delta" if base else "A fine-tune as a delta",
+        title=f"{expert} as a delta"
+        if expert
+        else f"A fine-tune of {base} as a delta"
+        if base
+        else "A fine-tune as a delta",
         base=base,
         base_revision=config.revision if base else None,
         expert=expert,
@@ -109,7 +111,9 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
             where = f"in this repo, `{repo[2:]}`"
         else:
             where = f"[{repo}](https://huggingface.co/{repo})" if hub_id(repo) else "not published"
-        experts.append({"name": name.replace("|", "\\|"), "where": where, "revision": reference.get("revision") or "—"})
+        experts.append(
+            {"name": name.replace("|", "\\|"), "where": where, "revision": reference.get("revision") or "—"}
+        )
     tags = ["me-switch", "transformers", *([f"base_model:adapter:{base}"] if base else []), "arxiv:2406.09041"]
     return _render(
         "family_card.md",
@@ -166,6 +170,21 @@ def merge_card(existing: str, fresh: str) -> str:
     if merged == before and text == old.text:
         return existing
     return _with_metadata(merged, text)
+
+
+def with_license(card: str, license: dict[str, str]) -> str:
+    """The card with the licence keys (``license``, ``license_name``, ``license_link``) added, where it has none.
+
+    >>> print(with_license("---\\nlibrary_name: peft\\n---\\nText.", {"license": "apache-2.0"}))
+    ---
+    library_name: peft
+    license: apache-2.0
+    ---
+    Text.
+    """
+    parsed = RepoCard(card)
+    metadata = parsed.data.to_dict()
+    return card if "license" in metadata or not license else _with_metadata(metadata | license, parsed.text)
 
 
 def _as_list(value: Any) -> list[Any]:

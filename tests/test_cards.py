@@ -1,0 +1,111 @@
+"""Model cards: what they carry, what they never show, and whose text survives."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from transformers_meswitch.cards import delta_card, family_card, hub_id, merge_card
+from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+
+LINEAR = {"kind": "linear", "out_features": 8, "in_features": 64, "bits": 2, "salient_channels": 4}
+
+
+def card_of(base: str | None = "mistralai/Mistral-7B-v0.1", expert: str | None = None, total: int = 1000) -> str:
+    modules = {"model.layers.0.mlp.up_proj": LINEAR, "model.layers.0.mlp.down_proj": LINEAR | {"bits": 1}}
+    config = MESwitchExpertConfig(
+        base_model_name_or_path=base, expert_model_name_or_path=expert, modules=modules, saliency="weight"
+    )
+    return delta_card(config, total_bytes=total, dense_bytes=4000, license="apache-2.0")
+
+
+def test_metadata_of_a_delta():
+    data = ModelCard(card_of()).data.to_dict()
+    assert data["base_model"] == "mistralai/Mistral-7B-v0.1"
+    assert data["base_model_relation"] == "adapter"
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("peft", "text-generation", "apache-2.0")
+    expected = ["me-switch", "transformers", "base_model:adapter:mistralai/Mistral-7B-v0.1", "arxiv:2406.09041"]
+    assert data["tags"] == [*expected, "1-bit", "2-bit"]
+
+
+def test_first_lines_carry_the_error_and_its_cure():
+    for card in (card_of(), family_card(MESwitchFamilyConfig("me/base"))):
+        head = "\n".join(ModelCard(card).text.strip().splitlines()[:4])
+        assert "KeyError: 'MESWITCH'" in head
+        assert "import transformers_meswitch" in head
+
+
+def test_sizes_add_up():
+    # codes (64 - 4) * bits / 8 a row, float32 step, int32 index and bfloat16 columns of 4 salient channels
+    linear = sum(8 * ((60 * bits + 7) // 8) + 8 * 4 + 4 * 4 + 8 * 4 * 2 for bits in (1, 2))
+    card = card_of()
+    assert f"| {linear:,} |" in card
+    assert f"| {1000 - linear:,} |" in card
+    assert "| 4.00× |" in card
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/secret/base", "./secret/base", "../secret/base", "~/secret/base", "C:\\secret"]
+)
+def test_no_local_path_leaks(path, tmp_path):
+    card = card_of(base=path, expert=path)
+    family = family_card(MESwitchFamilyConfig(path, experts={"math": str(tmp_path), "code": "./experts/code"}))
+    for text in (card, family):
+        assert "secret" not in text
+        assert str(tmp_path) not in text
+        assert "base_model" not in ModelCard(text).data.to_dict()
+
+
+def test_a_folder_that_looks_like_an_id_is_local(tmp_path, monkeypatch):
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("me/base") is None
+    assert hub_id("me/other") == "me/other"
+
+
+def test_family_lists_its_experts():
+    experts = {"math": {"repo": "me/math-delta", "revision": "abc"}, "a|b": "./experts/ab"}
+    card = family_card(MESwitchFamilyConfig("me/base", experts=experts, default_expert="math"), license="mit")
+    assert "| `math` | [me/math-delta](https://huggingface.co/me/math-delta) | abc |" in card
+    assert "| `a\\|b` | in this repo, `experts/ab` | — |" in card
+    assert 'expert="math"' in card
+    assert ModelCard(card).data.license == "mit"
+
+
+def test_merging_a_fresh_card_changes_nothing():
+    assert merge_card(card_of(), card_of()) == card_of()
+
+
+def test_merge_keeps_what_people_wrote():
+    existing = card_of().replace("license: apache-2.0", "license: llama3.1\nlanguage: de\nlicense_name: own")
+    existing = existing.replace("- me-switch\n", "- me-switch\n- my-tag\n- 4-bit\n")
+    existing = existing.replace("<!-- meswitch:begin -->", "Read \\1 this first.\n\n<!-- meswitch:begin -->")
+    existing += "\n## Evaluation\n\nGSM8K: 71 %\n"
+    merged = merge_card(existing, card_of(total=1234))
+    card = ModelCard(merged)
+    assert card.text.lstrip().startswith("Read \\1 this first.")
+    assert merged.endswith("GSM8K: 71 %\n")
+    assert "**1,234**" in merged
+    assert "**1,000**" not in merged
+    data = card.data.to_dict()
+    assert (data["license"], data["license_name"], data["language"]) == ("llama3.1", "own", "de")
+    assert "my-tag" in data["tags"]
+    assert "4-bit" not in data["tags"]
+    assert "2-bit" in data["tags"]
+
+
+def test_merge_refreshes_only_metadata_where_the_block_is_gone():
+    merged = merge_card("---\nlicense: mit\n---\n# All mine\n", card_of())
+    assert ModelCard(merged).text == "# All mine\n"
+    assert ModelCard(merged).data.library_name == "peft"
+
+
+def test_merge_fills_an_empty_card_and_keeps_an_unreadable_one():
+    assert "KeyError: 'MESWITCH'" in merge_card("---\nlicense: mit\n---\n", card_of())
+    broken = "---\nlicense: [mit\n---\n# Mine\n"
+    assert merge_card(broken, card_of()) == broken
+
+
+def test_merge_keeps_windows_line_ends():
+    merged = merge_card("---\r\nlicense: mit\r\n---\r\n# Mine\r\n", card_of())
+    assert "\n" not in merged.replace("\r\n", "")

@@ -1,0 +1,136 @@
+"""Pushing folders to a stand-in for the Hub, through the real huggingface_hub client."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer, StoredFile
+from transformers_meswitch.cards import delta_card
+from transformers_meswitch.configuration import MESwitchExpertConfig
+from transformers_meswitch.errors import DeltaFormatError
+from transformers_meswitch.hub import push_folder
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi, snapshot_download
+from transformers_meswitch.hub import push_folder
+request = json.loads(sys.argv[1])
+info = push_folder(request.pop("folder"), request.pop("repo_id"), **request)
+print(json.dumps({"oid": info.oid, "pr_url": info.pr_url}))
+"""
+DOWNLOAD = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], revision=sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
+    def run_client(script: str, *arguments: str, user: str = "alice") -> str:
+        environment = os.environ | hub.environment(user, str(tmp_path / "cache"))
+        command = [sys.executable, "-c", script, *arguments]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.splitlines()[-1]
+
+    return run_client
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "delta"
+    folder.mkdir()
+    module = {"kind": "linear", "out_features": 8, "in_features": 16, "bits": 2}
+    config = MESwitchExpertConfig(base_model_name_or_path="alice/base", modules={"model.layers.0.mlp.up_proj": module})
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "alice/base"}))
+    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
+    (folder / "README.md").write_text(delta_card(config, total_bytes=100, dense_bytes=256))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").touch()
+    return folder
+
+
+def push(run: Callable[..., str], folder: Path, **request: object) -> dict[str, str | None]:
+    return json.loads(run(CLIENT, json.dumps({"folder": str(folder), "repo_id": "alice/delta"} | request)))
+
+
+def test_round_trip_in_one_commit_and_download_by_revision(hub, run, folder):
+    hub.add_repo("alice/base", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    first = push(run, folder, private=True)
+    repo = hub.repos["alice/delta"]
+    assert repo.private
+    assert len(repo.history()) == 2
+    card = repo.history()[0].files["README.md"].data.decode()
+    assert "license: apache-2.0" in card, "inherited from the base"
+    assert 'from_pretrained("alice/delta")' in card
+    assert "your-name/this-repo" not in card
+    assert not any("cache" in path for path in repo.history()[0].files)
+    original = (folder / "adapter_model.safetensors").read_bytes()
+
+    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
+    second = push(run, folder)
+    downloaded = {rev: Path(run(DOWNLOAD, "alice/delta", rev)) for rev in (first["oid"], second["oid"], "main")}
+    for revision, path in downloaded.items():
+        expected = original if revision == first["oid"] else (folder / "adapter_model.safetensors").read_bytes()
+        assert (path / "adapter_model.safetensors").read_bytes() == expected
+        assert (path / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+
+
+def test_hand_edited_card_and_a_commit_in_between_survive(hub, run, folder):
+    push(run, folder)
+    repo = hub.repos["alice/delta"]
+
+    def edit(repo, before, after):
+        files = dict(repo.history()[0].files)
+        files["README.md"] = StoredFile(files["README.md"].data.replace(before, after), lfs=False)
+        repo.commit("main", files, "edited on the site", repo.branches["main"])
+
+    edit(repo, b"<!-- meswitch:end -->", b"<!-- meswitch:end -->\n## My evaluation\n")
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("100", "101"))
+    hub.before_commit = lambda repo: edit(repo, b"## My evaluation", b"## My evaluation, and a late edit")
+    push(run, folder)
+    card = repo.history()[0].files["README.md"].data.decode()
+    assert "## My evaluation, and a late edit" in card
+    assert "**101**" in card
+    assert "**100**" not in card
+
+
+def test_stale_shards_are_deleted_other_files_stay(hub, run, folder):
+    stale = ["adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"]
+    hub.add_repo("alice/delta", dict.fromkeys([*stale, "notes.txt"], b"x"))
+    push(run, folder)
+    files = hub.repos["alice/delta"].history()[0].files
+    assert "notes.txt" in files
+    assert "adapter_model.safetensors" in files
+    assert not set(stale) & set(files)
+
+
+def test_branch_and_pull_request(hub, run, folder):
+    push(run, folder, revision="v1", commit_message="Version one")
+    repo = hub.repos["alice/delta"]
+    assert repo.history("v1")[0].title == "Version one"
+    assert len(repo.history("main")) == 1
+    answer = push(run, folder, create_pr=True)
+    assert answer["pr_url"].endswith("/discussions/1")
+    assert len(repo.history("main")) == 1
+    assert "adapter_config.json" in repo.history("refs/pr/1")[0].files
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(DeltaFormatError, match="neither adapter_config"):
+        push_folder(tmp_path, "alice/delta")
