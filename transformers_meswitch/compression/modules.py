@@ -1,0 +1,150 @@
+"""One module of a base and of an expert, to its record and tensors in the delta format; shared by all producers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..configuration import MESwitchConfig
+from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
+from ..errors import CompressionError
+from .linear import compress_linear
+
+__all__ = ["compress_module"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def compress_module(
+    kind: str,
+    base: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    *,
+    name: str,
+    config: MESwitchConfig,
+    second_moment: Tensor | None = None,
+    is_conv1d: bool = False,
+) -> tuple[ModuleRecord, dict[str, Tensor]] | None:
+    """The difference of one module.
+
+    Args:
+        kind: ``"linear"``, ``"rows"`` or ``"values"``, see :func:`transformers_meswitch.module_kinds.module_kinds`.
+        base: the base's parameters by their name in the module (``weight``, ``bias``), floating.
+        expert: the expert's, floating; may be of another dtype than the base's.
+        name: canonical module name, for ``config.layer_bits`` and for messages.
+        config: bits, salient channels and column steps.
+        second_moment: float32 ``[in]``, mean square of each input channel of a linear.
+        is_conv1d: whether a linear's weight is a GPT-2 ``Conv1D``'s ``[in, out]``.
+
+    Returns:
+        The record and its leaves by name, or `None` where the expert's module equals the base's.
+
+    Raises:
+        CompressionError: parameters that differ in name or shape, are not finite, or are not floating.
+
+    >>> one = {"weight": torch.ones(3)}
+    >>> compress_module("values", one, {"weight": 2 * one["weight"]}, name="norm", config=MESwitchConfig())
+    (ValuesRecord(shapes={'weight': (3,)}, kind='values'), {'values.weight': tensor([2., 2., 2.])})
+    >>> compress_module("values", one, one, name="norm", config=MESwitchConfig()) is None
+    True
+    """
+    _check(kind, base, expert, name)
+    expert = {key: value.float() if value.dtype == torch.float64 else value for key, value in expert.items()}
+    if kind == "linear":
+        return _compress_linear(base, expert, name, config, second_moment, is_conv1d)
+    if kind == "rows":
+        return _compress_rows(base, expert)
+    changed = {key: value.contiguous() for key, value in expert.items() if _differs(base[key], value)}
+    if not changed:
+        return None
+    shapes = {key: tuple(value.shape) for key, value in changed.items()}
+    return ValuesRecord(shapes), {f"values.{key}": value for key, value in changed.items()}
+
+
+def _check(kind: str, base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
+    if set(base) != set(expert):
+        raise CompressionError(
+            f"{name} has parameters {sorted(expert)} in the expert but {sorted(base)} in the base. "
+            "The expert is of another architecture; a delta needs a fine-tune of this base."
+        )
+    for key in expert:
+        for whose, tensor in (("base", base[key]), ("expert", expert[key])):
+            if tensor.dtype not in _FLOATS:
+                raise CompressionError(
+                    f"{name}.{key} of the {whose} is {tensor.dtype}, expected one of {_FLOATS}. "
+                    "Quantised checkpoints cannot be compressed; use the checkpoint before quantisation."
+                )
+            if not bool(tensor.isfinite().all()):
+                raise CompressionError(
+                    f"{name}.{key} of the {whose} holds NaN or infinite values; compress an intact checkpoint."
+                )
+        ours, theirs = tuple(base[key].shape), tuple(expert[key].shape)
+        if kind == "rows":  # added tokens resize the first dimension
+            ours, theirs = ours[1:], theirs[1:]
+        if ours != theirs:
+            raise CompressionError(
+                f"{name}.{key} has shape {tuple(expert[key].shape)} in the expert but {tuple(base[key].shape)} in the "
+                "base. The expert is of another architecture or size; a delta needs a fine-tune of this base."
+            )
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """The tensor's bit patterns as integers: ``-0.0`` and ``0.0`` differ."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
+
+
+def _differs(base: Tensor, expert: Tensor) -> bool:
+    """Whether any element differs bitwise once the base has the expert's dtype."""
+    return base.shape != expert.shape or not torch.equal(_bits_of(base.to(expert)), _bits_of(expert))
+
+
+def _compress_linear(
+    base: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    name: str,
+    config: MESwitchConfig,
+    second_moment: Tensor | None,
+    is_conv1d: bool,
+) -> tuple[LinearRecord, dict[str, Tensor]] | None:
+    own_bias = "bias" in expert and _differs(base["bias"], expert["bias"])
+    delta = expert["weight"].float() - base["weight"].to(expert["weight"].device).float()
+    if is_conv1d:
+        delta = delta.T.contiguous()
+    bits = config.bits_of(name)
+    if bool((delta == 0).all()):
+        if not own_bias:
+            return None
+        # The record must announce codes; all-zero ones say that only the bias changed.
+        quantized = compress_linear(delta, bits, 0)
+    else:
+        try:
+            quantized = compress_linear(delta, bits, config.salient_channels, second_moment, config.column_steps)
+        except CompressionError as error:
+            raise CompressionError(f"{name}: {error}") from error
+    record, tensors = quantized.record, dict(quantized.tensors)
+    if own_bias:
+        record = LinearRecord(
+            record.out_features, record.in_features, bits, record.salient_channels, record.column_step, bias=True
+        )
+        tensors["bias"] = expert["bias"].contiguous()
+    return record, tensors
+
+
+def _compress_rows(
+    base: Mapping[str, Tensor], expert: Mapping[str, Tensor]
+) -> tuple[RowsRecord, dict[str, Tensor]] | None:
+    weight = expert["weight"]
+    num_rows, width = weight.shape
+    shared = min(num_rows, base["weight"].shape[0])
+    stored = torch.ones(num_rows, dtype=torch.bool, device=weight.device)
+    stored[:shared] = (_bits_of(base["weight"][:shared].to(weight)) != _bits_of(weight[:shared])).any(dim=1)
+    index = stored.nonzero().squeeze(1)
+    own_bias = "bias" in expert and _differs(base["bias"], expert["bias"])
+    if not (len(index) or own_bias or num_rows != base["weight"].shape[0]):
+        return None
+    tensors = {"row_index": index.to(torch.int32), "rows": weight[index]}
+    if own_bias:
+        tensors["bias"] = expert["bias"].contiguous()
+    return RowsRecord(num_rows, width, len(index), bias=own_bias), tensors
