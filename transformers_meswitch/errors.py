@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BaseMismatchError",
+    "CheckpointError",
     "CompressionError",
     "DeltaFormatError",
     "ExpertNameError",
@@ -30,6 +31,10 @@ class DeltaFormatError(MESwitchError, ValueError):
 
 class FormatVersionError(DeltaFormatError):
     """A delta was written in a format version that this release cannot read."""
+
+
+class CheckpointError(MESwitchError, ValueError):
+    """A base or fine-tune checkpoint has no readable safetensors: absent, truncated, or only pickles."""
 
 
 class BaseMismatchError(MESwitchError, ValueError):

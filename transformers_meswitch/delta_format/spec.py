@@ -148,12 +148,12 @@ ModuleRecord = LinearRecord | RowsRecord | ValuesRecord
 
 def _require(entry: dict[str, Any], module: str, field: str, kind: type, default: Any = None) -> Any:
     value = entry.get(field, default)
-    if kind is int and isinstance(value, bool) or not isinstance(value, kind):
+    if (kind is int and isinstance(value, bool)) or not isinstance(value, kind):
         raise DeltaFormatError(
             f"adapter_config.json: modules[{module!r}][{field!r}] is {value!r}, expected {kind.__name__}. "
             "The delta repo is damaged; download or compress it again."
         )
-    if kind is int and value < 0:
+    if isinstance(value, int) and value < 0:
         raise DeltaFormatError(f"adapter_config.json: modules[{module!r}][{field!r}] is {value}, expected at least 0.")
     return value
 
@@ -208,7 +208,7 @@ def parse_record(module: str, entry: Any) -> ModuleRecord:
     if kind == "values":
         shapes = _require(entry, module, "shapes", dict)
         for name, shape in shapes.items():
-            if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            if not isinstance(shape, list | tuple) or not all(type(n) is int and n >= 0 for n in shape):
                 raise DeltaFormatError(
                     f"adapter_config.json: modules[{module!r}] gives {name!r} the shape {shape!r}, "
                     "expected a list of sizes."

@@ -1,0 +1,203 @@
+"""Writing delta repos so that an interruption never leaves a half that loads.
+
+The configuration is what makes a folder a delta repo. New files are written beside the old ones under temporary names;
+only when all are on disk is the old configuration removed, the new files moved into place, and the new configuration
+moved last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..configuration import MESwitchExpertConfig
+from ..errors import DeltaFormatError
+from .location import is_plain_path
+from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FORMAT_VERSION
+from .validate import check_config, check_headers, check_values, tensor_headers
+
+__all__ = ["write_delta"]
+
+_INDEX_NAME = f"{ADAPTER_WEIGHTS_NAME}.index.json"
+#: transformers gives the index of a sharded adapter this name.
+_FOREIGN_INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PREFIX, _SUFFIX = ".", ".meswitch-partial"
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", size.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise DeltaFormatError(f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'.")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], limit: int | None) -> dict[str, list[str]]:
+    """File name to the names of the tensors it gets, in the order of names; a tensor is never split."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for key in sorted(tensors):
+        size = tensors[key].numel() * tensors[key].element_size()
+        if limit is not None and groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(key)
+        used += size
+    if len(groups) == 1:
+        return {ADAPTER_WEIGHTS_NAME: groups[0]}
+    return {f"adapter_model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)}
+
+
+def _separate(tensors: Mapping[str, torch.Tensor], keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, each alone in its memory; copied only where it is not.
+
+    safetensors refuses tensors that share memory, as those mapped from one file or passed twice do.
+    """
+    separate: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key in keys:
+        dense = tensors[key].detach().to("cpu").contiguous()
+        memory = dense.untyped_storage()
+        if memory.nbytes() != dense.nbytes or memory.data_ptr() in seen:
+            dense = dense.clone()
+        seen.add(dense.untyped_storage().data_ptr())
+        separate[key] = dense
+    return separate
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as cause:
+        raise DeltaFormatError(f"{ADAPTER_CONFIG_NAME} cannot be written as JSON: {cause}.") from cause
+
+
+def _sync(path: Path) -> None:
+    # Folders can be neither opened nor synced on Windows, where a rename is durable by itself.
+    if os.name == "nt" and path.is_dir():
+        return
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stale(directory: Path, kept: set[str]) -> Iterator[Path]:
+    """Weight files of an earlier save that the new one does not overwrite."""
+    for path in sorted(directory.iterdir()):
+        ours = path.name in (ADAPTER_WEIGHTS_NAME, _INDEX_NAME) or _SHARD.fullmatch(path.name)
+        if path.name not in kept and (ours or (path.name == _FOREIGN_INDEX_NAME and _indexes_adapter(path))):
+            yield path
+
+
+def _indexes_adapter(index: Path) -> bool:
+    """Whether the index is of a sharded adapter, not of a full checkpoint that shares the folder."""
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return all(isinstance(name, str) and _SHARD.fullmatch(name) for name in shards)
+
+
+def _other_files(assets: Sequence[str | os.PathLike[str]], texts: Mapping[str, str]) -> dict[str, Path | bytes]:
+    contents: dict[str, Path | bytes] = {}
+    for asset in map(Path, assets):
+        if not asset.is_file():
+            raise DeltaFormatError(f"The asset {asset} is not a file.")
+        if asset.name in contents:
+            raise DeltaFormatError(f"Two assets are called {asset.name!r}; the second is {asset}.")
+        contents[asset.name] = asset
+    contents.update({name: text.encode() for name, text in texts.items()})
+    for name in contents:
+        reserved = name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, _INDEX_NAME) or _SHARD.fullmatch(name)
+        if reserved or "/" in name or not is_plain_path(name):
+            raise DeltaFormatError(f"{name!r} cannot be an extra file of a delta repo; give a plain, unreserved name.")
+    return contents
+
+
+def write_delta(
+    directory: str | os.PathLike[str],
+    config: MESwitchExpertConfig,
+    tensors: Mapping[str, torch.Tensor],
+    assets: Sequence[str | os.PathLike[str]] = (),
+    *,
+    texts: Mapping[str, str] | None = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Write a delta repo. The same input gives the same bytes.
+
+    An interruption at any moment leaves the complete old delta, the complete new one, or a folder that does not load.
+    Other files in the folder are left alone; weight files of an earlier save are removed.
+
+    Args:
+        directory: the folder, made if need be.
+        config: the configuration, its ``modules`` table included.
+        tensors: name on disk to tensor (any device), exactly those that the table announces.
+        assets: files to copy, under their own names (tokenizer, chat template, generation config). Texts of the same
+            name win.
+        texts: file name to content (the model card).
+        max_shard_size: split the weights into files of at most this size (``"5GB"`` or bytes). By default there is one
+            file: transformers and PEFT themselves open only unsplit adapters, this package opens both.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DeltaFormatError: the configuration, the tensors or a file name could not be read back; nothing is written.
+        OSError: the disk is full or not writable.
+    """
+    folder = Path(directory)
+    if config.format_version != FORMAT_VERSION:
+        raise DeltaFormatError(
+            f"format_version is {config.format_version}; this release writes {FORMAT_VERSION} only."
+        )
+    records = check_config(config)
+    check_headers(records, tensor_headers(tensors))
+    check_values(records, tensors.__getitem__)
+    shards = _shards(tensors, None if max_shard_size is None else _bytes(max_shard_size))
+    contents = _other_files(assets, texts or {})
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        weight_map = {key: name for name, keys in shards.items() for key in keys}
+        contents[_INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    contents[ADAPTER_CONFIG_NAME] = _json(config.to_dict())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{_PREFIX}{name}{_SUFFIX}" for name in [*shards, *contents]}
+    try:
+        for name, keys in shards.items():
+            save_file(_separate(tensors, keys), partial[name], metadata={"format": "pt"})
+        for name, content in contents.items():
+            if isinstance(content, bytes):
+                partial[name].write_bytes(content)
+            else:
+                shutil.copyfile(content, partial[name])
+        for path in partial.values():
+            _sync(path)
+        (folder / ADAPTER_CONFIG_NAME).unlink(missing_ok=True)
+        _sync(folder)
+        for path in _stale(folder, set(partial)):
+            path.unlink()
+        # The configuration is the last of the names.
+        for name, path in partial.items():
+            if name == ADAPTER_CONFIG_NAME:
+                _sync(folder)
+            os.replace(path, folder / name)
+        _sync(folder)
+    finally:
+        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            path.unlink(missing_ok=True)
+    return folder
