@@ -1,0 +1,96 @@
+"""The two operations: equal bits on torch and on Triton, and the plain matrix product they stand for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import meswitch_kernels
+from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
+from transformers_meswitch.errors import DeltaFormatError
+from transformers_meswitch.ops import delta_linear, dequantize_delta
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stored_delta(bits: int, salient: int, column_steps: bool):
+    delta = torch.randn(13, 83, generator=torch.Generator().manual_seed(bits)) * 1e-3
+    delta[4] = 0
+    return compress_linear(delta, bits, salient, column_steps=column_steps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("column_steps", [False, True], ids=["row", "row_column"])
+@pytest.mark.parametrize("salient", [0, 5])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: bool, device: str) -> None:
+    stored = stored_delta(bits, salient, column_steps)
+    expected = reconstruct_linear(stored.record, stored.tensors)
+    on_device = {name: tensor.to(device) for name, tensor in stored.tensors.items()}
+    assert meswitch_kernels.has_kernel(torch.device(device))
+    # Triton's interpreter truncates to bfloat16 where GPUs round.
+    for dtype in (torch.float32, torch.float16) if device == "cpu" else DTYPES:
+        delta = dequantize_delta(bits=bits, in_features=83, dtype=dtype, **on_device)
+        assert torch.equal(delta.cpu(), expected.to(dtype))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_triton_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    test = f"{__file__}::{test_triton_gives_the_bits_of_torch.__name__}"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("salient", [0, 5, 83])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_torch_gives_the_bits_of_the_kernels_reference(bits: int, salient: int, dtype: torch.dtype) -> None:
+    for column_steps in (False, True):
+        stored = stored_delta(bits, salient, column_steps)
+        delta = dequantize_delta(bits=bits, in_features=83, dtype=dtype, **stored.tensors)
+        reference = meswitch_kernels.dequantize_delta_reference(
+            bits=bits, in_features=83, dtype=dtype, **stored.tensors
+        )
+        assert torch.equal(delta, reference)
+        assert torch.equal(delta, reconstruct_linear(stored.record, stored.tensors).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_delta_linear_is_the_product_with_the_dense_delta(dtype: torch.dtype) -> None:
+    stored = stored_delta(2, 5, False)
+    x = torch.randn(2, 3, 83, generator=torch.Generator().manual_seed(0)).to(dtype)
+    delta = reconstruct_linear(stored.record, stored.tensors).to(dtype)
+    product = delta_linear(x, bits=2, **stored.tensors)
+    assert product.dtype == dtype
+    assert torch.equal(product, torch.nn.functional.linear(x, delta))
+
+
+def test_gradients_reach_the_input() -> None:
+    stored = stored_delta(1, 5, True)
+    x = torch.randn(4, 83, requires_grad=True)
+    delta_linear(x, bits=1, **stored.tensors).sum().backward()
+    torch.testing.assert_close(x.grad, reconstruct_linear(stored.record, stored.tensors).sum(0).expand(4, 83))
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    tensors = stored_delta(2, 5, False).tensors
+    with pytest.raises(DeltaFormatError, match=r"codes of a delta with 2 bits, 90 input .* expected \(13, 22\)"):
+        dequantize_delta(bits=2, in_features=90, **tensors)
+    with pytest.raises(DeltaFormatError, match=r"salient of .* shape None, expected \(13, 5\)"):
+        dequantize_delta(bits=2, in_features=83, **{**tensors, "salient": None})
