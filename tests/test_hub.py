@@ -121,10 +121,11 @@ def test_stale_shards_are_deleted_other_files_stay(hub, run, folder):
 
 
 def test_branch_and_pull_request(hub, run, folder):
-    push(run, folder, revision="v1", commit_message="Version one")
+    push(run, folder, revision="v1", commit_message="Version one", tags=["mine"])
     repo = hub.repos["alice/delta"]
     assert repo.history("v1")[0].title == "Version one"
     assert len(repo.history("main")) == 1
+    assert b"- mine" in repo.history("v1")[0].files["README.md"].data
     answer = push(run, folder, create_pr=True)
     assert answer["pr_url"].endswith("/discussions/1")
     assert len(repo.history("main")) == 1

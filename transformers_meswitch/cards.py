@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from .delta_format.spec import LinearRecord
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 
-__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card", "with_license"]
+__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card", "with_license", "with_tags"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
 
     Args:
         config: the repo's ``adapter_config.json``.
-        total_bytes: bytes of the delta's files, card and tokenizer excluded.
-        dense_bytes: bytes of the expert's full checkpoint.
+        total_bytes: bytes of the delta: its files, or its tensors while there are none.
+        dense_bytes: bytes of the expert's parameters in full.
         license: Hub licence identifier, inherited from the expert or the base where known.
 
     Raises:
@@ -106,11 +107,12 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
     base = hub_id(config.base_model_name_or_path)
     experts = []
     for name, reference in (config.experts or {}).items():
-        repo = reference["repo"]
+        repo = str(reference["repo"])
         if repo.startswith("./"):
             where = f"in this repo, `{repo[2:]}`"
         else:
             where = f"[{repo}](https://huggingface.co/{repo})" if hub_id(repo) else "not published"
+            where += f", `{reference['subfolder']}`" if reference.get("subfolder") else ""
         experts.append(
             {"name": name.replace("|", "\\|"), "where": where, "revision": reference.get("revision") or "—"}
         )
@@ -185,6 +187,15 @@ def with_license(card: str, license: dict[str, str]) -> str:
     parsed = RepoCard(card)
     metadata = parsed.data.to_dict()
     return card if "license" in metadata or not license else _with_metadata(metadata | license, parsed.text)
+
+
+def with_tags(card: str, tags: Iterable[str]) -> str:
+    """The card with further tags in its metadata."""
+    parsed = RepoCard(card)
+    metadata = parsed.data.to_dict()
+    present = _as_list(metadata.get("tags"))
+    new = [tag for tag in dict.fromkeys(tags) if tag not in present]
+    return _with_metadata(metadata | {"tags": present + new}, parsed.text) if new else card
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .cards import REPO_PLACEHOLDER, hub_id, merge_card, with_license
+from .cards import REPO_PLACEHOLDER, hub_id, merge_card, with_license, with_tags
 from .delta_format.spec import ADAPTER_CONFIG_NAME
 from .errors import DeltaFormatError
 
@@ -32,6 +33,8 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: Sequence[str] = (),
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
@@ -47,6 +50,8 @@ def push_folder(
         private: visibility of a repo that is created; an existing repo keeps its own.
         revision: branch to commit to, created where missing; the default is ``main``.
         commit_message: first line of the commit's message.
+        commit_description: the rest of the commit's message.
+        tags: further tags for the card's metadata.
         token: Hub token; the default is the one stored by ``hf auth login``.
         create_pr: open a pull request instead of committing to the branch.
 
@@ -70,8 +75,9 @@ def push_folder(
         try:
             return api.create_commit(
                 repo_id,
-                _operations(api, folder, repo_id, info.sha, remote),
+                _operations(api, folder, repo_id, info.sha, remote, tags),
                 commit_message=commit_message or "Upload with transformers-meswitch",
+                commit_description=commit_description,
                 revision=revision,
                 parent_commit=info.sha,
                 create_pr=create_pr,
@@ -85,7 +91,7 @@ def push_folder(
 
 
 def _operations(
-    api: HfApi, folder: Path, repo_id: str, head: str | None, remote: set[str]
+    api: HfApi, folder: Path, repo_id: str, head: str | None, remote: set[str], tags: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     local = {name: path for name, path in local.items() if not _is_hidden(name)}
@@ -94,7 +100,7 @@ def _operations(
         content: Path | bytes = path
         if PurePosixPath(name).name == _CARD_NAME:
             card = path.read_text(encoding="utf-8-sig").replace(REPO_PLACEHOLDER, repo_id)
-            card = with_license(card, _inherited_license(api, path.parent))
+            card = with_tags(with_license(card, _inherited_license(api, path.parent)), tags)
             if name in remote:
                 existing = Path(api.hf_hub_download(repo_id, name, revision=head)).read_bytes().decode("utf-8-sig")
                 card = merge_card(existing, card)

@@ -1,0 +1,57 @@
+"""The ``meswitch`` command: one file a subcommand, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import MESwitchError
+from . import compress, demo, generate, inspect
+
+__all__ = ["main"]
+
+_COMMANDS = (compress, inspect, generate, demo)
+_FAILURE, _INTERRUPTED = 1, 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="meswitch", description="One base model, many fine-tunes as 1-4 bit deltas.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"meswitch {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a ``meswitch`` command.
+
+    Errors are printed to standard error as one ``error: …``; set ``MESWITCH_DEBUG=1`` for the traceback.
+
+    Args:
+        argv: arguments after the program's name; the default is those of the process.
+
+    Returns:
+        Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except SystemExit as stop:  # argparse, after --help, --version or a usage error
+        return stop.code if isinstance(stop.code, int) else _FAILURE
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    # The last two are what transformers and the Hub raise on purpose; any other exception is a bug and shows itself.
+    except (MESwitchError, ValueError, OSError) as error:
+        if os.environ.get("MESWITCH_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILURE
+    return 0

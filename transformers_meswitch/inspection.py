@@ -1,0 +1,251 @@
+"""What a delta repo holds, module by module and byte by byte, and how well it stands for the expert."""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord, tensor_key
+from .errors import DeltaFormatError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .delta_format.reader import Delta
+
+__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "inspect_delta", "relative_errors"]
+
+#: Bytes of a parameter of the full copy that deltas are compared with, in bfloat16.
+_DENSE_ITEM = 2
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One module of a delta.
+
+    Attributes:
+        module: canonical name.
+        kind: ``"linear"``, ``"rows"`` or ``"values"``.
+        shape: sizes of its weight; of a linear ``[out, in]``; empty where several parameters are stored.
+        bits: bits of a code, of a linear.
+        salient_channels: input channels kept in bfloat16, of a linear.
+        stored_rows: rows kept, of an embedding or output head.
+        bytes: bytes of its tensors on disk, headers excluded.
+        dense_bytes: bytes of the whole module in bfloat16.
+        relative_error: ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of a linear's weight, where base and expert were given.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int | None
+    salient_channels: int | None
+    stored_rows: int | None
+    bytes: int
+    dense_bytes: int
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A delta repo, counted.
+
+    Attributes:
+        repo: folder or Hub id.
+        revision: commit on the Hub.
+        base: the base's id or path.
+        format_version: of the delta format.
+        modules: one row a module.
+        files: name to size on disk of the files that make up the delta (configuration and weights).
+        tensor_bytes: sum of the modules' bytes.
+        total_bytes: sum of the files' sizes: tensors, safetensors headers and configuration.
+        dense_bytes: a full copy of the expert in bfloat16; `None` where the base's configuration is out of reach.
+    """
+
+    repo: str
+    revision: str | None
+    base: str | None
+    format_version: int
+    modules: list[ModuleRow] = field(repr=False)
+    files: dict[str, int]
+    tensor_bytes: int
+    total_bytes: int
+    dense_bytes: int | None
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Headers and configuration: what is not tensors."""
+        return self.total_bytes - self.tensor_bytes
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes of the full copy over bytes of the delta."""
+        return None if self.dense_bytes is None else self.dense_bytes / self.total_bytes
+
+
+def inspect_delta(
+    repo: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    expert: str | None = None,
+    progress: Progress = iter,
+) -> Inspection:
+    """Count a delta repo; with ``base`` and ``expert``, measure its quantisation error too.
+
+    Args:
+        repo: delta repo, a Hub id or a folder.
+        revision: branch, tag or commit of the delta repo.
+        base: the base's checkpoint; needed for the error only.
+        expert: the checkpoint of the fine-tune that the delta was made from; needed for the error only.
+        progress: wraps the module names while errors are measured, for a progress bar.
+
+    Raises:
+        DeltaFormatError: the delta is malformed or absent.
+        MESwitchError: base or expert cannot be read or do not fit, see :func:`relative_errors`.
+    """
+    from .delta_format.header import read_header
+    from .delta_format.reader import open_delta, resolve_delta
+
+    delta = open_delta(resolve_delta(repo, revision=revision))
+    config = delta.config
+    errors = {}
+    if base is not None and expert is not None:
+        errors = relative_errors(delta, base, expert, progress=progress)
+    model = _expert_model(delta)
+    headers = ChainMap(*map(read_header, delta.files.weight_paths))
+    tensors = {key: header.end - header.start for key, header in headers.items()}
+    modules = [_row(name, record, tensors, errors.get(name)) for name, record in delta.records.items()]
+    files = {path.name: path.stat().st_size for path in _delta_files(delta)}
+    return Inspection(
+        repo=str(repo),
+        revision=delta.files.revision,
+        base=config.base_model_name_or_path,
+        format_version=config.format_version,
+        modules=modules,
+        files=files,
+        tensor_bytes=sum(row.bytes for row in modules),
+        total_bytes=sum(files.values()),
+        dense_bytes=None if model is None else dense_bytes(model),
+    )
+
+
+def dense_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters in bfloat16, tied ones once; no headers.
+
+    Args:
+        model: on any device, ``meta`` included.
+    """
+    return _DENSE_ITEM * sum(parameter.numel() for parameter in model.parameters())
+
+
+def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress = iter) -> dict[str, float]:
+    """``‖Δ − Δ̂‖ / ‖Δ‖`` of every linear of a delta, with Δ = expert − base in float32; one layer in memory at a time.
+
+    Args:
+        delta: the opened delta.
+        base: Hub id or folder of the base.
+        expert: Hub id or folder of the fine-tune.
+        progress: wraps the module names.
+
+    Raises:
+        CheckpointError: weights are absent, truncated, or only pickles.
+        CompressionError: a checkpoint does not fit its configuration.
+        DeltaFormatError: the delta changes a layer that the checkpoints lack, or whose sizes are others.
+    """
+    from transformers import AutoConfig
+
+    from .compression.sources import CheckpointParameters, meta_model
+    from .delta_format.checkpoint import resolve_checkpoint
+    from .module_kinds import is_conv1d
+
+    models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
+    sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
+    errors = {}
+    for name in progress([name for name, record in delta.records.items() if isinstance(record, LinearRecord)]):
+        approximation = _reconstruct(delta, name)
+        for source, repo in zip(sources, (base, expert), strict=True):
+            if name not in source.modules:
+                raise DeltaFormatError(f"The delta changes {name}, which {repo} lacks; give its own base and expert.")
+        of_base, of_expert = (source.of(name)["weight"].float() for source in sources)
+        if is_conv1d(models[0].get_submodule(name)):
+            of_base, of_expert = of_base.T, of_expert.T
+        if not of_base.shape == of_expert.shape == approximation.shape:
+            raise DeltaFormatError(
+                f"{name} is {list(of_base.shape)} in {base}, {list(of_expert.shape)} in {expert} and "
+                f"{list(approximation.shape)} in the delta; give the delta's own base and expert."
+            )
+        errors[name] = _relative_error(of_expert - of_base, approximation)
+    return errors
+
+
+def _reconstruct(delta: Delta, name: str) -> torch.Tensor:
+    from .compression.linear import reconstruct_linear
+
+    record = delta.records[name]
+    assert isinstance(record, LinearRecord)
+    return reconstruct_linear(record, {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in record.leaves()})
+
+
+def _relative_error(exact: torch.Tensor, approximation: torch.Tensor) -> float:
+    norm = float(exact.norm())
+    error = float((exact - approximation).norm())
+    return error / norm if norm else 0.0 if error == 0 else math.inf
+
+
+def _expert_model(delta: Delta) -> PreTrainedModel | None:
+    """The expert's model without weights, or `None` where the base's configuration cannot be had."""
+    from transformers import AutoConfig
+
+    from .compression.sources import meta_model
+
+    config = delta.config
+    if config.base_model_name_or_path is None:
+        return None
+    try:
+        model_config = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    except (OSError, ValueError):
+        return None
+    text_config = model_config.get_text_config(decoder=True)
+    if config.vocab_size is not None:
+        text_config.vocab_size = config.vocab_size
+    if config.tie_word_embeddings is not None:
+        model_config.tie_word_embeddings = text_config.tie_word_embeddings = config.tie_word_embeddings
+    return meta_model(model_config)
+
+
+def _row(name: str, record: ModuleRecord, tensors: dict[str, int], error: float | None) -> ModuleRow:
+    stored = sum(tensors[tensor_key(name, leaf)] for leaf in record.leaves())
+    bits = salient = rows = None
+    shape: tuple[int, ...] = ()
+    elements = 0
+    if isinstance(record, LinearRecord):
+        shape, bits, salient = (record.out_features, record.in_features), record.bits, record.salient_channels
+        elements = math.prod(shape) + record.out_features * record.bias
+    elif isinstance(record, RowsRecord):
+        shape, rows = (record.num_rows, record.width), record.rows
+        elements = math.prod(shape) + record.num_rows * record.bias
+    elif isinstance(record, ValuesRecord):
+        elements = sum(map(math.prod, record.shapes.values()))
+        shape = next(iter(record.shapes.values())) if len(record.shapes) == 1 else ()
+    return ModuleRow(name, record.kind, shape, bits, salient, rows, stored, _DENSE_ITEM * elements, error)
+
+
+def _delta_files(delta: Delta) -> list[Path]:
+    """The configuration, the weights, and the index of sharded weights."""
+    files = delta.files
+    index = [path for path in files.directory.glob("*.safetensors.index.json") if len(files.weight_paths) > 1]
+    return [files.config_path, *index, *files.weight_paths]
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """An inspection as plain values for JSON, derived totals included."""
+    derived = {"overhead_bytes": inspection.overhead_bytes, "ratio": inspection.ratio}
+    return asdict(inspection) | derived
