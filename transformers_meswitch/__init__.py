@@ -1,3 +1,29 @@
-"""ME-Switch for Hugging Face: one base model, many fine-tunes as 1-4 bit deltas."""
+"""ME-Switch for Hugging Face: one base model, many fine-tunes kept as deltas of 1 to 4 bits a weight.
+
+Importing this package registers ME-Switch with PEFT and transformers, after which the stock calls load delta repos:
+``AutoModelForCausalLM.from_pretrained(delta)``, ``model.load_adapter(delta)``, ``PeftModel.from_pretrained(base, delta)``.
+"""
+
+from __future__ import annotations
+
+from .compression.recipe import compress
+from .configuration import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig
+from .errors import MESwitchError
+from .modeling import MESwitchModel, MESwitchModelForCausalLM
+from .pipelines import MESwitchTextGenerationPipeline
+from .registration import register
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MESwitchConfig",
+    "MESwitchError",
+    "MESwitchExpertConfig",
+    "MESwitchFamilyConfig",
+    "MESwitchModel",
+    "MESwitchModelForCausalLM",
+    "MESwitchTextGenerationPipeline",
+    "compress",
+]
+
+register()

@@ -1,0 +1,210 @@
+"""``generate(..., expert=)``: which expert answers each row, and where each row ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from .errors import UnsupportedOperationError, VocabularyError
+from .peft_method.naming import known_expert
+from .peft_method.switch import ExpertSwitch
+
+__all__ = ["ExpertGenerationMixin", "RowEosCriteria", "RowMinLengthProcessor"]
+
+#: Tells "no expert argument" from ``expert=None``, which means the base.
+_STICKY: Any = object()
+Experts = str | None | Sequence[str | None]
+
+
+class ExpertGenerationMixin:
+    """``generate`` with an expert per call or per row."""
+
+    _meswitch_switch: ExpertSwitch
+    generation_config: GenerationConfig
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        expert: Experts = _STICKY,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does, each row answered by its expert and ending at that expert's own EOS.
+
+        Precedence: ``expert=`` of the call, ``generation_config.expert`` (the call's, then the model's), the expert
+        chosen with ``set_expert`` or ``set_adapter``.
+
+        Args:
+            inputs: int64 ``[rows, length]`` prompts, as in transformers.
+            generation_config: as in transformers; an attribute ``expert`` is honoured.
+            *args: further positional arguments of transformers' ``generate``.
+            expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
+            **kwargs: further arguments of transformers' ``generate``. An ``eos_token_id`` given here holds for all
+                rows; otherwise each row ends at its expert's own.
+
+        Raises:
+            ExpertNotFoundError: an expert is not loaded.
+            UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router.
+            ValueError: another number of experts than rows.
+            VocabularyError: a prompt holds an id that its expert does not know.
+        """
+        names = ("logits_processor", "stopping_criteria", *_POSITIONAL)
+        kwargs.update(zip(names, args, strict=False))
+        switch = self._meswitch_switch
+        prompt = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
+        )
+        batch = 1 if prompt is None else prompt.shape[0]
+        rows = self._row_experts(expert, generation_config, batch)
+        if prompt is not None and not prompt.is_floating_point():
+            _check_vocabulary(switch, rows, prompt)
+        kwargs.update(self._row_endings(rows, prompt, generation_config, kwargs))
+        with switch.rows(rows):
+            return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+    def _row_experts(
+        self, expert: Experts, generation_config: GenerationConfig | None, batch: int
+    ) -> list[str | None]:
+        switch = self._meswitch_switch
+        if expert is _STICKY:
+            for config in (generation_config, self.generation_config):
+                if expert is _STICKY and config is not None:
+                    expert = getattr(config, "expert", _STICKY)
+        if expert is _STICKY:
+            chosen = switch.chosen_rows(batch)
+            return [switch.active_expert] * batch if chosen is None else chosen
+        if expert == "auto":
+            raise UnsupportedOperationError(
+                "expert='auto' needs a router, and this family has none. Name the expert: "
+                f"{', '.join(map(repr, switch.experts)) or 'none is loaded'}."
+            )
+        if expert is None or isinstance(expert, str):
+            rows = [known_expert(expert, switch.experts)] * batch
+        else:
+            rows = [known_expert(name, switch.experts) for name in expert]
+            if len(rows) != batch:
+                raise ValueError(f"{len(rows)} experts were named for {batch} rows; name one per row, or one for all.")
+        named = next((name for name in rows if name is not None), None)
+        if switch.disabled and named is not None:
+            raise UnsupportedOperationError(
+                f"Expert {named!r} was asked for while adapters are disabled. Call enable_adapters() or set_expert() "
+                "first."
+            )
+        return rows
+
+    def _row_endings(
+        self,
+        rows: Sequence[str | None],
+        prompt: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments that make each row end at its expert's own EOS."""
+        switch, own = self._meswitch_switch, self.generation_config
+        config = generation_config or own
+        defaults = (None, *map(_ids, (own.eos_token_id, switch.base_eos_token_id)), *map(switch.eos_token_id, rows))
+        if kwargs.get("eos_token_id") is not None or _ids(config.eos_token_id) not in defaults:
+            return {}
+        endings = [switch.eos_token_id(row) for row in rows]
+        pads = (kwargs.get("pad_token_id"), config.pad_token_id, *(switch.experts[r].pad_token_id for r in rows if r))
+        pad = next((p for p in pads if p is not None), next((ids[0] for ids in endings if ids), None))
+        padding = {} if pad is None else {"pad_token_id": pad}
+        if len(set(endings)) == 1:
+            return {"eos_token_id": list(endings[0]), **padding} if endings[0] else padding
+        # No token has this id, so transformers' own criterion and processors never see a row end.
+        never = switch.vocab_capacity
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+        processors = LogitsProcessorList(kwargs.get("logits_processor") or [])
+        length = prompt.shape[1] if prompt is not None and not prompt.is_floating_point() else 0
+        minimum = max(
+            kwargs.get("min_length", config.min_length) or 0,
+            length + (kwargs.get("min_new_tokens", config.min_new_tokens) or -length),
+        )
+        if minimum > 0:
+            processors.append(RowMinLengthProcessor(endings, minimum))
+        criteria.append(RowEosCriteria(endings))
+        changed: dict[str, Any] = {"eos_token_id": never, "stopping_criteria": criteria, **padding}
+        return {**changed, "logits_processor": processors} if processors else changed
+
+
+def _positional_names() -> tuple[str, ...]:
+    from transformers import GenerationMixin
+
+    names = list(inspect.signature(GenerationMixin.generate).parameters)
+    return tuple(names[names.index("stopping_criteria") + 1 :])
+
+
+_POSITIONAL = _positional_names()
+
+
+def _ids(eos: Any) -> tuple[int, ...] | None:
+    if eos is None:
+        return None
+    if isinstance(eos, torch.Tensor):
+        eos = eos.tolist()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _check_vocabulary(switch: ExpertSwitch, rows: Sequence[str | None], prompt: torch.Tensor) -> None:
+    if len(rows) == 0 or prompt.numel() == 0:
+        return
+    limits = torch.tensor([switch.vocab_size(row) for row in rows], device=prompt.device)
+    unknown = prompt >= limits.unsqueeze(1)
+    if bool(unknown.any()):
+        row, column = (int(i) for i in unknown.nonzero()[0])
+        expert = rows[row]
+        raise VocabularyError(
+            f"Row {row} holds token id {int(prompt[row, column])}, but "
+            f"{'the base' if expert is None else f'expert {expert!r}'} knows ids below {int(limits[row])}. Tokenise the "
+            f"row with model.tokenizer_for({expert!r})."
+        )
+
+
+class RowEosCriteria(StoppingCriteria):
+    """Ends each row at its own EOS; rows repeated for beams or return sequences end as the row they come from.
+
+    Args:
+        endings: for each prompt, the ids that end its answer.
+    """
+
+    def __init__(self, endings: Sequence[Sequence[int]]) -> None:
+        most = max(len(ids) for ids in endings)
+        # transformers pads finished rows only if some criterion has this attribute.
+        self.eos_token_id = torch.tensor([[*ids, *[-1] * (most - len(ids))] for ids in endings])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """Int64 ``[rows, length]`` to bool ``[rows]``: whether the last token ends the row."""
+        endings = _spread(self.eos_token_id, input_ids)
+        return (input_ids[:, -1:] == endings).any(dim=1)
+
+
+class RowMinLengthProcessor(LogitsProcessor):
+    """Forbids each row its own EOS until the sequence is ``minimum`` tokens long.
+
+    Args:
+        endings: for each prompt, the ids that end its answer.
+        minimum: length in tokens, prompt included.
+    """
+
+    def __init__(self, endings: Sequence[Sequence[int]], minimum: int) -> None:
+        self.endings = endings
+        self.minimum = minimum
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[rows, vocab]`` with each row's own EOS at ``-inf`` while it is too short."""
+        if input_ids.shape[1] >= self.minimum:
+            return scores
+        forbidden = torch.zeros(len(self.endings), scores.shape[1], dtype=torch.bool)
+        for row, ids in enumerate(self.endings):
+            forbidden[row, list(ids)] = True
+        return scores.masked_fill(_spread(forbidden, input_ids), float("-inf"))
+
+
+def _spread(per_prompt: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    copies = input_ids.shape[0] // per_prompt.shape[0]
+    return per_prompt.to(input_ids.device).repeat_interleave(copies, dim=0)

@@ -1,0 +1,82 @@
+"""Making an expert known to a model, and taking every trace of one away again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..configuration import MESwitchExpertConfig
+from .injection import base_vocab_size, expert_info, switch_of, wrapped_layers
+from .layers import HeadLayer
+from .switch import ExpertSwitch
+
+__all__ = ["attach_expert", "ensure_switch", "remove_expert", "set_vocab_capacity"]
+
+
+def ensure_switch(model: Any) -> ExpertSwitch:
+    """Give a model its expert switch and the calls that take ``expert=``, if it has none."""
+    from ..mixin import upgrade
+
+    switch = switch_of(model)
+    if switch is None:
+        generation_config = getattr(model, "generation_config", None)
+        eos = getattr(generation_config, "eos_token_id", None)
+        eos = model.config.get_text_config().eos_token_id if eos is None else eos
+        switch = ExpertSwitch(
+            base_vocab_size=base_vocab_size(model),
+            base_eos_token_id=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
+        )
+        model.__dict__["_meswitch_switch"] = switch
+    upgrade(model)
+    return switch
+
+
+def attach_expert(model: Any, name: str, config: MESwitchExpertConfig) -> None:
+    """Enter an expert in the model's switch; its layers and tensors come after."""
+    switch = ensure_switch(model)
+    switch.experts[name] = expert_info(config, model)
+    switch.pending = name
+    set_vocab_capacity(model)
+
+
+def set_vocab_capacity(model: Any) -> None:
+    """Keep ``config.vocab_size`` equal to the width of the logits, which loss functions and beam search rely on."""
+    switch = switch_of(model)
+    if switch is not None:
+        model.config.get_text_config().vocab_size = switch.vocab_capacity
+
+
+def remove_expert(model: Any, name: str, peft_configs: dict[str, Any] | None) -> None:
+    """Take an expert off a model, and every trace of the method once the last one is gone.
+
+    Args:
+        model: the transformers model.
+        name: the expert.
+        peft_configs: the model's ``peft_config``, from which the expert's is dropped.
+    """
+    from ..mixin import downgrade
+
+    switch = switch_of(model)
+    if switch is None:
+        return
+    for layer in wrapped_layers(model).values():
+        layer.delete_adapter(name)
+    switch.forget(name)
+    unwrap_idle_layers(model)
+    set_vocab_capacity(model)
+    if peft_configs is not None:
+        peft_configs.pop(name, None)
+    if not switch.experts:
+        if not peft_configs:
+            model.__dict__.pop("peft_config", None)
+            model.__dict__.pop("_hf_peft_config_loaded", None)
+        if not switch.keep:
+            downgrade(model)
+
+
+def unwrap_idle_layers(model: Any) -> None:
+    """Give back the base's own modules where no expert has a delta."""
+    for path, layer in wrapped_layers(model).items():
+        ties = isinstance(layer, HeadLayer) and layer.switch.experts
+        if not layer.meswitch_delta and not ties:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -1,0 +1,215 @@
+"""Deciding, before anything is touched, where an expert's deltas go in a model, and whether they may."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import MESWITCH, MESwitchExpertConfig
+from ..delta_format.checkpoint import resolve_checkpoint
+from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
+from ..errors import BaseMismatchError, MESwitchError, UnsupportedModelError, UnsupportedOperationError
+from ..module_kinds import is_linear, linear_sizes
+from .layers import MESwitchLayer
+from .naming import check_expert_name
+from .switch import ExpertInfo, ExpertSwitch
+
+__all__ = ["Targets", "base_vocab_size", "check_base", "expert_info", "plan_injection", "switch_of", "wrapped_layers"]
+
+#: Module name in the model at hand to the record stored for it; `None` marks a head tied to the embedding.
+Targets = dict[str, ModuleRecord | None]
+
+_QUANTISED_BASES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+
+
+def switch_of(model: nn.Module) -> ExpertSwitch | None:
+    """The model's expert switch, or `None` if it never had an expert."""
+    return model.__dict__.get("_meswitch_switch")
+
+
+def wrapped_layers(model: nn.Module) -> dict[str, MESwitchLayer]:
+    """Wrapped layers by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MESwitchLayer)}
+
+
+def base_vocab_size(model: PreTrainedModel) -> int:
+    """Rows of the base's input embedding."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, MESwitchLayer):
+        embedding = embedding.get_base_layer()
+    return int(embedding.num_embeddings)
+
+
+def expert_info(config: MESwitchExpertConfig, model: PreTrainedModel) -> ExpertInfo:
+    """What the switch must know of the expert that a config describes."""
+    return ExpertInfo(
+        vocab_size=config.vocab_size if config.vocab_size is not None else base_vocab_size(model),
+        eos_token_id=tuple(config.eos_token_id or ()),
+        pad_token_id=config.pad_token_id,
+        tied=bool(
+            model.config.tie_word_embeddings if config.tie_word_embeddings is None else config.tie_word_embeddings
+        ),
+    )
+
+
+def plan_injection(
+    model: nn.Module, config: MESwitchExpertConfig, name: str, peft_configs: Mapping[str, Any]
+) -> Targets:
+    """Check an expert against a model and say which module receives which record. Changes nothing.
+
+    Args:
+        model: the model that would receive the expert.
+        config: its ``adapter_config.json``.
+        name: the name it would have.
+        peft_configs: configs of the adapters on the model; the new one may be among them.
+
+    Raises:
+        ExpertNameError: the name is reserved, taken, or collides with a module.
+        BaseMismatchError: another architecture, a module that the model lacks, another shape, another fingerprint.
+        UnsupportedOperationError: training, or another PEFT method on the same model.
+        UnsupportedModelError: a quantisation other than bitsandbytes, disk offload, not a transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Deltas attach to a transformers model, got {type(model).__name__}. Load the base with AutoModelForCausalLM."
+        )
+    if not config.inference_mode:
+        raise UnsupportedOperationError(
+            "Deltas are quantised and cannot be trained: is_trainable=True is not supported. Fine-tune the full expert "
+            "and compress it again, or load the delta without is_trainable."
+        )
+    others = sorted({str(c.peft_type.value) for n, c in peft_configs.items() if n != name and c.peft_type != MESWITCH})
+    if others:
+        raise UnsupportedOperationError(
+            f"The model already carries adapters of type {', '.join(others)}. An expert is a complete fine-tune and "
+            "cannot be attached beside them; load the base again without them."
+        )
+    switch = switch_of(model)
+    taken = switch.experts if switch else ()
+    check_expert_name(name, taken, (module for module, _ in model.named_modules()))
+    if switch is not None and switch.merged is not None:
+        raise UnsupportedOperationError(
+            f"Expert {switch.merged!r} is merged into the base weights; call unmerge_adapter() before loading {name!r}."
+        )
+    _check_placement(model)
+    _check_architecture(model, config)
+    targets = _match_modules(model, config)
+    check_base(model, config)
+    return targets
+
+
+def _check_placement(model: PreTrainedModel) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = str(
+            getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
+        )
+        if method not in _QUANTISED_BASES:
+            raise UnsupportedModelError(
+                f"The base is quantised with {method!r}; deltas run over bf16, fp16, fp32 and bitsandbytes 4/8-bit "
+                "bases. Load the base in one of those."
+            )
+    device_map = getattr(model, "hf_device_map", None) or {}
+    on_disk = sorted(module for module, device in device_map.items() if device == "disk")
+    if on_disk:
+        raise UnsupportedModelError(
+            f"Modules {on_disk[:3]}{'…' if len(on_disk) > 3 else ''} of the base are offloaded to disk, which deltas do "
+            "not support. Load with a device_map without 'disk'."
+        )
+
+
+def _check_architecture(model: PreTrainedModel, config: MESwitchExpertConfig) -> None:
+    found = {model.config.model_type, getattr(model.config.get_text_config(), "model_type", None)}
+    if config.base_model_type is not None and config.base_model_type not in found:
+        raise BaseMismatchError(
+            f"This delta belongs to a {config.base_model_type!r} base ({config.base_model_name_or_path}), but the model "
+            f"is a {model.config.model_type!r} ({model.name_or_path or 'unnamed'}). Load the delta's own base."
+        )
+
+
+def _local_name(stored: str, modules: Mapping[str, nn.Module], model: PreTrainedModel) -> str | None:
+    """Name of a stored module in this model: the same, or without the prefix where the model has no head (AutoModel)."""
+    if stored in modules:
+        return stored
+    stripped = stored.removeprefix(f"{model.base_model_prefix}.")
+    return stripped if stripped != stored and stripped in modules else None
+
+
+def _match_modules(model: PreTrainedModel, config: MESwitchExpertConfig) -> Targets:
+    records = config.records()
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    targets: Targets = {}
+    for stored, record in records.items():
+        local = _local_name(stored, modules, model)
+        if local is None:
+            is_head = isinstance(record, RowsRecord) and not stored.startswith(f"{model.base_model_prefix}.")
+            if head is None and is_head:
+                continue
+            raise BaseMismatchError(
+                f"The delta changes {stored!r}, which {type(model).__name__} does not have. The delta belongs to "
+                f"{config.base_model_name_or_path!r}; load that base."
+            )
+        _check_shape(stored, record, modules[local])
+        targets[local] = record
+    embedding = next((n for n, m in modules.items() if m is model.get_input_embeddings()), None)
+    if head is not None and embedding in targets:
+        head_name = next(n for n, m in modules.items() if m is head)
+        targets.setdefault(head_name, None)
+    return targets
+
+
+def _check_shape(name: str, record: ModuleRecord, module: nn.Module) -> None:
+    base = module.get_base_layer() if isinstance(module, MESwitchLayer) else module
+    if isinstance(record, LinearRecord):
+        found = linear_sizes(base) if is_linear(base) else None
+        expected: Any = (record.out_features, record.in_features)
+    elif isinstance(record, RowsRecord):
+        is_rows = isinstance(base, nn.Embedding) or is_linear(base)
+        weight = getattr(base, "weight", None)
+        found = weight.shape[-1] if is_rows and weight is not None else None
+        expected = record.width
+    else:
+        assert isinstance(record, ValuesRecord)
+        own = {n: tuple(p.shape) for n, p in base.named_parameters(recurse=False)}
+        found = {n: own.get(n) for n in record.shapes}
+        expected = record.shapes
+    if found != expected:
+        raise BaseMismatchError(
+            f"{name}: the delta was made for size {expected}, the base's {type(base).__name__} has {found}. The delta "
+            "belongs to another base."
+        )
+
+
+def check_base(model: PreTrainedModel, config: MESwitchExpertConfig) -> None:
+    """Compare the checkpoint that the base was loaded from with the one that the delta was formed against.
+
+    Warns where the base has no files to read (a model built in memory, a GGUF file).
+
+    Raises:
+        BaseMismatchError: names the first tensor that differs.
+    """
+    if config.base_fingerprint is None:
+        return
+    source = model.name_or_path
+    try:
+        if not source:
+            raise FileNotFoundError("the model was built in memory")
+        revision = getattr(model.config, "_commit_hash", None) or (
+            config.revision if source == config.base_model_name_or_path else None
+        )
+        checkpoint = resolve_checkpoint(source, revision=revision, local_files_only=True)
+        found = fingerprint_checkpoint(checkpoint.paths)
+    except (OSError, MESwitchError) as error:
+        warnings.warn(
+            f"The base {source or 'model'!r} has no checkpoint files to compare with the one this delta was made "
+            f"against ({error}); only shapes were checked.",
+            stacklevel=2,
+        )
+        return
+    compare_fingerprints(config.base_fingerprint, found, base=source)

@@ -1,0 +1,402 @@
+"""Wrapped layers: the base's module beside the deltas of the experts that change it.
+
+Each runs the base's own module on all rows and lets every expert in the batch correct its rows. The choice of experts
+is read from the model's :class:`~transformers_meswitch.peft_method.switch.ExpertSwitch`, never from the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..delta_format.spec import ModuleRecord
+from ..errors import UnsupportedOperationError
+from ..module_kinds import is_conv1d, linear_sizes
+from .deltas import LinearDelta, RowsDelta, StoredDelta, ValuesDelta, make_delta
+from .naming import module_key
+from .switch import ExpertSwitch
+
+__all__ = ["HeadLayer", "LinearLayer", "MESwitchLayer", "RowsLayer", "ValuesLayer", "wrap"]
+
+
+class MESwitchLayer(nn.Module, BaseTunerLayer):
+    """What all wrapped layers share: the deltas, PEFT's calls, and merging with a kept copy of the base's weights."""
+
+    # Nothing here is trainable, and PEFT would set requires_grad on integer codes if it were told otherwise.
+    adapter_layer_names = ()
+    other_param_names = ("meswitch_delta",)
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.switch = switch
+        self.meswitch_delta = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Any] | None = None
+
+    # -- what an expert stores here ---------------------------------------------------------------------------------
+
+    def add_delta(self, expert: str, record: ModuleRecord) -> None:
+        """Make room for an expert's tensors, on the base layer's device."""
+        parameter = next(self.get_base_layer().parameters())
+        dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.get_default_dtype()
+        self.meswitch_delta[module_key(expert)] = make_delta(record, dtype, parameter.device)
+
+    def delta_of(self, expert: str | None) -> Any:
+        """The expert's delta of this layer, or `None` where it does not differ from the base (or is the base)."""
+        return None if expert is None else self.meswitch_delta._modules.get(module_key(expert))
+
+    def stored_delta(self, expert: str) -> StoredDelta:
+        """The expert's delta of this layer; it must have one."""
+        return self.meswitch_delta[module_key(expert)]  # type: ignore[return-value]
+
+    # -- PEFT's calls: the state is the switch's, so all layers agree ------------------------------------------------
+
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        return list(self.switch.active)
+
+    @property
+    def disable_adapters(self) -> bool:  # type: ignore[override]
+        return self.switch.disabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active in the whole model; see :meth:`ExpertSwitch.set_active`."""
+        self.switch.set_active([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn adapters on or off in the whole model; turning them off unmerges this layer, as PEFT does."""
+        if not enabled:
+            self.unmerge()
+        self.switch.disabled = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an expert's tensors; if it was active, the alphabetically first remaining expert becomes so."""
+        if module_key(adapter_name) in self.meswitch_delta:
+            del self.meswitch_delta[module_key(adapter_name)]
+        self.switch.forget(adapter_name)
+
+    def _get_available_adapters(self) -> set[str]:
+        return {name for name in self.switch.experts if self.delta_of(name) is not None}
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self._get_available_adapters())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        delta = self.delta_of(adapter_name)
+        target = device or next(self.get_base_layer().parameters()).device
+        if delta is not None and target.type != "meta":
+            delta.to(target)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """The expert's own parameters of this layer, as the base's module would hold them. Changes nothing."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write an expert into the base's module, keeping the base's own parameters for :meth:`unmerge`.
+
+        Args:
+            safe_merge: refuse non-finite results before anything changes.
+            adapter_names: the expert; the active one if `None`.
+
+        Raises:
+            UnsupportedOperationError: more than one expert, or a quantised base.
+            ValueError: ``safe_merge`` and a non-finite weight.
+        """
+        names = [n for n in (adapter_names or self.switch.active) if n in self.switch.experts]
+        if len(names) > 1:
+            raise UnsupportedOperationError(f"Only one expert can be merged at a time, got {names}.")
+        if not names or self.merged_adapters == names:
+            return
+        if self.merged_adapters:
+            raise UnsupportedOperationError(
+                f"Expert {self.merged_adapters[0]!r} is merged already; call unmerge_adapter() before merging another."
+            )
+        if self.delta_of(names[0]) is not None or isinstance(self, HeadLayer):
+            self._swap_parameters(self._checked_parameters(names[0], safe_merge))
+        self.merged_adapters = names
+        self.switch.merged = names[0]
+
+    def check_merge(self, expert: str, safe_merge: bool) -> None:
+        """Raise what :meth:`merge` would raise, without merging."""
+        if self.delta_of(expert) is not None:
+            self._checked_parameters(expert, safe_merge)
+
+    def unmerge(self) -> None:
+        """Put the base's own parameters back: the very tensors that :meth:`merge` set aside."""
+        if self._unmerged is not None:
+            self._restore_parameters(self._unmerged)
+            self._unmerged = None
+        if self.merged_adapters:
+            self.merged_adapters = []
+            self.switch.merged = None
+
+    def _checked_parameters(self, expert: str, safe: bool) -> dict[str, torch.Tensor]:
+        base = self.get_base_layer()
+        quantised = next((n for n, p in base.named_parameters(recurse=False) if not p.is_floating_point()), None)
+        if quantised is not None:
+            raise UnsupportedOperationError(
+                f"{type(base).__name__}.{quantised} is quantised; merging would round the expert away. Load the base "
+                "without quantization_config to merge."
+            )
+        merged = self.merged_parameters(expert)
+        for name, tensor in merged.items():
+            if safe and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"Merging expert {expert!r} gives non-finite values in {type(base).__name__}.{name}; the base "
+                    "weights were left as they are."
+                )
+        return merged
+
+    def _swap_parameters(self, merged: dict[str, torch.Tensor]) -> None:
+        base = self.get_base_layer()
+        self._unmerged = {name: base._parameters[name] for name in merged}
+        for name, tensor in merged.items():
+            base._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def _restore_parameters(self, kept: dict[str, Any]) -> None:
+        self.get_base_layer()._parameters.update(kept)
+
+
+class LinearLayer(MESwitchLayer):
+    """A linear (``nn.Linear``, ``Conv1D``, bitsandbytes 4/8-bit): ``y = base(x) + x Δ̂ᵀ`` per row's expert."""
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self.out_features, self.in_features = linear_sizes(base_layer)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged_adapters:
+            self.switch.groups(x.shape[0], x.device)  # refuses rows of other experts
+            return y
+        for expert, rows in self.switch.groups(x.shape[0], x.device):
+            delta = self.delta_of(expert)
+            if delta is None:
+                continue
+            part = self._correction(delta, x if rows is None else x[rows]).to(y.dtype)
+            y = y + part if rows is None else y.index_add(0, rows, part)
+        return y
+
+    def _correction(self, delta: LinearDelta, x: torch.Tensor) -> torch.Tensor:
+        out = delta(x)
+        if delta.record.bias:
+            own = delta.bias.float()
+            base = getattr(self.get_base_layer(), "bias", None)
+            out = out + (own if base is None else own - base.float()).to(out.dtype)
+        return out
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        base, delta = self.get_base_layer(), self.stored_delta(expert)
+        assert isinstance(delta, LinearDelta)
+        weight = base.weight
+        dense = delta.weight(torch.float32)
+        if is_conv1d(base):
+            dense = dense.T
+        merged = {"weight": (weight.float() + dense).to(weight.dtype).contiguous()}
+        if delta.record.bias:
+            merged["bias"] = delta.bias.to(weight.dtype)
+        return merged
+
+
+class RowsLayer(MESwitchLayer):
+    """An embedding: rows that an expert changed or added come from its delta."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """Ids that some resident expert (or the base) knows."""
+        return max([self.get_base_layer().num_embeddings, *(d.record.num_rows for d in self.meswitch_delta.values())])  # type: ignore[union-attr]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return int(self.get_base_layer().embedding_dim)  # type: ignore[arg-type]
+
+    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Int ``[batch, ...]`` to ``[batch, ..., width]``."""
+        groups = self.switch.groups(ids.shape[0], ids.device)
+        if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
+            return self.base_layer(ids, *args, **kwargs)
+        if groups[0][1] is None:
+            return self._embed(groups[0][0], ids, *args, **kwargs)
+        parts = [(rows, self._embed(expert, ids[rows], *args, **kwargs)) for expert, rows in groups]
+        first = parts[0][1]
+        out = first.new_empty(ids.shape[0], *first.shape[1:])
+        for rows, part in parts:
+            out[rows] = part
+        return out
+
+    def _embed(self, expert: str | None, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        delta = self.delta_of(expert)
+        if delta is None:
+            return self.base_layer(ids, *args, **kwargs)
+        base_rows = int(self.get_base_layer().num_embeddings)  # type: ignore[arg-type]
+        known = ids.clamp_max(base_rows - 1) if delta.record.num_rows > base_rows else ids
+        base = self.base_layer(known, *args, **kwargs)
+        return delta.embed(ids, base.to(ids.device), self._get_embed_scale())
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        delta = self.stored_delta(expert)
+        assert isinstance(delta, RowsDelta)
+        return {"weight": delta.dense(self.get_base_layer().weight)}  # type: ignore[arg-type]
+
+    def _swap_parameters(self, merged: dict[str, torch.Tensor]) -> None:
+        super()._swap_parameters(merged)
+        self.get_base_layer().num_embeddings = merged["weight"].shape[0]
+
+    def _restore_parameters(self, kept: dict[str, Any]) -> None:
+        super()._restore_parameters(kept)
+        self.get_base_layer().num_embeddings = kept["weight"].shape[0]
+
+
+class HeadLayer(MESwitchLayer):
+    """The output head: an expert's own rows, or its input embedding's where both models tie them.
+
+    The logits are as wide as the largest vocabulary loaded; ids that a row's expert does not know are ``-inf``.
+    """
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch, embedding: RowsLayer | None = None) -> None:
+        super().__init__(base_layer, switch)
+        # In a tuple, so that the embedding's tensors are not registered (and saved) a second time.
+        self._tied = (embedding,)
+        self.out_features, self.in_features = linear_sizes(base_layer)
+
+    def tie(self, embedding: RowsLayer) -> None:
+        """Answer for experts without rows of their own here from the embedding's rows."""
+        self._tied = (embedding,)
+
+    def delta_of(self, expert: str | None) -> Any:
+        own = super().delta_of(expert)
+        embedding = self._tied[0]
+        if own is None and embedding is not None and expert is not None and self.switch.experts[expert].tied:
+            return embedding.delta_of(expert)
+        return own
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[batch, ..., width]`` to ``[batch, ..., vocab_capacity]``."""
+        base = self.base_layer(hidden, *args, **kwargs)
+        groups = self.switch.groups(hidden.shape[0], hidden.device)
+        capacity = self.switch.vocab_capacity
+        if capacity > base.shape[-1]:
+            base = nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
+        if self.merged_adapters:
+            return base
+        if groups[0][1] is None:
+            return self._logits(groups[0][0], hidden, base)
+        for expert, rows in groups:
+            part = self._logits(expert, hidden[rows], base[rows])
+            base = base.index_copy(0, rows, part)
+        return base
+
+    def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        delta = self.delta_of(expert)
+        if delta is not None:
+            base = delta.logits(hidden, base)
+            if delta.record.bias:
+                bias, own = getattr(self.get_base_layer(), "bias", None), delta.bias.float()
+                if bias is not None:
+                    kept = min(own.shape[0], bias.shape[0])
+                    # Only logits that came from the base's rows carry the base's bias.
+                    untouched = torch.ones(own.shape[0], dtype=torch.bool, device=own.device)
+                    untouched[delta.row_index.long()] = False
+                    own = own.clone()
+                    own[:kept] -= torch.where(untouched[:kept], bias.float()[:kept], 0.0)
+                base = base.clone()
+                base[..., : own.shape[0]] += own.to(base.dtype)
+        known = self.switch.vocab_size(expert)
+        if known < base.shape[-1]:
+            base = base.clone()
+            base[..., known:] = float("-inf")
+        return base
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        base, delta = self.get_base_layer(), self.delta_of(expert)
+        merged = {"weight": delta.dense(base.weight)}
+        if delta.record.bias:
+            merged["bias"] = delta.bias.to(base.weight.dtype)
+        return merged
+
+    def _checked_parameters(self, expert: str, safe: bool) -> dict[str, torch.Tensor]:
+        delta = self.delta_of(expert)
+        if delta is None:
+            return {}
+        embedding = self._tied[0]
+        if super().delta_of(expert) is None and embedding is not None and embedding.merged_adapters:
+            # Share the embedding's merged parameter, so that the merged model is tied like the expert.
+            return {"weight": embedding.get_base_layer().weight}  # type: ignore[dict-item]
+        return super()._checked_parameters(expert, safe)
+
+    def _swap_parameters(self, merged: dict[str, torch.Tensor]) -> None:
+        base = self.get_base_layer()
+        self._unmerged = {name: base._parameters[name] for name in merged}
+        for name, tensor in merged.items():
+            shared = isinstance(tensor, nn.Parameter)
+            base._parameters[name] = tensor if shared else nn.Parameter(tensor, requires_grad=False)
+        if "weight" in merged:
+            base.out_features = merged["weight"].shape[0]  # type: ignore[assignment]
+
+    def _restore_parameters(self, kept: dict[str, Any]) -> None:
+        super()._restore_parameters(kept)
+        if "weight" in kept:
+            self.get_base_layer().out_features = kept["weight"].shape[0]
+
+
+class ValuesLayer(MESwitchLayer):
+    """A small module (a norm) that an expert runs with its own parameters."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Shape and dtype as the base's module."""
+        groups = self.switch.groups(x.shape[0], x.device)
+        if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
+            return self.base_layer(x, *args, **kwargs)
+        if groups[0][1] is None:
+            return self._module(groups[0][0])(x, *args, **kwargs)
+        parts = [(rows, self._module(expert)(x[rows], *args, **kwargs)) for expert, rows in groups]
+        out = x.new_empty(x.shape[0], *parts[0][1].shape[1:], dtype=parts[0][1].dtype)
+        for rows, part in parts:
+            out[rows] = part
+        return out
+
+    def _module(self, expert: str | None) -> nn.Module:
+        """The base's module seen with the expert's parameters: a shallow copy, so that threads do not swap weights."""
+        base = self.base_layer
+        delta = self.delta_of(expert)
+        if delta is None:
+            return base
+        view = copy.copy(base)
+        # accelerate's hook is a bound ``forward`` of the original module; the copy must use its own.
+        view.__dict__.pop("forward", None)
+        view._parameters = {**base._parameters, **self._own(delta)}  # type: ignore[assignment]
+        return view
+
+    def _own(self, delta: ValuesDelta) -> dict[str, torch.Tensor]:
+        base = self.get_base_layer()._parameters
+        return {
+            name: value.to(base[name].dtype)  # type: ignore[union-attr]
+            for name, value in delta.values.named_parameters(recurse=False)
+        }
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        delta = self.stored_delta(expert)
+        assert isinstance(delta, ValuesDelta)
+        return {name: value.detach().clone() for name, value in self._own(delta).items()}
+
+
+def wrap(module: nn.Module, kind: str, switch: ExpertSwitch) -> MESwitchLayer:
+    """Wrap a base module for a record of ``kind``."""
+    if kind == "linear":
+        return LinearLayer(module, switch)
+    if kind == "rows":
+        return RowsLayer(module, switch) if isinstance(module, nn.Embedding) else HeadLayer(module, switch)
+    return ValuesLayer(module, switch)

@@ -1,0 +1,191 @@
+"""Which expert answers which row: one object per model, read by every layer, so that no two layers can disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..delta_format.location import RepoLocation
+from ..delta_format.reader import DeltaFiles
+from ..errors import ExpertNotFoundError, UnsupportedOperationError
+from .naming import known_expert
+
+__all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup"]
+
+#: An expert (`None` is the base) and the batch rows it answers: int64 ``[rows]``, or `None` for all of them.
+RowGroup = tuple[str | None, torch.Tensor | None]
+
+#: The rows chosen for the call in progress. A context variable, so that threads generating at once do not mix.
+_ROWS: ContextVar[tuple[ExpertSwitch, _RowChoice] | None] = ContextVar("meswitch_rows", default=None)
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What the model must know of an expert beside its tensors.
+
+    Attributes:
+        vocab_size: rows of its input embedding.
+        eos_token_id: ids that end its answer.
+        pad_token_id: its padding id, if it has one.
+        tied: whether its output head is its input embedding.
+        files: where its delta repo was read from; `None` for one that was handed over as tensors.
+        assets: where its tokenizer, chat template and generation config are.
+    """
+
+    vocab_size: int
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    tied: bool = True
+    files: DeltaFiles | None = None
+    assets: RepoLocation | None = None
+
+
+class _RowChoice:
+    """One expert per row of the request, spread over beams and return sequences when the batch is a multiple."""
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        self.names = tuple(names)
+        self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
+
+    def spread(self, batch: int) -> list[str | None]:
+        copies, rest = divmod(batch, len(self.names))
+        if rest:
+            raise UnsupportedOperationError(
+                f"{len(self.names)} experts were named, but a layer received a batch of {batch} rows. Name one expert "
+                "per prompt."
+            )
+        return [name for name in self.names for _ in range(copies)]
+
+    def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
+        cached = self._groups.get((batch, device))
+        if cached is not None:
+            return cached
+        distinct = list(dict.fromkeys(self.names))
+        groups: list[RowGroup] = [(distinct[0], None)]
+        if len(distinct) > 1:
+            rows = self.spread(batch)
+            groups = [
+                (name, torch.tensor([i for i, row in enumerate(rows) if row == name], device=device))
+                for name in distinct
+            ]
+        self._groups[batch, device] = groups
+        return groups
+
+
+@dataclass(eq=False)
+class ExpertSwitch:
+    """The sticky choice of a model and the per-row choice of a call.
+
+    Precedence, highest first: rows chosen for the call (:meth:`rows`), ``disabled``, ``active``.
+
+    Attributes:
+        experts: loaded experts by name.
+        base_vocab_size: rows of the base's input embedding.
+        active: adapters made active through PEFT's calls; at most one of them is an expert.
+        disabled: whether adapters are off (``disable_adapters``).
+        merged: the expert merged into the base weights, if any.
+        base_eos_token_id: ids that end the base's answer.
+        keep: whether the model keeps its expert-aware calls when the last expert is deleted (a family does).
+        pending: an expert that is attached but has no tensors yet.
+        base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
+    """
+
+    base_vocab_size: int
+    experts: dict[str, ExpertInfo] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    disabled: bool = False
+    merged: str | None = None
+    base_eos_token_id: tuple[int, ...] = ()
+    keep: bool = False
+    pending: str | None = None
+    base_download: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def active_expert(self) -> str | None:
+        """The expert that answers when a call names none; `None` is the base."""
+        if self.disabled:
+            return None
+        return next((name for name in self.active if name in self.experts), None)
+
+    @property
+    def vocab_capacity(self) -> int:
+        """Width of the logits: the largest vocabulary among the base and the loaded experts."""
+        return max([self.base_vocab_size, *(info.vocab_size for info in self.experts.values())])
+
+    def vocab_size(self, expert: str | None) -> int:
+        """Number of ids that an expert (or the base) knows."""
+        return self.base_vocab_size if expert is None else self.experts[expert].vocab_size
+
+    def set_active(self, names: Sequence[str]) -> None:
+        """Make adapters active, as PEFT's ``set_adapter`` does.
+
+        Raises:
+            UnsupportedOperationError: two experts at once; their deltas do not add up to a model.
+        """
+        chosen = [name for name in names if name in self.experts]
+        if len(chosen) > 1:
+            raise UnsupportedOperationError(
+                f"Experts {chosen} cannot be active together: each is a complete fine-tune of the base. Activate one, "
+                "or give each row of a batch its own with generate(..., expert=[...])."
+            )
+        self.active = list(names)
+
+    def forget(self, expert: str) -> None:
+        """Drop an expert; if it was active, the alphabetically first remaining one becomes so, as in PEFT."""
+        if self.experts.pop(expert, None) is not None and expert in self.active:
+            self.active.remove(expert)
+            if not self.active and self.experts:
+                self.active = [min(self.experts)]
+
+    @contextmanager
+    def rows(self, experts: Sequence[str | None]) -> Iterator[None]:
+        """Let each row of the batches inside the block be answered by its own expert.
+
+        Args:
+            experts: one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
+
+        Raises:
+            ExpertNotFoundError: a name is not loaded.
+            UnsupportedOperationError: no rows, or an expert is merged and a row asks for another.
+        """
+        names = [known_expert(name, self.experts) for name in experts]
+        if not names:
+            raise ExpertNotFoundError("An empty list of experts was given; name one per row.")
+        self._check_merged(names)
+        token = _ROWS.set((self, _RowChoice(names)))
+        try:
+            yield
+        finally:
+            _ROWS.reset(token)
+
+    def eos_token_id(self, expert: str | None) -> tuple[int, ...]:
+        """Ids that end an answer of an expert (or the base)."""
+        own = () if expert is None else self.experts[expert].eos_token_id
+        return own or self.base_eos_token_id
+
+    def chosen_rows(self, batch: int) -> list[str | None] | None:
+        """The experts that an enclosing :meth:`rows` block chose for a batch, or `None` outside of one."""
+        chosen = _ROWS.get()
+        return chosen[1].spread(batch) if chosen is not None and chosen[0] is self else None
+
+    def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
+        """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
+        chosen = _ROWS.get()
+        if chosen is not None and chosen[0] is self and not self.disabled:
+            return chosen[1].groups(batch, device)
+        expert = self.active_expert
+        if self.merged is not None:
+            self._check_merged([expert])
+        return [(expert, None)]
+
+    def _check_merged(self, names: Sequence[str | None]) -> None:
+        if self.merged is not None and any(name != self.merged for name in names):
+            raise UnsupportedOperationError(
+                f"Expert {self.merged!r} is merged into the base weights, so {sorted({str(n) for n in names})} cannot "
+                "be computed. Call unmerge_adapter() first."
+            )

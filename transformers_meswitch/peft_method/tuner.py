@@ -1,0 +1,229 @@
+"""ME-Switch as a PEFT method: what PEFT and transformers call to attach, fill, save and drop an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..configuration import MESWITCH, MESwitchExpertConfig
+from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX
+from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
+from ..errors import MESwitchError
+from .attachment import attach_expert, remove_expert, set_vocab_capacity
+from .injection import plan_injection, switch_of, wrapped_layers
+from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
+from .merging import merge_expert, unload
+from .naming import module_key
+
+__all__ = ["MESwitchModel", "check_tensors", "fill_expert", "register"]
+
+
+class MESwitchModel(BaseTuner):
+    """The tuner that PEFT creates to inject an expert into a model; see ``PeftModel.base_model``."""
+
+    prefix = LEAF_PREFIX
+    tuner_layer_cls = MESwitchLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # -- attaching --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Check the expert against the model, then wrap the layers that it changes.
+
+        Raises:
+            MESwitchError: see :func:`~transformers_meswitch.peft_method.injection.plan_injection`; the model is as it
+                was before.
+        """
+        config = self.peft_config[adapter_name]
+        try:
+            targets = plan_injection(model, config, adapter_name, self.peft_config)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        attach_expert(model, adapter_name, config)  # type: ignore[arg-type]
+        try:
+            # Not a field of the config: it depends on the model at hand and is never saved.
+            config.__dict__["_targets"] = targets
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            _tie_heads(model)
+        except Exception:
+            remove_expert(model, adapter_name, self.peft_config)
+            raise
+        finally:
+            config.__dict__.pop("_targets", None)
+
+    def _prepare_adapter_config(self, peft_config: MESwitchExpertConfig, model_config: dict) -> MESwitchExpertConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MESwitchExpertConfig, key: str) -> bool:
+        return key in peft_config.__dict__["_targets"]
+
+    def _create_and_replace(
+        self,
+        peft_config: MESwitchExpertConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        record = peft_config.__dict__["_targets"][current_key]
+        layer = target
+        if not isinstance(target, MESwitchLayer):
+            switch = switch_of(self.model)
+            assert switch is not None
+            layer = wrap(target, "rows" if record is None else record.kind, switch)
+            self._replace_module(parent, target_name, layer, target)
+        if record is not None:
+            layer.add_delta(adapter_name, record)  # type: ignore[operator, union-attr]
+
+    # PEFT would round step sizes to, or raise them from, half precision.
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        return None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an expert; the base stays."""
+        super().delete_adapter(adapter_name)
+        set_vocab_capacity(self.model)
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write one expert into the base weights; see :func:`~transformers_meswitch.peft_method.merging.merge_expert`."""
+        merge_expert(self.model, adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            merge_expert(self.model, adapter_names, safe_merge, progressbar)
+        return unload(self.model, merge)
+
+    # -- mixed batches: PeftModel.forward and .generate with adapter_names --------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        switch = switch_of(self.model)
+        with nullcontext() if names is None or switch is None else switch.rows(names):
+            yield
+
+    # -- state dicts: safe keys in the model, expert-independent keys on disk ------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MESwitchExpertConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        marker = f".{LEAF_PREFIX}.{module_key(adapter_name)}."
+        selected = {key: value for key, value in state_dict.items() if marker in key}
+        # PEFT would add all of a wrapped embedding to a save when the vocabulary grew; the rows hold the difference.
+        layers = tuple(f"{name}." for name in wrapped_layers(model))
+        for key in [k for k in state_dict if k.startswith(layers)]:
+            del state_dict[key]
+        return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".{LEAF_PREFIX}.{module_key(adapter_name)}.", f".{LEAF_PREFIX}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MESwitchExpertConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        try:
+            check_tensors(config, state_dict)
+            placed = _placed(inner, adapter_name, config, state_dict)
+        except MESwitchError:
+            remove_expert(inner, adapter_name, model.peft_config)
+            raise
+        switch = switch_of(inner)
+        assert switch is not None
+        switch.pending = None
+        return {f"{KEY_PREFIX}{key}": value for key, value in placed.items()}
+
+
+def check_tensors(config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check a delta's tensors, keyed as on disk, against its config: names, dtypes, shapes and values.
+
+    Raises:
+        DeltaFormatError: names the tensor, what was found and what was expected.
+    """
+    records = check_config(config)
+    check_headers(records, tensor_headers(tensors))
+    check_values(records, tensors.__getitem__)
+
+
+def _placed(
+    model: nn.Module, expert: str, config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Parameter name in ``model`` to tensor, for every module of the delta that the model has."""
+    layers = wrapped_layers(model)
+    prefix = f"{model.base_model_prefix}."  # type: ignore[union-attr]
+    placed = {}
+    for stored, record in config.records().items():
+        local = stored if stored in layers else stored.removeprefix(prefix)
+        if local in layers:
+            for leaf in record.leaves():
+                key = f"{local}.{LEAF_PREFIX}.{module_key(expert)}.{leaf}"
+                placed[key] = tensors[f"{KEY_PREFIX}{stored}.{LEAF_PREFIX}.{leaf}"]
+    return placed
+
+
+def fill_expert(
+    model: nn.Module, expert: str, config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Hand an attached expert its tensors (checked, keyed as on disk), on the devices of the layers they belong to."""
+    for key, tensor in _placed(model, expert, config, tensors).items():
+        path, _, leaf = key.partition(f".{LEAF_PREFIX}.{module_key(expert)}.")
+        layer = model.get_submodule(path)
+        assert isinstance(layer, MESwitchLayer)
+        layer.stored_delta(expert).assign(leaf, tensor, next(layer.get_base_layer().parameters()).device)
+
+
+def _tie_heads(model: nn.Module) -> None:
+    """Let the head answer from the embedding's rows where the base ties them."""
+    layers = wrapped_layers(model)
+    embedding = next((m for m in layers.values() if m is model.get_input_embeddings()), None)  # type: ignore[operator]
+    for layer in layers.values():
+        if isinstance(layer, HeadLayer) and isinstance(embedding, RowsLayer) and _tied(layer, embedding):
+            layer.tie(embedding)
+
+
+def _tied(head: HeadLayer, embedding: RowsLayer) -> bool:
+    return head.get_base_layer().weight is embedding.get_base_layer().weight
+
+
+def register() -> None:
+    """Register the method with PEFT. Idempotent; touches nothing of PEFT but its look-up tables."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[MESWITCH] = MESwitchExpertConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[MESWITCH] = MESwitchModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[MESWITCH] = LEAF_PREFIX  # type: ignore[index]

@@ -1,0 +1,186 @@
+"""Writing what a model holds: the active expert as a delta repo, or the whole as a family repo."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import urllib.parse
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cards import delta_card, family_card, merge_card
+from .compression.assets import GENERATION_CONFIG, find_assets
+from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+from .delta_format.spec import KEY_PREFIX
+from .delta_format.writer import write_delta
+from .errors import ExpertNotFoundError, UnsupportedOperationError
+from .hub import push_folder
+from .peft_method.injection import wrapped_layers
+
+if TYPE_CHECKING:
+    from .mixin import MESwitchMixin
+
+__all__ = ["push_to_hub", "save_expert", "save_family", "save_pretrained"]
+
+_CARD = "README.md"
+
+
+def save_pretrained(
+    model: MESwitchMixin,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    **kwargs: Any,
+) -> None:
+    """``model.save_pretrained``: the family if the model is one, else the active expert's delta.
+
+    Raises:
+        ExpertNotFoundError: no family, and no expert is active.
+        UnsupportedOperationError: PEFT's key prefix switched off, which no delta reader would find.
+    """
+    if kwargs.pop("save_peft_format", True) is False:
+        raise UnsupportedOperationError("save_peft_format=False is not supported: a delta repo is a PEFT repo.")
+    if is_main_process:
+        if model._meswitch_family is not None:
+            save_family(model, save_directory, max_shard_size=max_shard_size)
+        else:
+            save_expert(model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
+    if push_to_hub:
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        push_folder(save_directory, repo_id, **_push_arguments(kwargs))
+
+
+def push_to_hub(model: MESwitchMixin, repo_id: str, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
+    """``model.push_to_hub``: save to a temporary folder, push it in one commit, return the commit's URL.
+
+    Raises:
+        UnsupportedOperationError: the family names a base by a path of this machine.
+    """
+    family = model._meswitch_family
+    if family is not None and Path(str(family.base_model_name_or_path)).exists():
+        raise UnsupportedOperationError(
+            f"The family's base is the local folder {family.base_model_name_or_path!r}, which nobody else can load. "
+            "Push the base first and load the family with its Hub id."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, max_shard_size=max_shard_size)
+        return push_folder(folder, repo_id, **_push_arguments(kwargs)).commit_url
+
+
+def _push_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("private", "revision", "commit_message", "commit_description", "token", "create_pr", "tags")
+    return {key: kwargs[key] for key in known if kwargs.get(key) is not None}
+
+
+def save_expert(
+    model: MESwitchMixin,
+    save_directory: str | Path,
+    expert: str | None = None,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write one expert as a delta repo, with its tokenizer, chat template, generation config and card.
+
+    Args:
+        model: a model with experts.
+        save_directory: the folder.
+        expert: the expert; the active one if `None`.
+        state_dict: the model's state dict, where it had to be gathered by other means.
+        max_shard_size: largest weight file.
+
+    Raises:
+        ExpertNotFoundError: not loaded, or none is active.
+    """
+    name = expert if expert is not None else model.active_expert
+    if name is None:
+        raise ExpertNotFoundError("No expert is active, so there is no delta to save; call set_expert() first.")
+    config: MESwitchExpertConfig = model.peft_config[name]
+    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in model.get_adapter_state_dict(name, state_dict).items()}
+    info = model._meswitch_switch.experts[name]
+    assets: list[Path] = []
+    if info.assets is not None:
+        generation_config = info.assets.find(GENERATION_CONFIG)
+        assets = [*find_assets(info.assets), *([] if generation_config is None else [generation_config])]
+    own_card = None if info.files is None else info.files.asset(_CARD)
+    fresh = delta_card(
+        config,
+        total_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        dense_bytes=_dense_bytes(model),
+    )
+    kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
+    write_delta(
+        save_directory,
+        config,
+        tensors,
+        assets,
+        texts={_CARD: merge_card(kept, fresh) if kept else fresh},
+        max_shard_size=max_shard_size,
+    )
+
+
+def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
+    """Write a family repo: where the base is, where each expert is, the tokenizer and the card.
+
+    Experts from the Hub are named by id and commit; experts from this machine are written into ``experts/``.
+    ``config.json`` is moved into place last.
+    """
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = model._meswitch_family
+    assert family is not None
+    experts: dict[str, Any] = {}
+    for name, info in model._meswitch_switch.experts.items():
+        location = None if info.files is None else info.files.location
+        if info.files is not None and location is not None and not location.is_local:
+            experts[name] = {"repo": info.files.repo, "revision": info.files.revision}
+            if location.subfolder:
+                experts[name]["subfolder"] = location.subfolder
+        else:
+            path = f"experts/{urllib.parse.quote(name, safe='-_.')}"
+            save_expert(model, folder / path, name, max_shard_size=max_shard_size)
+            experts[name] = {"repo": f"./{path}", "revision": None}
+    config = MESwitchFamilyConfig(
+        family.base_model_name_or_path,
+        family.base_revision,
+        experts,
+        default_expert=model.active_expert,
+        router=family.router,
+        architectures=["MESwitchModelForCausalLM"],
+    )
+    staging = folder / f".{uuid.uuid4().hex}"
+    staging.mkdir()
+    try:
+        config.save_pretrained(staging)
+        model.generation_config.save_pretrained(staging)  # type: ignore[attr-defined]
+        try:
+            model.tokenizer_for(None).save_pretrained(staging)
+        except (OSError, ValueError):
+            pass  # a base without a tokenizer gives a family without one
+        kept, fresh = _existing_card(folder), family_card(config)
+        (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
+        for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _existing_card(folder: Path) -> str | None:
+    path = folder / _CARD
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _dense_bytes(model: Any) -> int:
+    """Bytes of a full 16-bit copy of the base, tied weights counted once."""
+    seen: dict[int, int] = {}
+    wrapped = wrapped_layers(model)
+    for name, parameter in model.named_parameters():
+        if not any(name.startswith(f"{path}.meswitch_delta.") for path in wrapped):
+            seen[id(parameter)] = parameter.numel() * 2
+    return sum(seen.values())
