@@ -1,0 +1,74 @@
+"""Help, version, exit codes and how errors are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from transformers_meswitch import __version__
+from transformers_meswitch.cli import main
+from transformers_meswitch.errors import DeltaFormatError
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"meswitch {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect", "generate", "demo"])
+def test_every_command_shows_an_example(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"meswitch {command}" in capsys.readouterr().out.split("example")[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["compress", "base", "expert"],
+        ["compress", "base", "expert", "-o", "x", "--bits", "5"],
+        ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj"],
+        ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj=7"],
+        ["compress", "base", "expert", "-o", "x", "--salient-channels", "-1"],
+        ["inspect", "delta", "--base", "base"],
+        ["generate", "base", "-p", "a", "--max-new-tokens", "0"],
+        ["generate", "base", "-p", "a", "--temperature", "-1"],
+        ["generate", "base", "-p", "a", "--expert", "math="],
+        ["generate", "base", "-p", "a", "--expert", "math", "--expert", "math=x"],
+        ["generate", "base", "-p", "a", "--device", "abacus"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_exits_with_1(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert "Traceback" not in output.err
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("MESWITCH_DEBUG", "1")
+    with pytest.raises(DeltaFormatError):
+        main(["inspect", str(tmp_path)])
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers_meswitch.demo.runner.run_demo", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_demo_runs_the_bundled_family(arguments, monkeypatch):
+    calls = []
+    monkeypatch.setattr("transformers_meswitch.demo.runner.run_demo", lambda **options: calls.append(options))
+    assert main(["demo", *arguments]) == 0
+    assert calls == [{"json": bool(arguments)}]
