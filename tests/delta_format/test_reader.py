@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hub_server import HubServer
+from transformers_meswitch.delta_format import location
+from transformers_meswitch.delta_format.reader import check_delta, open_delta, resolve_delta
+from transformers_meswitch.delta_format.spec import tensor_key
+from transformers_meswitch.delta_format.writer import write_delta
+from transformers_meswitch.errors import DeltaFormatError, FormatVersionError
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
+    return config
+
+
+def test_local_folder_and_subfolder_without_network(frozen, monkeypatch):
+    monkeypatch.setattr(location, "hf_hub_download", lambda *_, **__: pytest.fail("the network was asked"))
+    files = resolve_delta(frozen)
+    assert (files.directory, files.revision) == (frozen, None)
+    assert files.weight_paths == [frozen / "adapter_model.safetensors"]
+    nested = resolve_delta(str(frozen.parent), subfolder="frozen")
+    assert nested.config_path == frozen / "adapter_config.json"
+    assert open_delta(nested).asset("expected_values.json") == frozen / "expected_values.json"
+    assert open_delta(nested).asset("tokenizer.json") is None
+
+
+@pytest.mark.parametrize("name", ["../adapter_config.json", "/etc/passwd", "a/../../b", "", "."])
+def test_assets_outside_the_repo_are_refused(frozen, name):
+    with pytest.raises(DeltaFormatError, match="is not the name of a file inside"):
+        open_delta(frozen).asset(name)
+
+
+def test_tensors_are_read_lazily(frozen):
+    delta = open_delta(frozen)
+    keys = list(delta.keys())
+    assert keys == sorted(keys)
+    with pytest.raises(DeltaFormatError, match=r"no tensor 'lm_head\.rows'"):
+        delta.tensor("lm_head.rows")
+    path = frozen / "adapter_model.safetensors"
+    path.rename(frozen / "moved")
+    with pytest.raises(DeltaFormatError, match=r"adapter_model\.safetensors: tensor .* cannot be read"):
+        delta.tensor(keys[0])
+
+
+def test_shards_under_both_names_of_the_index(make_delta, tmp_path):
+    write_delta(tmp_path, *make_delta(1), max_shard_size=20)
+    first = open_delta(tmp_path).tensors()
+    (tmp_path / "adapter_model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.json")
+    second = open_delta(tmp_path).tensors()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    missing = next(tmp_path.glob("*-00002-of-*"))
+    missing.unlink()
+    with pytest.raises(DeltaFormatError, match=f"has no file {missing.name}"):
+        open_delta(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(make_delta, tmp_path):
+    write_delta(tmp_path, *make_delta(1), max_shard_size=20)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(DeltaFormatError, match=f"is in both .*{shards[0].name} and .*{shards[1].name}"):
+        open_delta(tmp_path)
+
+
+def test_unknown_fields_are_ignored(frozen):
+    edit(frozen, added_in_a_later_release={"deep": [1]}, another=None)
+    check_delta(open_delta(frozen))
+
+
+def test_later_version_names_what_to_install(frozen):
+    edit(frozen, format_version=7, modules=[])
+    with pytest.raises(FormatVersionError, match=r"version 7.*up to version 1.*pip install -U transformers-meswitch"):
+        open_delta(frozen)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[1]", "holds a JSON list, expected an object"),
+        (b'{"peft_type": "LORA"}', "peft_type is 'LORA'"),
+    ],
+)
+def test_malformed_config(frozen, content, message):
+    (frozen / "adapter_config.json").write_bytes(content)
+    with pytest.raises(DeltaFormatError, match=message):
+        open_delta(frozen)
+
+
+def test_field_that_peft_refuses(frozen):
+    edit(frozen, task_type="WRITE_POETRY")
+    with pytest.raises(DeltaFormatError, match=r"adapter_config\.json is not a valid configuration: .*WRITE_POETRY"):
+        open_delta(frozen)
+
+
+def test_not_a_delta_repo(tmp_path):
+    with pytest.raises(DeltaFormatError, match=r"has no adapter_config\.json, so it is not a delta repo"):
+        resolve_delta(tmp_path)
+    with pytest.raises(DeltaFormatError, match="is not a folder"):
+        resolve_delta("./no/such/folder")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was opened')",))
+
+
+def test_pickles_are_never_opened(frozen):
+    (frozen / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    open_delta(frozen)
+    (frozen / "adapter_model.safetensors").unlink()
+    with pytest.raises(DeltaFormatError, match=r"has adapter_model\.bin but no .*never opened here\. Convert it"):
+        open_delta(frozen)
+    (frozen / "adapter_model.bin").rename(frozen / "adapter_model.safetensors")
+    with pytest.raises(DeltaFormatError, match="is not a complete safetensors file"):
+        open_delta(frozen)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 3000, 3480])
+def test_truncated_weights(frozen, cut):
+    path = frozen / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DeltaFormatError, match=r"adapter_model\.safetensors is not a complete safetensors file"):
+        open_delta(frozen)
+
+
+def test_weights_that_the_table_does_not_announce(frozen):
+    config = edit(frozen)
+    config["modules"]["lm_head"]["rows"] = 2
+    del config["modules"]["model.norm"]
+    edit(frozen, modules=config["modules"])
+    with pytest.raises(DeltaFormatError) as caught:
+        open_delta(frozen)
+    assert f"{tensor_key('lm_head', 'rows')} has shape [1, 2], expected [2, 2]" in str(caught.value)
+    assert f"{tensor_key('model.norm', 'values.bias')} is not announced" in str(caught.value)
+
+
+CLIENT = """
+import json, sys
+from transformers_meswitch.delta_format.reader import check_delta, open_delta, resolve_delta
+from transformers_meswitch.delta_format.checkpoint import resolve_checkpoint
+from transformers_meswitch.errors import MESwitchError
+for call in json.loads(sys.argv[1]):
+    function = {"delta": resolve_delta, "checkpoint": resolve_checkpoint}[call.pop("what")]
+    asset = call.pop("asset", None)
+    try:
+        files = function(**call)
+        if function is resolve_delta:
+            check_delta(open_delta(files))
+        print("ok", files.revision, asset and files.asset(asset).read_text())
+    except MESwitchError as error:
+        print(type(error).__name__, " ".join(str(error).split()))
+"""
+
+
+def call_client(hub: HubServer, cache: Path, *calls: dict, **environment: str) -> list[str]:
+    variables = os.environ | hub.environment("alice", str(cache)) | environment
+    command = [sys.executable, "-c", CLIENT, json.dumps(calls)]
+    root = Path(__file__).parent.parent.parent
+    process = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+@pytest.mark.integration
+def test_hub_cache_and_offline(frozen, tmp_path):
+    contents = {path.name: path.read_bytes() for path in frozen.iterdir()}
+    with HubServer() as hub:
+        commit = hub.add_repo("alice/delta", contents).branches["main"]
+        hub.add_repo("alice/nested", {f"math/{name}": data for name, data in contents.items()})
+        hub.add_repo("alice/pickle", {"pytorch_model.bin": b"x", "config.json": b"{}"})
+        hub.add_repo("alice/base", {"config.json": b"{}", "model.safetensors": contents["adapter_model.safetensors"]})
+        delta = {"what": "delta", "repo": "alice/delta", "asset": "expected_values.json"}
+        expected = f"ok {commit} {{"
+        fetched = call_client(
+            hub,
+            tmp_path / "cache",
+            delta,
+            {"what": "delta", "repo": "alice/nested", "subfolder": "math"},
+            {"what": "checkpoint", "repo": "alice/base"},
+            {"what": "checkpoint", "repo": "alice/pickle"},
+            {"what": "delta", "repo": "alice/base"},
+            {"what": "delta", "repo": "alice/gone"},
+            {"what": "delta", "repo": "not a repo id"},
+            {"what": "delta", "repo": "alice/delta", "revision": "v9"},
+        )
+        lines = [line for line in fetched if line.startswith(("ok", "DeltaFormatError", "CheckpointError"))]
+        assert lines[0] == expected
+        assert lines[1].startswith("ok ")
+        assert lines[2].startswith("ok ")
+        for line, start, part in [
+            (lines[3], "CheckpointError", "alice/pickle (revision "),
+            (lines[3], "CheckpointError", "has pytorch_model.bin but no model.safetensors"),
+            (lines[4], "DeltaFormatError", "alice/base has no adapter_config.json"),
+            (lines[5], "DeltaFormatError", "adapter_config.json of alice/gone could not be fetched"),
+            (lines[6], "DeltaFormatError", "adapter_config.json of not a repo id could not be fetched"),
+            (lines[7], "DeltaFormatError", "v9"),
+        ]:
+            assert line.startswith(start), line
+            assert part in line, line
+
+        offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        assert call_client(hub, tmp_path / "cache", delta, **offline)[0] == expected
+        empty = tmp_path / "empty"
+        line = call_client(hub, empty, delta, **offline)[0]
+        assert "has no adapter_config.json in the local cache (offline" in line
+        line = call_client(hub, empty, delta | {"local_files_only": True})[0]
+        assert "in the local cache (offline" in line
+        line = call_client(hub, empty, delta, HF_ENDPOINT="http://127.0.0.1:9")[0]
+        assert line.startswith("DeltaFormatError adapter_config.json of alice/delta is not in the cache")
