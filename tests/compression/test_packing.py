@@ -30,7 +30,7 @@ def codes_of_some_bits(draw):
 
 
 @given(codes_of_some_bits())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_round_trip_and_reference_bytes(case):
     bits, width, rows = case
     codes = torch.tensor(rows, dtype=torch.uint8).view(len(rows), width)

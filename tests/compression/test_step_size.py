@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from transformers_meswitch.compression import step_size
 from transformers_meswitch.compression.step_size import fit_row_column_steps, fit_step
 
 
@@ -86,7 +87,7 @@ def test_scale_is_no_matter(delta, scale):
 
 def test_blocks_of_rows_change_nothing(delta, monkeypatch):
     whole = fit_step(delta, 2), *fit_row_column_steps(delta, 2)
-    monkeypatch.setattr("transformers_meswitch.compression.step_size._BLOCK", {"cpu": 80})
+    monkeypatch.setattr(step_size, "_BLOCK", {"cpu": 80})
     blocks = fit_step(delta, 2), *fit_row_column_steps(delta, 2)
     for one, other in zip(whole, blocks, strict=True):
         torch.testing.assert_close(one, other)

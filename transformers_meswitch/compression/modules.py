@@ -12,7 +12,7 @@ from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRe
 from ..errors import CompressionError
 from .linear import compress_linear
 
-__all__ = ["compress_module"]
+__all__ = ["check_shapes", "compress_module"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,7 +50,8 @@ def compress_module(
     >>> compress_module("values", one, one, name="norm", config=MESwitchConfig()) is None
     True
     """
-    _check(kind, base, expert, name)
+    check_shapes(kind, _shapes(base), _shapes(expert), name)
+    _check_values(base, expert, name)
     expert = {key: value.float() if value.dtype == torch.float64 else value for key, value in expert.items()}
     if kind == "linear":
         return _compress_linear(base, expert, name, config, second_moment, is_conv1d)
@@ -63,14 +64,43 @@ def compress_module(
     return ValuesRecord(shapes), {f"values.{key}": value for key, value in changed.items()}
 
 
-def _check(kind: str, base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
+def check_shapes(
+    kind: str, base: Mapping[str, tuple[int, ...]], expert: Mapping[str, tuple[int, ...]], name: str
+) -> None:
+    """Refuse a module that has other parameters in the expert than in the base.
+
+    Args:
+        kind: as for :func:`compress_module`; the first size of ``"rows"`` is free, since added tokens change it.
+        base: parameter name to shape in the base.
+        expert: parameter name to shape in the expert.
+        name: canonical module name, for the message.
+
+    Raises:
+        CompressionError: naming the parameter and both shapes.
+
+    >>> check_shapes("rows", {"weight": (10, 4)}, {"weight": (12, 4)}, "embed")
+    """
     if set(base) != set(expert):
         raise CompressionError(
             f"{name} has parameters {sorted(expert)} in the expert but {sorted(base)} in the base. "
             "The expert is of another architecture; a delta needs a fine-tune of this base."
         )
+    fixed = 1 if kind == "rows" else 0
     for key in expert:
-        for whose, tensor in (("base", base[key]), ("expert", expert[key])):
+        if base[key][fixed:] != expert[key][fixed:]:
+            raise CompressionError(
+                f"{name}.{key} has shape {expert[key]} in the expert but {base[key]} in the base. "
+                "The expert is of another architecture or size; a delta needs a fine-tune of this base."
+            )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _check_values(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
+    for whose, tensors in (("base", base), ("expert", expert)):
+        for key, tensor in tensors.items():
             if tensor.dtype not in _FLOATS:
                 raise CompressionError(
                     f"{name}.{key} of the {whose} is {tensor.dtype}, expected one of {_FLOATS}. "
@@ -80,14 +110,6 @@ def _check(kind: str, base: Mapping[str, Tensor], expert: Mapping[str, Tensor], 
                 raise CompressionError(
                     f"{name}.{key} of the {whose} holds NaN or infinite values; compress an intact checkpoint."
                 )
-        ours, theirs = tuple(base[key].shape), tuple(expert[key].shape)
-        if kind == "rows":  # added tokens resize the first dimension
-            ours, theirs = ours[1:], theirs[1:]
-        if ours != theirs:
-            raise CompressionError(
-                f"{name}.{key} has shape {tuple(expert[key].shape)} in the expert but {tuple(base[key].shape)} in the "
-                "base. The expert is of another architecture or size; a delta needs a fine-tune of this base."
-            )
 
 
 def _bits_of(tensor: Tensor) -> Tensor:

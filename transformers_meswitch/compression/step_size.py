@@ -174,6 +174,6 @@ def _columns_given(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Ten
 def _joint_error(delta: Tensor, bits: int, weight: Tensor, row: Tensor, column: Tensor) -> float:
     def error(d: Tensor, r: Tensor) -> Tensor:
         lost = (d - _scaled_levels(d, bits, r, column) * column).square() @ weight
-        return lost.sum(dtype=torch.float64)
+        return lost.sum()
 
     return float(_by_rows(delta, row, error))

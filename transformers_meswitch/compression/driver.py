@@ -1,0 +1,95 @@
+"""The loop over a model's modules that all producers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+from ..configuration import MESwitchConfig
+from ..delta_format.spec import ModuleRecord
+from ..errors import CompressionError, UnsupportedModelError
+from ..module_kinds import is_conv1d, module_kinds
+from .modules import check_shapes, compress_module
+from .sources import Parameters, output_head
+
+__all__ = ["compress_modules"]
+
+
+def compress_modules(
+    model: PreTrainedModel,
+    base: Parameters,
+    expert: Parameters,
+    config: MESwitchConfig,
+    *,
+    second_moments: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[str, ModuleRecord, dict[str, Tensor]]]:
+    """The changed modules of an expert one after the other, one pair of modules in memory at a time.
+
+    Shapes are checked for all modules before the first is worked on.
+
+    Args:
+        model: the expert's causal LM, on any device, ``meta`` included; only its structure is used.
+        base: the base's parameters.
+        expert: the expert's parameters.
+        config: bits, salient channels and column steps.
+        second_moments: linear's name to float32 ``[in]``, mean square of each input channel, see
+            :mod:`.calibration`; a linear that is not named is weighed evenly.
+        device: where to compute; `None` is where the expert's parameters are.
+        progress: whether to show a progress bar.
+
+    Yields:
+        Canonical module name, record, and leaves by name on the device of the computation.
+
+    Raises:
+        UnsupportedModelError: a layer that the format has no place for.
+        CompressionError: base and expert of different architectures; NaN or infinite weights. The tensor is named.
+    """
+    kinds = module_kinds(model)
+    _check_architecture(kinds, base, expert)
+    head = output_head(model)
+    for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):
+        if name == head and base.tied and expert.tied:
+            _check_tied_head(name, base, expert)
+            continue
+        ours, theirs = expert.of(name), base.of(name)
+        where = next(iter(ours.values())).device if device is None else torch.device(device)
+        result = compress_module(
+            kinds[name],
+            {key: value.to(where) for key, value in theirs.items()},
+            {key: value.to(where) for key, value in ours.items()},
+            name=name,
+            config=config,
+            second_moment=(second_moments or {}).get(name),
+            is_conv1d=is_conv1d(model.get_submodule(name)),
+        )
+        if result is not None:
+            yield name, *result
+
+
+def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Parameters) -> None:
+    alone = sorted(set(base.modules) ^ set(expert.modules))
+    if alone:
+        whose, other = ("base", "expert") if alone[0] in base.modules else ("expert", "base")
+        raise CompressionError(
+            f"The {whose} has a layer {alone[0]} and the {other} has not ({len(alone)} layers are in one only). "
+            "The expert is of another architecture; a delta needs a fine-tune of this base."
+        )
+    for name, kind in kinds.items():
+        check_shapes(kind, base.shapes(name), expert.shapes(name), name)
+
+
+def _check_tied_head(name: str, base: Parameters, expert: Parameters) -> None:
+    """A tied head is stored with the embedding; there is no place for a bias of its own."""
+    ours, theirs = expert.of(name), base.of(name)
+    for key in sorted(set(ours) - {"weight"}):
+        if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key].to(ours[key])):
+            raise UnsupportedModelError(
+                f"{name}.{key} differs between base and expert, and {name}.weight is tied to the input embedding; "
+                "the delta format has no place for parameters of a tied output head."
+            )

@@ -1,0 +1,225 @@
+"""From two checkpoints to a delta repo, streamed: one pair of modules in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from ..cards import delta_card, merge_card
+from ..configuration import MESwitchConfig, MESwitchExpertConfig
+from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
+from ..delta_format.fingerprint import fingerprint_checkpoint
+from ..delta_format.location import RepoLocation
+from ..delta_format.spec import ADAPTER_CONFIG_NAME, ModuleRecord, tensor_key
+from ..delta_format.writer import write_delta
+from ..errors import CheckpointError, CompressionError, UnsupportedModelError
+from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
+from .calibration import Calibration, collect_second_moments, read_samples
+from .driver import compress_modules
+from .expert_config import expert_config, portable_name
+from .sources import CheckpointParameters, meta_model
+
+__all__ = ["compress"]
+
+
+def compress(
+    base: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    config: MESwitchConfig | None = None,
+    calibration: Calibration | None = None,
+    *,
+    expert_revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    device: torch.device | str | None = None,
+    max_calibration_tokens: int = 65536,
+    progress: bool = True,
+) -> Path:
+    """Compress a full fine-tune into a delta repo.
+
+    The checkpoints are read module by module; the memory needed is one pair of modules and the delta. Calibration runs
+    the whole expert once before that, and needs it in memory (in float32 on a CPU).
+
+    Args:
+        base: folder or Hub id of the base's checkpoint (safetensors, sharded or not).
+        expert: folder or Hub id of the fine-tune's.
+        output_dir: folder of the delta repo, made if need be; a delta in it is replaced once the new one is complete.
+        config: bits, salient channels, column steps, and the base's revision.
+        calibration: text to choose salient channels and step sizes by the layer's output error (ME-Switch's
+            criterion); `None` goes by the weight error. See
+            :func:`~transformers_meswitch.compression.calibration.read_samples`.
+        expert_revision: branch, tag or commit of the expert.
+        token: Hub token, or whether to use the stored one.
+        cache_dir: the Hub cache to use.
+        local_files_only: never use the network.
+        device: where to compute; by default a CUDA device if there is one.
+        max_calibration_tokens: how much of the calibration text to run at most.
+        progress: whether to show progress bars.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        CheckpointError: a missing, truncated or unreadable checkpoint.
+        CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
+            infinite weights; calibration text that cannot be used; an output folder that holds a model.
+        UnsupportedModelError: a layer that deltas cannot express.
+    """
+    config = config if config is not None else MESwitchConfig()
+    _check_request(base, expert, output_dir, config)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def locate(
+        repo: str | os.PathLike[str], revision: str | None
+    ) -> tuple[RepoLocation, PreTrainedConfig, Checkpoint]:
+        location = RepoLocation(
+            os.fspath(repo), revision, None, token, cache_dir, local_files_only, error=CheckpointError
+        )
+        config_path = location.require("config.json")
+        location = location.pinned(config_path)
+        checkpoint = resolve_checkpoint(repo, location.revision, token, cache_dir, local_files_only)
+        return location, _read_config(config_path), checkpoint
+
+    base_location, base_config, base_files = locate(base, config.base_revision)
+    expert_location, model_config, expert_files = locate(expert, expert_revision)
+    _check_configs(base_location, base_config, expert_location, model_config)
+    model = meta_model(model_config)
+    base_parameters = CheckpointParameters(meta_model(base_config), base_files)
+    expert_parameters = CheckpointParameters(model, expert_files)
+    _check_unknown(base_parameters, base_files, expert_parameters, expert_files)
+    embedding = model.get_input_embeddings()
+    embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+
+    generation_config = generation_config_of(expert_location, model_config)
+    moments = None
+    if calibration is not None:
+        moments = _calibrate(expert_location, calibration, where, max_calibration_tokens, progress)
+    records: dict[str, ModuleRecord] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, record, leaves in compress_modules(
+        model, base_parameters, expert_parameters, config, second_moments=moments, device=where, progress=progress
+    ):
+        records[name] = record
+        tensors.update({tensor_key(name, leaf): tensor.cpu() for leaf, tensor in leaves.items()})
+    if not records:
+        raise CompressionError(
+            f"{expert_location} and {base_location} hold equal weights; there is no delta to store. Give a fine-tune."
+        )
+    delta_config = expert_config(
+        config,
+        records,
+        base=base,
+        base_revision=base_files.revision,
+        base_fingerprint=fingerprint_checkpoint(base_files.paths),
+        expert=expert,
+        model_config=model_config,
+        generation_config=generation_config,
+        vocab_size=expert_parameters.shapes(embedding_name)["weight"][0],
+        tied=expert_parameters.tied,
+        calibrated=moments is not None,
+    )
+    assets, texts = find_assets(expert_location), {}
+    if all(path.name != GENERATION_CONFIG for path in assets):
+        texts[GENERATION_CONFIG] = generation_config.to_json_string()
+    directory = write_delta(output_dir, delta_config, tensors, assets, texts=texts)
+    _write_card(directory, delta_config, expert_files, license_of(expert_location, base_location))
+    return directory
+
+
+def _check_request(
+    base: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    config: MESwitchConfig,
+) -> None:
+    stated = config.base_model_name_or_path
+    if stated is not None and portable_name(stated) != portable_name(base):
+        raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
+    output = Path(output_dir).resolve()
+    for what, repo in (("base", base), ("expert", expert)):
+        if output == Path(repo).resolve():
+            raise CompressionError(f"output_dir is the {what}'s own folder {output}; give another.")
+    if (output / "config.json").exists():
+        raise CompressionError(
+            f"{output} holds a config.json, so transformers would take it for a full model and not for a delta; "
+            "give another output_dir."
+        )
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path.parent, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
+
+
+def _check_configs(
+    base: RepoLocation, base_config: PreTrainedConfig, expert: RepoLocation, model_config: PreTrainedConfig
+) -> None:
+    if base_config.model_type != model_config.model_type:
+        raise CompressionError(
+            f"{expert} is of model_type {model_config.model_type!r} and {base} of {base_config.model_type!r}. "
+            "The expert is of another architecture; a delta needs a fine-tune of this base."
+        )
+    for repo, config in ((base, base_config), (expert, model_config)):
+        if getattr(config, "quantization_config", None) is not None:
+            raise CompressionError(
+                f"{repo} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
+                "the checkpoints before quantisation."
+            )
+
+
+def _check_unknown(
+    base: CheckpointParameters, base_files: Checkpoint, expert: CheckpointParameters, expert_files: Checkpoint
+) -> None:
+    """Tensors that the model has no place for may be left out only if the expert's are the base's."""
+    for name in expert.unknown:
+        if name not in base_files or not torch.equal(base_files.tensor(name), expert_files.tensor(name)):
+            raise UnsupportedModelError(
+                f"{expert_files.repo} has a tensor {name} that is no parameter of the causal LM and differs from the "
+                "base's (or the base has none); a delta would lose it. Remove it from the checkpoint if it is not "
+                "needed."
+            )
+
+
+def _calibrate(
+    expert: RepoLocation, calibration: Calibration, device: torch.device, max_tokens: int, progress: bool
+) -> dict[str, Tensor]:
+    where: dict[str, Any] = {
+        "revision": expert.revision,
+        "token": expert.token,
+        "cache_dir": expert.cache_dir,
+        "local_files_only": expert.local_files_only,
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(expert.repo, **where)
+    except (OSError, ValueError) as error:
+        raise CompressionError(
+            f"Calibration needs the tokenizer of {expert}, which cannot be read: {error}"
+        ) from error
+    samples = read_samples(calibration, tokenizer)
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).to(device).eval()
+    return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)
+
+
+def _write_card(directory: Path, config: MESwitchExpertConfig, expert: Checkpoint, license: str | None) -> None:
+    """The card comes last since it states the bytes that were written; what people wrote into an earlier one stays."""
+    weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
+    fresh = delta_card(
+        config,
+        total_bytes=sum(path.stat().st_size for path in weights),
+        dense_bytes=sum(path.stat().st_size for path in expert.paths),
+        license=license,
+    )
+    path = directory / "README.md"
+    partial = path.with_name(".README.md.meswitch-partial")
+    partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")
+    os.replace(partial, path)
