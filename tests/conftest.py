@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["tests.fixtures_models"]
+
 settings.register_profile("meswitch", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("meswitch")
 
