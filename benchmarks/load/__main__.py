@@ -1,0 +1,182 @@
+"""Time and memory of loading a base, of each further expert, and of switching between resident experts.
+
+    python -m benchmarks.load --shape deep --device cpu
+    python -m benchmarks.load --shape mistral-7b --device cuda --experts 3
+
+Random weights (speed and memory only). Peers in the same run: the load of one more full copy, which an expert replaces,
+and transformers' own ``set_adapter``, which visits every layer. Writes ``benchmarks/results/load_<shape>_<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations import PeftAdapterMixin
+
+from benchmarks.load.random_family import SHAPES, write_base, write_delta_repo
+from benchmarks.provenance import device_name, provenance
+from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM
+
+RESULTS = Path(__file__).parents[1] / "results"
+_NEW_TOKENS = 1
+
+
+def timed(action: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """Result and seconds of one call, device work included."""
+    start = time.perf_counter()
+    result = action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def memory(device: str) -> int:
+    """Bytes held now: by torch on a GPU, resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak(device: str) -> int:
+    """Largest number of bytes held so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def median_us(action: Callable[[int], Any], repeats: int, device: str) -> float:
+    """Median microseconds of ``action(i)``."""
+    times = []
+    for i in range(repeats + 10):
+        _, seconds = timed(lambda i=i: action(i), device)
+        times.append(seconds * 1e6)
+    return statistics.median(times[10:])
+
+
+def allocated_by(action: Callable[[int], Any], device: str) -> dict[str, int]:
+    """Bytes that a hundred calls leave behind and at most hold, on the GPU and in Python."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = memory("cuda") if device == "cuda" else 0
+    tracemalloc.start()
+    for i in range(100):
+        action(i)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    found = {"python_kept": kept, "python_peak": most}
+    if device == "cuda":
+        found |= {"gpu_kept": memory("cuda") - before, "gpu_peak": torch.cuda.max_memory_allocated() - before}
+    return found
+
+
+def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> list[dict[str, Any]]:
+    """One row a measurement."""
+    config = SHAPES[shape]
+    base = folder / "base"
+    write_base(base, config, device)
+    request = MESwitchConfig(str(base), bits=bits)
+    names = [f"expert-{i}" for i in range(experts)]
+    for i, name in enumerate(names):
+        write_delta_repo(folder / name, base, config, request, seed=i)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    start = memory(device)
+    options = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
+    model, seconds = timed(lambda: MESwitchModelForCausalLM.from_pretrained(base, **options), device)
+    held = memory(device)
+    rows = [_load_row("from_pretrained(base), which a full copy costs again", size, seconds, held - start, peak(device))]
+    for name in names:
+        size = sum(path.stat().st_size for path in (folder / name).glob("*.safetensors"))
+        _, seconds = timed(lambda name=name: model.load_adapter(folder / name, adapter_name=name), device)
+        rows.append(_load_row(f"load_adapter({name})", size, seconds, memory(device) - held, peak(device)))
+        held = memory(device)
+    ids = torch.randint(3, config.vocab_size, (1, 8), device=device)
+    greedy = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+
+    def sticky(i: int) -> None:
+        model.set_expert(names[i % experts])
+
+    def stock(i: int) -> None:
+        PeftAdapterMixin.set_adapter(model, names[i % experts])
+
+    def per_call(i: int) -> None:
+        rows_ = model._row_experts(names[i % experts], None, 1)
+        model._row_endings(rows_, ids, None, greedy)
+        with model._meswitch_switch.rows(rows_):
+            pass
+
+    for label, action in (
+        ("set_expert", sticky),
+        ("generate(expert=): choosing the expert", per_call),
+        ("transformers' set_adapter", stock),
+    ):
+        rows.append({"what": label, "median_us": median_us(action, 500, device), **allocated_by(action, device)})
+    same = median_us(lambda i: model.generate(ids, expert=names[0], **greedy), 20, device)
+    other = median_us(lambda i: model.generate(ids, expert=names[i % experts], **greedy), 20, device)
+    rows.append({"what": "generate, 1 token, the same expert each call", "median_us": same})
+    rows.append({"what": "generate, 1 token, another expert each call", "median_us": other})
+    return rows
+
+
+def _load_row(what: str, size: int, seconds: float, held: int, most: int) -> dict[str, Any]:
+    return {
+        "what": what,
+        "bytes_on_disk": size,
+        "seconds": seconds,
+        "bytes_per_second": size / seconds,
+        "held_bytes": held,
+        "peak_bytes": most,
+    }
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| what | time | on disk, MB | held, MB | peak, MB | left allocated, bytes |", "|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        took = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['median_us']:.1f} µs"
+        sizes = [f"{row[k] / 1e6:,.1f}" if k in row else "" for k in ("bytes_on_disk", "held_bytes", "peak_bytes")]
+        left = row.get("gpu_kept", row.get("python_kept", ""))
+        lines.append(f"| {row['what']} | {took} | {' | '.join(sizes)} | {left} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="deep")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/load_<shape>_<device>.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), args.shape, args.device, args.experts, args.bits)
+    result = {
+        **provenance("benchmarks.load", device_name(args.device)),
+        "weights": "random: for time and memory only",
+        "rows": rows,
+    }
+    output = args.output or RESULTS / f"load_{args.shape}_{args.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(render(rows))
+
+
+if __name__ == "__main__":
+    main()

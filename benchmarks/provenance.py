@@ -1,0 +1,43 @@
+"""What a benchmark result needs beside its numbers: where, when, with which versions and by which command."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+__all__ = ["device_name", "provenance"]
+
+_PACKAGES = ("torch", "transformers", "peft", "huggingface_hub", "safetensors", "triton", "bitsandbytes")
+
+
+def device_name(device: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"``, or the processor for ``"cpu"``."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def provenance(module: str, device: str) -> dict[str, Any]:
+    """The head of a result file.
+
+    Args:
+        module: the benchmark as run with ``python -m``.
+        device: name of the device that was measured.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": device,
+        "versions": versions,
+    }
