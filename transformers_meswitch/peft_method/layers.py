@@ -225,6 +225,9 @@ class RowsLayer(MESwitchLayer):
 
     def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Int ``[batch, ...]`` to ``[batch, ..., width]``."""
+        if ids.shape[0] == 1:
+            # GPT-2 looks its learned positions up once for all rows, but each row's expert has its own.
+            ids = ids.expand(self.switch.prompts, *ids.shape[1:])
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)

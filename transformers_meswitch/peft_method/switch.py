@@ -173,6 +173,14 @@ class ExpertSwitch:
         chosen = _ROWS.get()
         return chosen[1].spread(batch) if chosen is not None and chosen[0] is self else None
 
+    @property
+    def prompts(self) -> int:
+        """Number of prompts in an enclosing :meth:`rows` block whose experts differ; 1 where all rows share one."""
+        chosen = _ROWS.get()
+        if chosen is None or chosen[0] is not self or self.disabled or len(set(chosen[1].names)) == 1:
+            return 1
+        return len(chosen[1].names)
+
     def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
         """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
         chosen = _ROWS.get()
