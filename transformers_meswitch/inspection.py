@@ -62,7 +62,7 @@ class Inspection:
         revision: commit on the Hub.
         base: the base's id or path.
         format_version: of the delta format.
-        modules: one row a module.
+        modules: one row a module, layer 2 before layer 10.
         files: name to size on disk of the files that make up the delta (configuration and weights).
         tensor_bytes: sum of the modules' bytes.
         total_bytes: sum of the files' sizes: tensors, safetensors headers and configuration.
@@ -122,7 +122,7 @@ def inspect_delta(
     model = _expert_model(delta)
     headers = ChainMap(*map(read_header, delta.files.weight_paths))
     tensors = {key: header.end - header.start for key, header in headers.items()}
-    modules = [_row(name, record, tensors, errors.get(name)) for name, record in delta.records.items()]
+    modules = [_row(name, delta.records[name], tensors, errors.get(name)) for name in _in_order(delta.records)]
     files = {path.name: path.stat().st_size for path in _delta_files(delta)}
     return Inspection(
         repo=str(repo),
@@ -169,7 +169,7 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
     models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
     sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
     errors = {}
-    for name in progress([name for name, record in delta.records.items() if isinstance(record, LinearRecord)]):
+    for name in progress([n for n in _in_order(delta.records) if isinstance(delta.records[n], LinearRecord)]):
         approximation = _reconstruct(delta, name)
         for source, repo in zip(sources, (base, expert), strict=True):
             if name not in source.modules:
@@ -219,6 +219,15 @@ def _expert_model(delta: Delta) -> PreTrainedModel | None:
     if config.tie_word_embeddings is not None:
         model_config.tie_word_embeddings = text_config.tie_word_embeddings = config.tie_word_embeddings
     return meta_model(model_config)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sorted with layer 2 before layer 10."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+    return sorted(names, key=key)
 
 
 def _row(name: str, record: ModuleRecord, tensors: dict[str, int], error: float | None) -> ModuleRow:

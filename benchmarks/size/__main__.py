@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import peft
-import safetensors
-import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import transformers_meswitch
+from benchmarks.provenance import provenance
 from benchmarks.size.architectures import ARCHITECTURES, ROUTER, ROUTER_NAME, on_meta
 from benchmarks.size.others import bitdelta_delta, dense_bytes, paper_delta
 from benchmarks.size.ours import predict
@@ -90,12 +83,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for base, config in tqdm(ARCHITECTURES.items(), desc="Counting", unit="model", disable=None):
         rows += rows_of(base, on_meta(config), router)
-    packages = (torch, transformers, peft, huggingface_hub, safetensors, transformers_meswitch)
     result = {
-        "command": "python -m benchmarks.size",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": f"meta ({platform.machine()})",
-        "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
+        **provenance("benchmarks.size", "meta"),
         "assumptions": ASSUMPTIONS,
         "router_bytes": router,
         "rows": rows,

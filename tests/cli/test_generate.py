@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.cli import main
 
 
@@ -69,3 +70,15 @@ def test_terminal_without_a_prompt_is_wrong_usage(repos, capsys, monkeypatch):
 def test_an_unknown_expert_fails(expert, repos, capsys):
     assert main(["generate", str(repos.base), "--expert", expert, "-p", "a"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_family_answers_with_its_own_experts_and_further_ones(repos, tmp_path, capsys):
+    family = MESwitchModelForCausalLM.from_pretrained(repos.base, experts={"math": repos.delta})
+    family.set_expert("math")
+    family.save_pretrained(tmp_path / "family")
+    expected = reference(repos.delta, "a b c", 6)
+    assert expected != reference(repos.base, "a b c", 6)
+    assert generate(capsys, tmp_path / "family", "-p", "a b c") == expected + "\n", "the default expert"
+    arguments = ["--expert", "math", "--expert", f"again={repos.delta}", "-p", "a b c"]
+    output = generate(capsys, tmp_path / "family", *arguments)
+    assert output == f"[math] {expected}\n[again] {expected}\n"

@@ -9,6 +9,7 @@ import pytest
 
 from transformers_meswitch.cli import main
 from transformers_meswitch.delta_format.reader import open_delta
+from transformers_meswitch.inspection import _in_order
 
 
 def inspect(capsys, *arguments):
@@ -63,3 +64,8 @@ def test_without_the_base_there_is_no_ratio(repos, tmp_path, capsys):
     assert result["dense_bytes"] is None
     assert result["ratio"] is None
     assert main(["inspect", str(delta)]) == 0
+
+
+def test_layers_in_their_own_order():
+    names = [f"model.layers.{i}.mlp" for i in (10, 2, 1)]
+    assert _in_order([*names, "lm_head"]) == ["lm_head", *reversed(names)]

@@ -100,5 +100,5 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    ratio = "" if inspection.ratio is None else f", {inspection.ratio:.2f}x smaller than a full copy in bfloat16"
+    ratio = "" if inspection.ratio is None else f", 1/{inspection.ratio:.2f} of a full copy in bfloat16"
     print(f"{directory}: {inspection.total_bytes:,} bytes{ratio} ({seconds:.1f} s)")
