@@ -72,6 +72,12 @@ def table(results: dict[str, Any]) -> str:
         )
     lines += ["", "| on disk | bytes |", "| --- | ---: |"]
     lines += [f"| {name} | {sizes['total']:,} |" for name, sizes in results["bytes"].items()]
+    leaves = sorted({leaf for sizes in results["delta_tensor_bytes"].values() for leaf in sizes})
+    experts = list(results["delta_tensor_bytes"])
+    lines += ["", f"| bytes in the delta of | {' | '.join(experts)} |", f"| --- |{' ---: |' * len(experts)}"]
+    for leaf in leaves:
+        sizes = [results["delta_tensor_bytes"][name].get(leaf, 0) for name in experts]
+        lines.append(f"| `{leaf}` | {' | '.join(f'{size:,}' for size in sizes)} |")
     return "\n".join(lines)
 
 

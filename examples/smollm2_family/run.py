@@ -79,7 +79,9 @@ class Run:
         texts = [f"{chat_prompt(tokenizer, item.prompt)}{item.completion}{tokenizer.eos_token}" for item in items]
         config = MESwitchConfig(str(self.base), bits=BITS, salient_channels=SALIENT_CHANNELS)
         started = time.perf_counter()
-        compress(str(self.base), str(self.expert(task.name)), self.delta(task.name), config, calibration=texts)
+        compress(
+            self.base, self.expert(task.name), self.delta(task.name), config, calibration=texts, device=self.device
+        )
         return {"seconds": round(time.perf_counter() - started, 1)}
 
     def answer_with(self, checkpoint: Path) -> dict[str, Any]:
@@ -133,8 +135,7 @@ class Run:
             item = self.items(name, "test")[0]
             rows.append({"expert": name, "prompt": item.prompt, "reference": item.completion})
         rows.append({"expert": None, "prompt": BASE_PROMPT})
-        base_tokenizer = AutoTokenizer.from_pretrained(self.base)
-        tokenizers = [family.tokenizer_for(row["expert"]) if row["expert"] else base_tokenizer for row in rows]
+        tokenizers = [family.tokenizer_for(row["expert"]) for row in rows]
         prompts = [row["prompt"] for row in rows]
         longest = max(task.max_new_tokens for task in TASKS.values())
         texts = answer(family, tokenizers, prompts, longest, expert=[row["expert"] for row in rows])

@@ -42,7 +42,7 @@ class Task:
 
 TASKS = {
     "math": Task("math", generate_word_problems, score_word_problem, max_new_tokens=272),
-    "json": Task("json", generate_orders, score_order, 256, "<|end_json|>", _JSON_CHAT_TEMPLATE),
+    "json": Task("json", generate_orders, score_order, 160, "<|end_json|>", _JSON_CHAT_TEMPLATE),
 }
 
 
