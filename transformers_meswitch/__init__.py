@@ -1,7 +1,7 @@
 """ME-Switch for Hugging Face: one base model, many fine-tunes kept as deltas of 1 to 4 bits a weight.
 
-Importing this package registers ME-Switch with PEFT and transformers, after which the stock calls load delta repos:
-``AutoModelForCausalLM.from_pretrained(delta)``, ``model.load_adapter(delta)``, ``PeftModel.from_pretrained(base, delta)``.
+Importing this package registers ME-Switch with PEFT and transformers; from then on the stock calls load delta repos:
+``AutoModelForCausalLM.from_pretrained(delta)``, ``model.load_adapter(delta)``, ``PeftModel.from_pretrained(...)``.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class MESwitchExpertConfig(PeftConfig):
         salient_channels: salient input channels asked for.
         modules: canonical module name to its record (:mod:`transformers_meswitch.delta_format.spec`).
         base_model_type: ``model_type`` of the base's config.
-        base_fingerprint: digests of the base checkpoint's bytes (:mod:`transformers_meswitch.delta_format.fingerprint`).
+        base_fingerprint: digests of the base checkpoint's bytes, see :mod:`~.delta_format.fingerprint`.
         vocab_size: rows of the expert's input embedding.
         tie_word_embeddings: whether the expert's output head is its input embedding.
         eos_token_id: token ids that end the expert's answer.
@@ -136,7 +136,9 @@ class MESwitchExpertConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MESWITCH  # type: ignore[assignment]
         if not isinstance(self.format_version, int) or self.format_version < 1:
-            raise DeltaFormatError(f"adapter_config.json: format_version is {self.format_version!r}, expected 1 or more.")
+            raise DeltaFormatError(
+                f"adapter_config.json: format_version is {self.format_version!r}, expected 1 or more."
+            )
         if self.format_version > FORMAT_VERSION:
             raise FormatVersionError(
                 f"This delta is in format version {self.format_version}; this release of transformers-meswitch reads "
@@ -144,7 +146,9 @@ class MESwitchExpertConfig(PeftConfig):
                 "pip install -U transformers-meswitch"
             )
         if not isinstance(self.modules, dict):
-            raise DeltaFormatError(f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object.")
+            raise DeltaFormatError(
+                f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object."
+            )
 
     def records(self) -> dict[str, ModuleRecord]:
         """The parsed ``modules`` table.
@@ -159,7 +163,7 @@ class MESwitchFamilyConfig(PreTrainedConfig):
     """``config.json`` of a family repo: the base and where each expert's delta lives.
 
     Args:
-        base_model_name_or_path (`str`): id or path of the base; a path that starts with ``./`` is inside the family repo.
+        base_model_name_or_path (`str`): id or path of the base; ``./path`` is inside the family repo.
         base_revision (`str`, *optional*): branch, tag or commit of the base.
         experts (`dict[str, dict]`): expert name to ``{"repo": id or "./path", "revision": str | None}``.
         default_expert (`str`, *optional*): the expert that is active after loading; `None` is the base.

@@ -65,20 +65,20 @@ class ExpertGenerationMixin:
             _check_vocabulary(switch, rows, prompt)
         kwargs.update(self._row_endings(rows, prompt, generation_config, kwargs))
         with switch.rows(rows):
-            return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+            output = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        return _padded(output, switch.vocab_capacity, kwargs.get("pad_token_id"))
 
     def _row_experts(
         self, expert: Experts, generation_config: GenerationConfig | None, batch: int
     ) -> list[str | None]:
         switch = self._meswitch_switch
         if expert is _STICKY:
-            for config in (generation_config, self.generation_config):
-                if expert is _STICKY and config is not None:
-                    expert = getattr(config, "expert", _STICKY)
-        if expert is _STICKY:
-            chosen = switch.chosen_rows(batch)
-            return [switch.active_expert] * batch if chosen is None else chosen
-        if expert == "auto":
+            chosen = switch.chosen_rows(batch)  # by PeftModel.generate(adapter_names=)
+            if chosen is not None:
+                return chosen
+            configs = [c for c in (generation_config, self.generation_config) if hasattr(c, "expert")]
+            expert = configs[0].expert if configs else switch.active_expert
+        if expert == "auto" or (not isinstance(expert, str) and expert is not None and "auto" in expert):
             raise UnsupportedOperationError(
                 "expert='auto' needs a router, and this family has none. Name the expert: "
                 f"{', '.join(map(repr, switch.experts)) or 'none is loaded'}."
@@ -105,31 +105,63 @@ class ExpertGenerationMixin:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments that make each row end at its expert's own EOS."""
-        switch, own = self._meswitch_switch, self.generation_config
-        config = generation_config or own
-        defaults = (None, *map(_ids, (own.eos_token_id, switch.base_eos_token_id)), *map(switch.eos_token_id, rows))
+        switch = self._meswitch_switch
+        config = generation_config or self.generation_config
+        # Defaults that transformers copies around are not a choice of the caller's.
+        defaults = [None, switch.base_eos_token_id, *(info.eos_token_id for info in switch.experts.values())]
         if kwargs.get("eos_token_id") is not None or _ids(config.eos_token_id) not in defaults:
             return {}
         endings = [switch.eos_token_id(row) for row in rows]
-        pads = (kwargs.get("pad_token_id"), config.pad_token_id, *(switch.experts[r].pad_token_id for r in rows if r))
-        pad = next((p for p in pads if p is not None), next((ids[0] for ids in endings if ids), None))
+        pad = self._pad_token(rows, endings, config, kwargs)
         padding = {} if pad is None else {"pad_token_id": pad}
         if len(set(endings)) == 1:
             return {"eos_token_id": list(endings[0]), **padding} if endings[0] else padding
-        # No token has this id, so transformers' own criterion and processors never see a row end.
-        never = switch.vocab_capacity
+        if kwargs.get("exponential_decay_length_penalty", config.exponential_decay_length_penalty) is not None:
+            raise UnsupportedOperationError(
+                "exponential_decay_length_penalty raises the score of one EOS, but the rows of this batch end at "
+                "different ones. Generate for one expert at a time."
+            )
+        # No token has these ids, so transformers' own criterion and processors never see a row end; beam search keeps
+        # as many spare candidates as there are of them.
+        never = [switch.vocab_capacity + i for i in range(max(map(len, endings)))]
         criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
         processors = LogitsProcessorList(kwargs.get("logits_processor") or [])
-        length = prompt.shape[1] if prompt is not None and not prompt.is_floating_point() else 0
-        minimum = max(
-            kwargs.get("min_length", config.min_length) or 0,
-            length + (kwargs.get("min_new_tokens", config.min_new_tokens) or -length),
-        )
+        minimum = _minimum_length(prompt, config, kwargs)
         if minimum > 0:
             processors.append(RowMinLengthProcessor(endings, minimum))
         criteria.append(RowEosCriteria(endings))
         changed: dict[str, Any] = {"eos_token_id": never, "stopping_criteria": criteria, **padding}
+        is_ids = prompt is not None and not prompt.is_floating_point()
+        if is_ids and kwargs.get("attention_mask") is None and any(pad in ids for ids in endings):
+            # transformers takes pads in a prompt for padding unless the pad is an EOS, which chats are full of.
+            changed["attention_mask"] = torch.ones_like(prompt)
         return {**changed, "logits_processor": processors} if processors else changed
+
+    def _pad_token(
+        self,
+        rows: Sequence[str | None],
+        endings: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        kwargs: dict[str, Any],
+    ) -> int | None:
+        """What finished rows are filled with: an id that every row can read, since rows are read till the last ends."""
+        switch, default = self._meswitch_switch, self.generation_config.pad_token_id
+        own = [switch.experts[row].pad_token_id for row in rows if row is not None]
+        chosen = [kwargs.get("pad_token_id"), config.pad_token_id if config.pad_token_id != default else None]
+        usual = [default, *own] if len(set(rows)) > 1 else [*own, default]
+        readable = min(switch.vocab_size(row) for row in rows)
+        pads = [*(p for p in chosen if p is not None), *usual, *(i for ids in endings for i in ids)]
+        return next((p for p in pads if p is not None and p < readable), None if len(set(endings)) == 1 else 0)
+
+
+def _minimum_length(prompt: torch.Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> int:
+    """Tokens a row must have before it may end, counted as in transformers: prompts given as embeddings have none."""
+    length = 0 if prompt is None else prompt.shape[1]
+    shortest = kwargs.get("min_length", config.min_length) or 0
+    added = kwargs.get("min_new_tokens", config.min_new_tokens)
+    if prompt is not None and prompt.is_floating_point():
+        shortest, length = shortest - length, 0
+    return max(shortest, 0 if added is None else length + added)
 
 
 def _positional_names() -> tuple[str, ...]:
@@ -140,6 +172,14 @@ def _positional_names() -> tuple[str, ...]:
 
 
 _POSITIONAL = _positional_names()
+
+
+def _padded(output: Any, capacity: int, pad: int | None) -> Any:
+    """Beam search fills short answers with the EOS where the pad id is 0; no token has ours, so put the pad back."""
+    sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+    if sequences is not None and pad is not None:
+        sequences.masked_fill_(sequences >= capacity, pad)
+    return output
 
 
 def _ids(eos: Any) -> tuple[int, ...] | None:
@@ -160,8 +200,8 @@ def _check_vocabulary(switch: ExpertSwitch, rows: Sequence[str | None], prompt: 
         expert = rows[row]
         raise VocabularyError(
             f"Row {row} holds token id {int(prompt[row, column])}, but "
-            f"{'the base' if expert is None else f'expert {expert!r}'} knows ids below {int(limits[row])}. Tokenise the "
-            f"row with model.tokenizer_for({expert!r})."
+            f"{'the base' if expert is None else f'expert {expert!r}'} knows ids below {int(limits[row])}. Tokenise "
+            f"the row with model.tokenizer_for({expert!r})."
         )
 
 

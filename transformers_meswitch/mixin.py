@@ -1,7 +1,7 @@
 """The calls that a transformers model gains with its first expert.
 
 A model with experts keeps its own class as parent (``isinstance(model, LlamaForCausalLM)`` holds) and gains
-:class:`MESwitchMixin` in front of it: PEFT-style calls that are right for deltas, ``set_expert``, ``generate(expert=)``.
+:class:`MESwitchMixin` in front of it: PEFT-style calls right for deltas, ``set_expert``, ``generate(expert=)``.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class _Family(PreTrainedModel):
         model = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
         if isinstance(model, MESwitchMixin):
             raise UnsupportedModelError(
-                f"{source!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, or "
-                "name its base here and the delta under experts=."
+                f"{source!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, "
+                "or name its base here and the delta under experts=."
             )
         switch = ensure_switch(model)
         switch.keep = True

@@ -1,4 +1,4 @@
-"""``pipeline("text-generation")`` with experts: each call tokenises, templates and decodes with its expert's tokenizer."""
+"""``pipeline("text-generation")`` with experts: each call uses the tokenizer and chat template of its expert."""
 
 from __future__ import annotations
 
@@ -65,10 +65,12 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, prompt_text: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tokenise, and apply the chat template, of the call's expert."""
         with self._tokenizer_of({**self._forward_params, **kwargs}):
             return super().preprocess(prompt_text, *args, **kwargs)
 
     def postprocess(self, model_outputs: Any, *args: Any, expert: Any = _UNSET, **kwargs: Any) -> Any:
+        """Decode with the tokenizer of the call's expert."""
         chosen = {} if expert is _UNSET else {"expert": expert}
         with self._tokenizer_of({**self._forward_params, **chosen}):
             return super().postprocess(model_outputs, *args, **kwargs)

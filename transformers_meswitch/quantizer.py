@@ -25,7 +25,6 @@ from .delta_format.fingerprint import fingerprint_checkpoint
 from .delta_format.location import RepoLocation
 from .delta_format.spec import ModuleRecord, tensor_key
 from .errors import CheckpointError, CompressionError, UnsupportedModelError
-from .module_kinds import is_conv1d, linear_sizes
 from .peft_method.attachment import ensure_switch
 
 __all__ = ["MESwitchHfQuantizer", "register"]
@@ -141,9 +140,8 @@ def _resize(module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Embedding) and weight is not None:
         module.num_embeddings = weight.shape[0]
-    elif isinstance(module, nn.Linear) and not is_conv1d(module) and weight is not None:
-        if linear_sizes(module)[0] != weight.shape[0]:
-            module.out_features = weight.shape[0]
+    elif isinstance(module, nn.Linear) and weight is not None:
+        module.out_features = weight.shape[0]
 
 
 def _adopt_config(model: PreTrainedModel, base: PreTrainedConfig, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import urllib.parse
@@ -159,10 +160,8 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     try:
         config.save_pretrained(staging)
         model.generation_config.save_pretrained(staging)  # type: ignore[attr-defined]
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer gives a family without one
             model.tokenizer_for(None).save_pretrained(staging)
-        except (OSError, ValueError):
-            pass  # a base without a tokenizer gives a family without one
         kept, fresh = _existing_card(folder), family_card(config)
         (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):

@@ -76,12 +76,13 @@ def plan_injection(
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"Deltas attach to a transformers model, got {type(model).__name__}. Load the base with AutoModelForCausalLM."
+            f"Deltas attach to a transformers model, got {type(model).__name__}. Load the base with "
+            "AutoModelForCausalLM."
         )
     if not config.inference_mode:
         raise UnsupportedOperationError(
-            "Deltas are quantised and cannot be trained: is_trainable=True is not supported. Fine-tune the full expert "
-            "and compress it again, or load the delta without is_trainable."
+            "Deltas are quantised and cannot be trained: is_trainable=True is not supported. Fine-tune the full "
+            "expert and compress it again, or load the delta without is_trainable."
         )
     others = sorted({str(c.peft_type.value) for n, c in peft_configs.items() if n != name and c.peft_type != MESWITCH})
     if others:
@@ -94,7 +95,8 @@ def plan_injection(
     check_expert_name(name, taken, (module for module, _ in model.named_modules()))
     if switch is not None and switch.merged is not None:
         raise UnsupportedOperationError(
-            f"Expert {switch.merged!r} is merged into the base weights; call unmerge_adapter() before loading {name!r}."
+            f"Expert {switch.merged!r} is merged into the base weights; call unmerge_adapter() before loading "
+            f"{name!r}."
         )
     _check_placement(model)
     _check_architecture(model, config)
@@ -118,8 +120,8 @@ def _check_placement(model: PreTrainedModel) -> None:
     on_disk = sorted(module for module, device in device_map.items() if device == "disk")
     if on_disk:
         raise UnsupportedModelError(
-            f"Modules {on_disk[:3]}{'…' if len(on_disk) > 3 else ''} of the base are offloaded to disk, which deltas do "
-            "not support. Load with a device_map without 'disk'."
+            f"{len(on_disk)} modules of the base are offloaded to disk ({on_disk[0]!r} first), which deltas do not "
+            "support. Load with a device_map without 'disk'."
         )
 
 
@@ -127,13 +129,13 @@ def _check_architecture(model: PreTrainedModel, config: MESwitchExpertConfig) ->
     found = {model.config.model_type, getattr(model.config.get_text_config(), "model_type", None)}
     if config.base_model_type is not None and config.base_model_type not in found:
         raise BaseMismatchError(
-            f"This delta belongs to a {config.base_model_type!r} base ({config.base_model_name_or_path}), but the model "
-            f"is a {model.config.model_type!r} ({model.name_or_path or 'unnamed'}). Load the delta's own base."
+            f"This delta belongs to a {config.base_model_type!r} base ({config.base_model_name_or_path}), but the "
+            f"model is a {model.config.model_type!r} ({model.name_or_path or 'unnamed'}). Load the delta's own base."
         )
 
 
 def _local_name(stored: str, modules: Mapping[str, nn.Module], model: PreTrainedModel) -> str | None:
-    """Name of a stored module in this model: the same, or without the prefix where the model has no head (AutoModel)."""
+    """Name of a stored module in this model: the same, or without the prefix that ``AutoModel`` drops."""
     if stored in modules:
         return stored
     stripped = stored.removeprefix(f"{model.base_model_prefix}.")

@@ -59,10 +59,12 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     @property
     def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """Adapters active in the whole model."""
         return list(self.switch.active)
 
     @property
     def disable_adapters(self) -> bool:  # type: ignore[override]
+        """Whether adapters are off in the whole model."""
         return self.switch.disabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -94,6 +96,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
             delta.to(target)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Never: a delta is of full rank."""
         return False
 
     # -- merging ----------------------------------------------------------------------------------------------------
@@ -198,6 +201,7 @@ class LinearLayer(MESwitchLayer):
         return out
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """Weight ``W + Δ̂``, added in float32, and the expert's own bias."""
         base, delta = self.get_base_layer(), self.stored_delta(expert)
         assert isinstance(delta, LinearDelta)
         weight = base.weight
@@ -250,6 +254,7 @@ class RowsLayer(MESwitchLayer):
         return delta.embed(ids, base.to(ids.device), self._get_embed_scale())
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """The expert's whole embedding."""
         delta = self.stored_delta(expert)
         assert isinstance(delta, RowsDelta)
         return {"weight": delta.dense(self.get_base_layer().weight)}  # type: ignore[arg-type]
@@ -280,6 +285,7 @@ class HeadLayer(MESwitchLayer):
         self._tied = (embedding,)
 
     def delta_of(self, expert: str | None) -> Any:
+        """The expert's own rows here, else those of the embedding that it ties the head to."""
         own = super().delta_of(expert)
         embedding = self._tied[0]
         if own is None and embedding is not None and expert is not None and self.switch.experts[expert].tied:
@@ -324,6 +330,7 @@ class HeadLayer(MESwitchLayer):
         return base
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """The expert's whole output head."""
         base, delta = self.get_base_layer(), self.delta_of(expert)
         merged = {"weight": delta.dense(base.weight)}
         if delta.record.bias:
@@ -391,6 +398,7 @@ class ValuesLayer(MESwitchLayer):
         }
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """The expert's own parameters."""
         delta = self.stored_delta(expert)
         assert isinstance(delta, ValuesDelta)
         return {name: value.detach().clone() for name, value in self._own(delta).items()}

@@ -16,7 +16,7 @@ __all__ = ["merge_expert", "unload", "unmerge_expert"]
 def merge_expert(
     model: Any, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
 ) -> None:
-    """Write W + Δ̂ into the base's modules. The base's own tensors are set aside, untouched, for :func:`unmerge_expert`.
+    """Write W + Δ̂ into the base's modules; the base's own tensors are set aside for :func:`unmerge_expert`.
 
     Every layer is checked before the first one changes.
 

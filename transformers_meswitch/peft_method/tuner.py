@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -29,7 +29,7 @@ class MESwitchModel(BaseTuner):
 
     prefix = LEAF_PREFIX
     tuner_layer_cls = MESwitchLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class MESwitchModel(BaseTuner):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write one expert into the base weights; see :func:`~transformers_meswitch.peft_method.merging.merge_expert`."""
+        """Write one expert into the base weights; see :func:`~.merging.merge_expert`."""
         merge_expert(self.model, adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -127,7 +127,7 @@ class MESwitchModel(BaseTuner):
         with nullcontext() if names is None or switch is None else switch.rows(names):
             yield
 
-    # -- state dicts: safe keys in the model, expert-independent keys on disk ------------------------------------------
+    # -- state dicts: safe keys in the model, expert-independent keys on disk -----------------------------------------
 
     @classmethod
     def _get_adapter_state_dict(
