@@ -56,7 +56,9 @@ def test_prompts_round_trip() -> None:
     for _ in range(200):
         record = random_record(rng)
         assert Record.parse(record.prompt) == record
-        assert 2 <= len(record.name) <= 8 and record.name.isalpha() and record.name.islower()
+        assert 2 <= len(record.name) <= 8
+        assert record.name.isalpha()
+        assert record.name.islower()
         assert 1 <= record.amount <= 9999
 
 
