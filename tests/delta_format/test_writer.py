@@ -146,7 +146,10 @@ def test_nothing_is_written_that_could_not_be_read(make_delta, tmp_path):
 
 
 def assert_old_nothing_new(outcomes):
-    """First the old delta (1), then folders that do not load, then the new delta (2)."""
+    """First the old delta (1), then folders that do not load, then the new delta (2).
+
+    Old and new have the same modules, so that a mixture of the two would load.
+    """
     order = [{1: 0, None: 1, 2: 2}[outcome] for outcome in outcomes]
     assert order == sorted(order)
     assert set(order) == {0, 1, 2}
@@ -157,7 +160,7 @@ def test_exception_at_any_moment(make_delta, tmp_path, shard):
     outcomes = []
     for at in range(1, 100):
         folder = tmp_path / str(at)
-        write_delta(folder, *make_delta(1, layers=3, bits=1), max_shard_size=shard)
+        write_delta(folder, *make_delta(1, bits=1), max_shard_size=shard)
 
         def strike(n, at=at):
             if n == at:
@@ -180,7 +183,7 @@ def test_exception_at_any_moment(make_delta, tmp_path, shard):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forked")
 def test_kill_at_any_moment(make_delta, tmp_path):
     for at in range(1, 40):
-        write_delta(tmp_path / str(at), *make_delta(1, layers=3, bits=1), max_shard_size=60)
+        write_delta(tmp_path / str(at), *make_delta(1, bits=1))
     new = write_delta(tmp_path / "new", *make_delta(2, bits=2))
     command = [sys.executable, "-m", "tests.delta_format.faults", str(new), str(tmp_path)]
     root = Path(__file__).parent.parent.parent
