@@ -129,3 +129,15 @@ def test_a_rank_one_magnitude_is_exact_at_one_bit():
     delta = magnitude * torch.randn(8, 12, generator=generator).sign()
     row, column = fit_row_column_steps(delta, 1)
     torch.testing.assert_close(row[:, None] * column / 2, magnitude, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_joint_fit_is_at_a_minimum(bits):
+    generator = torch.Generator().manual_seed(bits)
+    delta = torch.randn(32, 48, generator=generator) * (torch.rand(48, generator=generator) + 0.1)
+    row, column = fit_row_column_steps(delta, bits)
+    weight = np.ones(48)
+    best = matrix_error(delta, row, column, bits, weight)
+    for nudge in (0.97, 1.03):
+        assert matrix_error(delta, row * nudge, column, bits, weight) > best
+        assert matrix_error(delta, row, column * nudge, bits, weight) > best

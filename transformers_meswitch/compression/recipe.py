@@ -206,7 +206,8 @@ def _calibrate(
         ) from error
     samples = read_samples(calibration, tokenizer)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to() hides its signature
     return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)
 
 

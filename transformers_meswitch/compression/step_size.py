@@ -20,7 +20,8 @@ __all__ = ["fit_row_column_steps", "fit_step"]
 #: elsewhere they only have to stay small beside the layer.
 _BLOCK = {"cpu": 2**18}
 _OTHER_BLOCK = 2**24
-#: The alternation stops when no row improves; this bounds it on rows that keep gaining in the last digit.
+#: The alternation stops when no row gains this share of its error; the rounds bound it where gains stay small.
+_GAIN = 1e-5
 _ROUNDS = 32
 #: The alternation finds a local minimum; it starts from the best of these fractions of the step that spans the row.
 #: Against an exhaustive search this loses 0.1 % of the error at 2 bits and 40 channels, nothing at 1024.
@@ -87,7 +88,7 @@ def _fit_rows(delta: Tensor, bits: int, weight: Tensor) -> Tensor:
     for _ in range(_ROUNDS):
         next_error, next_optimum = error_and_optimum(optimum)
         better = next_error < error
-        if not bool(better.any()):
+        if not bool((next_error < error * (1 - _GAIN)).any()):
             break
         step, error = torch.where(better, optimum, step), torch.where(better, next_error, error)
         optimum = torch.where(better, next_optimum, optimum)
@@ -125,11 +126,11 @@ def fit_row_column_steps(delta: Tensor, bits: int, second_moment: Tensor | None 
 
 def _alternate(delta: Tensor, bits: int, weight: Tensor, column: Tensor) -> tuple[float, Tensor, Tensor]:
     """Fit from one start; returns the weighted error, row steps and column steps."""
-    row = _fit_given(delta, bits, weight, column)
+    row = _rows_given(delta, bits, weight, column)
     error = _joint_error(delta, bits, weight, row, column)
     for _ in range(_ROUNDS):
-        next_column = _columns_given(delta, bits, row, column)
-        next_row = _fit_given(delta, bits, weight, next_column)
+        next_column = _refit_columns(delta, bits, row, column)
+        next_row = _refit_rows(delta, bits, weight, row, next_column)
         next_error = _joint_error(delta, bits, weight, next_row, next_column)
         if not next_error < error:
             break
@@ -140,7 +141,7 @@ def _alternate(delta: Tensor, bits: int, weight: Tensor, column: Tensor) -> tupl
     return error, row, column
 
 
-def _fit_given(delta: Tensor, bits: int, weight: Tensor, column: Tensor) -> Tensor:
+def _rows_given(delta: Tensor, bits: int, weight: Tensor, column: Tensor) -> Tensor:
     """Row steps for fixed column steps: the plain fit on ``delta / column``, whose errors weigh ``column²`` more."""
     live = column > 0
     if not bool(live.any()):
@@ -148,32 +149,43 @@ def _fit_given(delta: Tensor, bits: int, weight: Tensor, column: Tensor) -> Tens
     return fit_step(delta[:, live] / column[live], bits, weight[live] * column[live].square())
 
 
-def _scaled_levels(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
-    """Levels in units of the column step: what a column step is multiplied with."""
-    return nearest_levels(delta / divisor(row)[:, None] / divisor(column), bits) * row[:, None]
+def _refit_rows(delta: Tensor, bits: int, weight: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Row steps for fixed column steps and the levels that both give, in closed form."""
+
+    def optimum(d: Tensor, r: Tensor) -> Tensor:
+        level = _levels(d, bits, r, column) * column
+        square = level.square() @ weight
+        return torch.where((square > 0) & (r > 0), ((d * level) @ weight) / divisor(square), torch.zeros_like(r))
+
+    rows = _rows_at_once(delta)
+    return torch.cat([optimum(d, r) for d, r in zip(delta.split(rows), row.split(rows), strict=True)])
 
 
-def _by_rows(delta: Tensor, row: Tensor, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _levels(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
+    return nearest_levels(delta / divisor(row)[:, None] / divisor(column), bits)
+
+
+def _sum_over_rows(delta: Tensor, row: Tensor, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sum of ``part`` over blocks of rows."""
     rows = _rows_at_once(delta)
     parts = [part(d, r) for d, r in zip(delta.split(rows), row.split(rows), strict=True)]
     return torch.stack(parts).sum(dim=0)
 
 
-def _columns_given(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
-    """Column steps for fixed row steps and the levels both give: ``sum_j d q / sum_j q²`` with ``q`` in row steps."""
+def _refit_columns(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
+    """Column steps for fixed row steps and the levels that both give: ``sum_j d q / sum_j q²``, ``q`` in row steps."""
 
     def moments(d: Tensor, r: Tensor) -> Tensor:
-        level = _scaled_levels(d, bits, r, column)
+        level = _levels(d, bits, r, column) * r[:, None]
         return torch.stack([(d * level).sum(dim=0), level.square().sum(dim=0)])
 
-    product, square = _by_rows(delta, row, moments)
-    return torch.where((square > 0) & (column > 0), product / square, torch.zeros_like(column))
+    product, square = _sum_over_rows(delta, row, moments)
+    return torch.where((square > 0) & (column > 0), product / divisor(square), torch.zeros_like(column))
 
 
 def _joint_error(delta: Tensor, bits: int, weight: Tensor, row: Tensor, column: Tensor) -> float:
     def error(d: Tensor, r: Tensor) -> Tensor:
-        lost = (d - _scaled_levels(d, bits, r, column) * column).square() @ weight
+        lost = (d - _levels(d, bits, r, column) * r[:, None] * column).square() @ weight
         return lost.sum()
 
-    return float(_by_rows(delta, row, error))
+    return float(_sum_over_rows(delta, row, error))
