@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import transformers_meswitch as meswitch
 
@@ -155,11 +155,11 @@ def dense_delta(record: dict[str, Any], leaves: dict[str, torch.Tensor]) -> torc
 def dense_model(base: Path, delta: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A stock model with the weights base + delta, worked out from the files without this package's code.
 
-    ``base`` may be of any dtype; the sum is formed in float32 and cast to ``dtype``.
+    The base is rounded to ``dtype`` first, as a base loaded in it is; the sum is formed in float32 and rounded once.
     """
     config = json.loads((delta / "adapter_config.json").read_text())
     stored = load_file(delta / "adapter_model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).float()
     if config["tie_word_embeddings"] != model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = config["tie_word_embeddings"]
         head = model.get_output_embeddings()
@@ -181,4 +181,5 @@ def dense_model(base: Path, delta: Path, dtype: torch.dtype = torch.float32) -> 
                     getattr(module, parameter).copy_(leaves[f"values.{parameter}"])
             if "bias" in leaves:
                 module.bias.copy_(leaves["bias"])
+    model.generation_config = GenerationConfig.from_pretrained(delta)
     return model.to(dtype).eval()

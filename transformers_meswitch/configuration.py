@@ -150,6 +150,32 @@ class MESwitchExpertConfig(PeftConfig):
                 f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object."
             )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MESwitchExpertConfig:
+        """Read the config of a delta repo, and check the whole repo, weights included.
+
+        PEFT reads an adapter's config before it touches a model and its weights after, so a damaged repo must be
+        found here for the model to stay as it was.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            subfolder: folder inside the repo.
+            **kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``; others are
+                PEFT's and mean nothing for a delta.
+
+        Raises:
+            DeltaFormatError: anything missing or malformed, naming the file and the tensor.
+        """
+        from .delta_format.reader import check_delta, open_delta, resolve_delta
+
+        known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        download = {key: kwargs[key] for key in known if kwargs.get(key) is not None}
+        delta = open_delta(resolve_delta(pretrained_model_name_or_path, subfolder=subfolder, **download))
+        check_delta(delta)
+        return delta.config
+
     def records(self) -> dict[str, ModuleRecord]:
         """The parsed ``modules`` table.
 

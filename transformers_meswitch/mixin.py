@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictInfo
 
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.location import RepoLocation
-from .delta_format.reader import Delta, DeltaFiles, check_delta, open_delta, resolve_delta
+from .delta_format.reader import DeltaFiles, check_delta, open_delta, resolve_delta
 from .delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .expert_tokenizer import TokenizerMixin
 from .generation import ExpertGenerationMixin
-from .peft_method.attachment import remove_expert
+from .peft_method.attachment import adopt_generation_config, remove_expert
 from .peft_method.merging import merge_expert, unload, unmerge_expert
-from .peft_method.naming import known_expert, module_key
+from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
 from .peft_method.tuner import check_tensors, fill_expert
 
@@ -82,7 +82,7 @@ class MESwitchMixin(TokenizerMixin):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             if name not in self._meswitch_switch.experts:
-                known_expert(name if isinstance(name, str) else repr(name), ())  # raises for names of the base too
+                known_expert(name if isinstance(name, str) else repr(name), self._meswitch_switch.experts)
                 raise ExpertNotFoundError(f"{name!r} is the base; use set_expert(None) or disable_adapters().")
         self._meswitch_switch.set_active(names)
 
@@ -181,6 +181,7 @@ class MESwitchMixin(TokenizerMixin):
         Raises:
             MESwitchError: see :func:`~transformers_meswitch.peft_method.injection.plan_injection`.
         """
+        check_expert_name(name, self._meswitch_switch.experts, ())
         with warnings.catch_warnings():
             # PEFT warns whenever a model gets a second adapter, which is what a family is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -231,7 +232,7 @@ class MESwitchMixin(TokenizerMixin):
                 delta = open_delta(resolve_delta(str(load_config.pretrained_model_name_or_path), **download))
                 check_delta(delta)
                 model._fill_expert(name, config, delta.tensors(), delta.files)
-                _adopt_generation_config(model, delta)
+                adopt_generation_config(model, delta.asset("generation_config.json"))
         except Exception:
             remove_expert(model, name, model.peft_config)
             raise
@@ -355,13 +356,6 @@ _OTHER_METHOD = (
 def _loading_info() -> LoadStateDictInfo:
     fields = {f.name: [] if f.name == "error_msgs" else set() for f in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**{**fields, "conversion_errors": {}})  # type: ignore[arg-type]
-
-
-def _adopt_generation_config(model: Any, delta: Delta) -> None:
-    """A model loaded from a delta repo *is* that expert, so its generation defaults are the expert's."""
-    path = delta.asset("generation_config.json")
-    if path is not None and isinstance(model, GenerationMixin):
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
 
 
 @functools.cache

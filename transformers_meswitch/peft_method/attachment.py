@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
 
 from ..configuration import MESwitchExpertConfig
 from .injection import base_vocab_size, expert_info, switch_of, wrapped_layers
 from .layers import HeadLayer
 from .switch import ExpertSwitch
 
-__all__ = ["attach_expert", "ensure_switch", "remove_expert", "set_vocab_capacity"]
+__all__ = [
+    "adopt_generation_config",
+    "attach_expert",
+    "ensure_switch",
+    "remove_expert",
+    "restore_generation_config",
+    "set_vocab_capacity",
+]
 
 
 def ensure_switch(model: Any) -> ExpertSwitch:
@@ -65,12 +75,36 @@ def remove_expert(model: Any, name: str, peft_configs: dict[str, Any] | None) ->
     set_vocab_capacity(model)
     if peft_configs is not None:
         peft_configs.pop(name, None)
+    if switch.pending == name:
+        switch.pending = None
     if not switch.experts:
+        restore_generation_config(model)
         if not peft_configs:
             model.__dict__.pop("peft_config", None)
             model.__dict__.pop("_hf_peft_config_loaded", None)
         if not switch.keep:
             downgrade(model)
+
+
+def adopt_generation_config(model: Any, path: Path | None) -> None:
+    """Take over the generation defaults of the expert that a model was loaded from.
+
+    Args:
+        model: the transformers model; one that does not generate is left alone.
+        path: the expert's ``generation_config.json``, if it has one.
+    """
+    switch = switch_of(model)
+    if switch is not None and path is not None and isinstance(model, GenerationMixin):
+        switch.base_generation_config = model.generation_config
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+
+
+def restore_generation_config(model: Any) -> None:
+    """Undo :func:`adopt_generation_config`."""
+    switch = switch_of(model)
+    if switch is not None and switch.base_generation_config is not None:
+        model.generation_config = switch.base_generation_config
+        switch.base_generation_config = None
 
 
 def unwrap_idle_layers(model: Any) -> None:

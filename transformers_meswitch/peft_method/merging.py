@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, GenerationMixin
 
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
+from .attachment import restore_generation_config
 from .injection import switch_of, wrapped_layers
 from .naming import known_expert
+from .switch import ExpertSwitch
 
 __all__ = ["merge_expert", "unload", "unmerge_expert"]
 
@@ -73,9 +76,24 @@ def unload(model: Any, merged: bool) -> Any:
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
     model.config.get_text_config().vocab_size = switch.vocab_size(expert)
+    restore_generation_config(model)
     if expert is not None:
-        model.config.tie_word_embeddings = switch.experts[expert].tied
+        _become(model, switch, expert)
     model.__dict__.pop("peft_config", None)
     model.__dict__.pop("_hf_peft_config_loaded", None)
     downgrade(model)
     return model
+
+
+def _become(model: Any, switch: ExpertSwitch, expert: str) -> None:
+    """Let a plain model say that it is the expert whose weights it holds: how it is tied and where its answers end."""
+    info = switch.experts[expert]
+    model.config.tie_word_embeddings = info.tied
+    if not isinstance(model, GenerationMixin):
+        return
+    path = None if info.files is None else info.files.asset("generation_config.json")
+    if path is not None:
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    elif info.eos_token_id:
+        first, *more = info.eos_token_id
+        model.generation_config.eos_token_id = [first, *more] if more else first

@@ -92,6 +92,7 @@ class ExpertSwitch:
         base_eos_token_id: ids that end the base's answer.
         keep: whether the model keeps its expert-aware calls when the last expert is deleted (a family does).
         pending: an expert that is attached but has no tensors yet.
+        base_generation_config: the base's own, while the model has taken over that of the expert it was loaded from.
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
     """
 
@@ -103,6 +104,7 @@ class ExpertSwitch:
     base_eos_token_id: tuple[int, ...] = ()
     keep: bool = False
     pending: str | None = None
+    base_generation_config: Any = None
     base_download: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -151,11 +153,18 @@ class ExpertSwitch:
 
         Raises:
             ExpertNotFoundError: a name is not loaded.
-            UnsupportedOperationError: no rows, or an expert is merged and a row asks for another.
+            UnsupportedOperationError: adapters are disabled and a row asks for an expert, or an expert is merged and a
+                row asks for another.
         """
         names = [known_expert(name, self.experts) for name in experts]
         if not names:
             raise ExpertNotFoundError("An empty list of experts was given; name one per row.")
+        named = next((name for name in names if name is not None), None)
+        if self.disabled and named is not None:
+            raise UnsupportedOperationError(
+                f"Expert {named!r} was asked for while adapters are disabled. Call enable_adapters() or set_expert() "
+                "first."
+            )
         self._check_merged(names)
         token = _ROWS.set((self, _RowChoice(names)))
         try:
@@ -185,11 +194,17 @@ class ExpertSwitch:
         """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
         chosen = _ROWS.get()
         if chosen is not None and chosen[0] is self and not self.disabled:
-            return chosen[1].groups(batch, device)
-        expert = self.active_expert
-        if self.merged is not None:
-            self._check_merged([expert])
-        return [(expert, None)]
+            groups = chosen[1].groups(batch, device)
+        else:
+            groups = [(self.active_expert, None)]
+            if self.merged is not None:
+                self._check_merged([self.active_expert])
+        if self.pending is not None and any(expert == self.pending for expert, _ in groups):
+            raise UnsupportedOperationError(
+                f"Expert {self.pending!r} has no tensors: it was attached from a config alone, or loading it was cut "
+                "off. Delete it and load its delta repo."
+            )
+        return groups
 
     def _check_merged(self, names: Sequence[str | None]) -> None:
         if self.merged is not None and any(name != self.merged for name in names):

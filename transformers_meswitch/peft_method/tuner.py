@@ -14,7 +14,7 @@ from torch import nn
 from ..configuration import MESWITCH, MESwitchExpertConfig
 from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
-from ..errors import MESwitchError
+from ..errors import ExpertNameError, MESwitchError
 from .attachment import attach_expert, remove_expert, set_vocab_capacity
 from .injection import plan_injection, switch_of, wrapped_layers
 from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
@@ -30,6 +30,35 @@ class MESwitchModel(BaseTuner):
     prefix = LEAF_PREFIX
     tuner_layer_cls = MESwitchLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)
+        kept = dict(configs or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            # PEFT enters the new config before anything is checked, over that of an expert of the same name.
+            if configs is not None:
+                configs.clear()
+                configs.update(kept)
+            raise
+
+    # -- choosing: the switch knows, so PeftModel and the model inside it cannot disagree -----------------------------
+
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """Names of the active adapters; at most one."""
+        switch, requested = switch_of(self.model), self.__dict__.get("_requested")
+        return requested or [] if switch is None or requested is not None else list(switch.active)
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | list[str]) -> None:
+        chosen, switch = [names] if isinstance(names, str) else list(names), switch_of(self.model)
+        if switch is not None and all(name in switch.experts for name in chosen):
+            switch.set_active(chosen)
+        else:
+            # PEFT's constructor names an expert before it is attached.
+            self.__dict__["_requested"] = chosen
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
@@ -52,6 +81,7 @@ class MESwitchModel(BaseTuner):
             targets = plan_injection(model, config, adapter_name, self.peft_config)
         except Exception:
             del self.peft_config[adapter_name]
+            self.__dict__.pop("_requested", None)
             raise
         attach_expert(model, adapter_name, config)  # type: ignore[arg-type]
         try:
@@ -64,6 +94,7 @@ class MESwitchModel(BaseTuner):
             raise
         finally:
             config.__dict__.pop("_targets", None)
+            self.__dict__.pop("_requested", None)
 
     def _prepare_adapter_config(self, peft_config: MESwitchExpertConfig, model_config: dict) -> MESwitchExpertConfig:
         return peft_config
@@ -159,16 +190,35 @@ class MESwitchModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        switch = switch_of(inner)
+        assert switch is not None
+        if switch.pending != adapter_name:
+            raise ExpertNameError(
+                f"An expert named {adapter_name!r} is already loaded. Delete it first or choose another name."
+            )
         try:
             check_tensors(config, state_dict)
             placed = _placed(inner, adapter_name, config, state_dict)
         except MESwitchError:
             remove_expert(inner, adapter_name, model.peft_config)
             raise
-        switch = switch_of(inner)
-        assert switch is not None
         switch.pending = None
+        _report_no_other_expert(model)
         return {f"{KEY_PREFIX}{key}": value for key, value in placed.items()}
+
+
+def _report_no_other_expert(model: nn.Module) -> None:
+    """Drop other experts' keys from what the next ``load_state_dict`` misses.
+
+    PEFT looks for the new expert's name in each missing key, and finds ``code`` in another expert's ``codes``. That
+    the expert itself is complete was checked before.
+    """
+
+    def forget(_: nn.Module, result: Any) -> None:
+        handle.remove()
+        result.missing_keys[:] = [key for key in result.missing_keys if f".{LEAF_PREFIX}." not in key]
+
+    handle = model.register_load_state_dict_post_hook(forget)
 
 
 def check_tensors(config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor]) -> None:
