@@ -97,9 +97,10 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.lock = threading.RLock()
         self.before_commit: Any = None
-        # The client follows a redirect that stays on one origin and then misses X-Repo-Commit, so LFS has its own.
+        # The client follows a redirect that stays on one host and then misses X-Repo-Commit: LFS has its own host.
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        self.url, self.storage_url = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
@@ -114,7 +115,7 @@ class HubServer:
     def environment(self, user: str, cache: str) -> dict[str, str]:
         """Variables for a client process that acts as ``user`` and caches in the folder ``cache``."""
         settings = {"HF_ENDPOINT": self.url, "HF_TOKEN": f"hf_{user}", "HF_HOME": cache, "HF_HUB_DISABLE_XET": "1"}
-        return settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        return settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost"}
 
     def add_repo(self, repo_id: str, files: dict[str, bytes], *, private: bool = False) -> Repo:
         repo = self.repos[repo_id] = Repo(repo_id, private)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from tests.hub_server import HubServer, StoredFile
 from transformers_meswitch.cards import delta_card
 from transformers_meswitch.configuration import MESwitchExpertConfig
 from transformers_meswitch.errors import DeltaFormatError
-from transformers_meswitch.hub import push_folder
+from transformers_meswitch.hub import _warn_of_local_base, push_folder
+
+pytestmark = pytest.mark.integration
 
 CLIENT = """
 import json, sys
@@ -135,3 +138,13 @@ def test_branch_and_pull_request(hub, run, folder):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(DeltaFormatError, match="neither adapter_config"):
         push_folder(tmp_path, "alice/delta")
+
+
+@pytest.mark.parametrize(
+    ("base", "warned"), [("/data/base", True), ("alice/base", False), ("./base", False), (None, False)]
+)
+def test_a_base_that_nobody_else_has_is_told(base, warned, tmp_path, caplog):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with caplog.at_level(logging.WARNING):
+        _warn_of_local_base(tmp_path)
+    assert ("nobody else can load" in caplog.text) == warned

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -65,6 +66,7 @@ def push_folder(
             f"{folder} holds neither {ADAPTER_CONFIG_NAME} (a delta) nor config.json (a family); pass the folder that "
             "save_pretrained() or compress() wrote."
         )
+    _warn_of_local_base(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -119,10 +121,24 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts) and name != ".gitattributes"
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    path = next((p for n in (ADAPTER_CONFIG_NAME, "config.json") if (p := folder / n).is_file()), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _warn_of_local_base(folder: Path) -> None:
+    base = _config(folder).get("base_model_name_or_path")
+    # "./base" lies inside the repo.
+    if base and not base.startswith("./") and hub_id(base) is None:
+        logger.warning(
+            f"The repo names its base by a path of this machine, {base!r}: nobody else can load it by its own id, and "
+            "the path becomes public. Push the base, and compress against its Hub id."
+        )
+
+
 def _inherited_license(api: HfApi, folder: Path) -> dict[str, str]:
     """The licence of the expert, else of the base, as their own cards on the Hub state it."""
-    config_path = next((p for n in (ADAPTER_CONFIG_NAME, "config.json") if (p := folder / n).is_file()), None)
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path else {}
+    config = _config(folder)
     for key in ("expert_model_name_or_path", "base_model_name_or_path"):
         origin = hub_id(config.get(key))
         if origin is None:
