@@ -13,7 +13,7 @@ from .errors import UnsupportedOperationError, VocabularyError
 from .peft_method.naming import known_expert
 from .peft_method.switch import ExpertSwitch
 
-__all__ = ["ExpertGenerationMixin", "RowEosCriteria", "RowMinLengthProcessor"]
+__all__ = ["ExpertGenerationMixin", "RowEosCriteria", "RowMinLengthProcessor", "RowVocabularyProcessor"]
 
 #: Tells "no expert argument" from ``expert=None``, which means the base.
 _STICKY: Any = object()
@@ -51,7 +51,7 @@ class ExpertGenerationMixin:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router.
             ValueError: another number of experts than rows.
-            VocabularyError: a prompt holds an id that its expert does not know.
+            VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
         names = ("logits_processor", "stopping_criteria", *_POSITIONAL)
         kwargs.update(zip(names, args, strict=False))
@@ -64,6 +64,10 @@ class ExpertGenerationMixin:
         if prompt is not None and not prompt.is_floating_point():
             _check_vocabulary(switch, rows, prompt)
         kwargs.update(self._row_endings(rows, prompt, generation_config, kwargs))
+        limits = [switch.vocab_size(row) for row in rows]
+        if min(limits) < switch.vocab_capacity:
+            processors = [*(kwargs.get("logits_processor") or []), RowVocabularyProcessor(limits)]
+            kwargs["logits_processor"] = LogitsProcessorList(processors)
         with switch.rows(rows):
             output = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
         return _padded(output, switch.vocab_capacity, kwargs.get("pad_token_id"))
@@ -109,11 +113,13 @@ class ExpertGenerationMixin:
         config = generation_config or self.generation_config
         # Defaults that transformers copies around are not a choice of the caller's.
         defaults = [None, switch.base_eos_token_id, *(info.eos_token_id for info in switch.experts.values())]
-        if kwargs.get("eos_token_id") is not None or _ids(config.eos_token_id) not in defaults:
-            return {}
-        endings = [switch.eos_token_id(row) for row in rows]
+        own = _ids(config.eos_token_id)
+        explicit = _ids(kwargs.get("eos_token_id")) or (own if own not in defaults else None)
+        endings = [explicit or switch.eos_token_id(row) for row in rows]
         pad = self._pad_token(rows, endings, config, kwargs)
         padding = {} if pad is None else {"pad_token_id": pad}
+        if explicit:
+            return padding
         if len(set(endings)) == 1:
             return {"eos_token_id": list(endings[0]), **padding} if endings[0] else padding
         if kwargs.get("exponential_decay_length_penalty", config.exponential_decay_length_penalty) is not None:
@@ -144,14 +150,20 @@ class ExpertGenerationMixin:
         config: GenerationConfig,
         kwargs: dict[str, Any],
     ) -> int | None:
-        """What finished rows are filled with: an id that every row can read, since rows are read till the last ends."""
+        """What finished rows are filled with: an id that all rows can read, as they are read till the last ends."""
         switch, default = self._meswitch_switch, self.generation_config.pad_token_id
         own = [switch.experts[row].pad_token_id for row in rows if row is not None]
-        chosen = [kwargs.get("pad_token_id"), config.pad_token_id if config.pad_token_id != default else None]
+        stated = kwargs.get("pad_token_id", config.pad_token_id if config.pad_token_id != default else None)
+        reader = min(rows, key=switch.vocab_size)
+        limit = switch.vocab_size(reader)
+        if stated is not None and stated >= limit and len(rows) > 1:
+            raise VocabularyError(
+                f"pad_token_id is {stated}, but {_named(reader)} knows ids below {limit} and would read it once its "
+                "row has ended. Give a padding id that all rows know, or none."
+            )
         usual = [default, *own] if len(set(rows)) > 1 else [*own, default]
-        readable = min(switch.vocab_size(row) for row in rows)
-        pads = [*(p for p in chosen if p is not None), *usual, *(i for ids in endings for i in ids)]
-        return next((p for p in pads if p is not None and p < readable), None if len(set(endings)) == 1 else 0)
+        pads = [stated, *usual, *(i for ids in endings for i in ids)]
+        return next((p for p in pads if p is not None and p < limit), None if len(set(endings)) == 1 else 0)
 
 
 def _minimum_length(prompt: torch.Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> int:
@@ -200,9 +212,13 @@ def _check_vocabulary(switch: ExpertSwitch, rows: Sequence[str | None], prompt: 
         expert = rows[row]
         raise VocabularyError(
             f"Row {row} holds token id {int(prompt[row, column])}, but "
-            f"{'the base' if expert is None else f'expert {expert!r}'} knows ids below {int(limits[row])}. Tokenise "
+            f"{_named(expert)} knows ids below {int(limits[row])}. Tokenise "
             f"the row with model.tokenizer_for({expert!r})."
         )
+
+
+def _named(expert: str | None) -> str:
+    return "the base" if expert is None else f"expert {expert!r}"
 
 
 class RowEosCriteria(StoppingCriteria):
@@ -245,6 +261,25 @@ class RowMinLengthProcessor(LogitsProcessor):
         return scores.masked_fill(_spread(forbidden, input_ids), float("-inf"))
 
 
-def _spread(per_prompt: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    copies = input_ids.shape[0] // per_prompt.shape[0]
-    return per_prompt.to(input_ids.device).repeat_interleave(copies, dim=0)
+class RowVocabularyProcessor(LogitsProcessor):
+    """Keeps each row inside its expert's vocabulary.
+
+    The output head does so already, but processors that combine scores (classifier-free guidance) turn the ``-inf`` of
+    unknown ids into NaN.
+
+    Args:
+        limits: for each prompt, the number of ids that its expert knows.
+    """
+
+    def __init__(self, limits: Sequence[int]) -> None:
+        self.limits = torch.tensor(limits).unsqueeze(1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[rows, vocab]`` with ids that a row does not know at ``-inf``."""
+        unknown = torch.arange(scores.shape[1], device=scores.device) >= _spread(self.limits, scores)
+        return scores.masked_fill(unknown, float("-inf"))
+
+
+def _spread(per_prompt: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    copies = rows.shape[0] // per_prompt.shape[0]
+    return per_prompt.to(rows.device).repeat_interleave(copies, dim=0)

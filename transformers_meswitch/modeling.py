@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
 from .configuration import MESwitchFamilyConfig
 from .errors import UnsupportedModelError, UnsupportedOperationError
@@ -82,6 +90,8 @@ class _Family(PreTrainedModel):
         switch.base_download = {k: v for k, v in {**hub, **base_arguments}.items() if v is not None}
         model._meswitch_family = family
         model._meswitch_source = source
+        if base != source or base_arguments.get("subfolder"):
+            _adopt_generation_config(model, source, {**hub, **_revision(kwargs.get("revision"))})
         for name, reference in tqdm(references.items(), desc="Loading experts", disable=len(references) < 2):
             repo, download = _located(source, reference, hub, kwargs.get("revision"))
             model.load_adapter(repo, adapter_name=name, adapter_kwargs=download)
@@ -130,6 +140,14 @@ class MESwitchModel(_Family):
     """Family loader for hidden states (``AutoModel``): the same experts, without the output head."""
 
     _auto_class_for_base = AutoModel
+
+
+def _adopt_generation_config(model: Any, family: str, download: Mapping[str, Any]) -> None:
+    """A family's generation defaults are its own (they may name an expert), if it has some."""
+    if isinstance(model, GenerationMixin):
+        # A family without the file keeps its base's.
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(family, **download)
 
 
 def _references(experts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cards import delta_card, family_card, merge_card
-from .compression.assets import GENERATION_CONFIG, find_assets
+from .compression.assets import find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.spec import KEY_PREFIX
 from .delta_format.writer import write_delta
@@ -105,10 +105,7 @@ def save_expert(
     config: MESwitchExpertConfig = model.peft_config[name]
     tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in model.get_adapter_state_dict(name, state_dict).items()}
     info = model._meswitch_switch.experts[name]
-    assets: list[Path] = []
-    if info.assets is not None:
-        generation_config = info.assets.find(GENERATION_CONFIG)
-        assets = [*find_assets(info.assets), *([] if generation_config is None else [generation_config])]
+    assets = [] if info.assets is None else find_assets(info.assets)
     own_card = None if info.files is None else info.files.asset(_CARD)
     fresh = delta_card(
         config,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.architectures import VOCABULARY, build, fine_tune
-from tests.models.reference import reference_model
 from transformers import PreTrainedModel
 
+from tests.models.architectures import VOCABULARY, build, fine_tune
+from tests.models.reference import reference_model
 from transformers_meswitch import MESwitchConfig, compress
 
 

@@ -1,4 +1,4 @@
-"""What a delta must compute, found without the package: a stock model with the expert's other tensors and dense weights."""
+"""What a delta must compute, found without the package: a stock model with dense weights, all else the expert's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tests.fixtures_models import dense_delta
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from tests.fixtures_models import dense_delta
 
 
 def reference_model(base: Path, expert: Path, delta: Path) -> PreTrainedModel:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
 from tests.models.architectures import ARCHITECTURES
 from tests.models.conftest import Case
 from tests.models.reference import distance
-from transformers import AutoModel, AutoModelForCausalLM
-
 from transformers_meswitch import MESwitchModelForCausalLM
 
 TOLERANCE = 1e-4

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.conftest import Case
-from tests.models.reference import distance
 from transformers import AutoModelForCausalLM
 
+from tests.models.conftest import Case
+from tests.models.reference import distance
 from transformers_meswitch import MESwitchModelForCausalLM
 
 TOLERANCE = 1e-4

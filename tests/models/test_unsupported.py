@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models.architectures import build, fine_tune
 from transformers import AutoModelForCausalLM
 
+from tests.models.architectures import build, fine_tune
 from transformers_meswitch import MESwitchConfig, compress
 from transformers_meswitch.errors import UnsupportedModelError
 
