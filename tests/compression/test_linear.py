@@ -113,3 +113,14 @@ def test_wrong_shapes_are_refused():
         compress_linear(torch.ones(3, 4), 2, 1, torch.ones(3))
     with pytest.raises(CompressionError, match=r"shape \(4,\), expected \[out, in\]"):
         compress_linear(torch.ones(4), 2, 1)
+
+
+def test_the_remaining_channels_keep_their_own_second_moments():
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(8, 20, generator=generator)
+    delta[:, 2] = 100
+    moment = torch.rand(20, generator=generator) + 0.1
+    rest = [i for i in range(20) if i != 2]
+    stored = compress_linear(delta, 1, 1, moment)
+    expected = 2 * (moment[rest] * delta[:, rest].abs()).sum(1) / moment[rest].sum()
+    torch.testing.assert_close(stored.tensors["step"], expected)
