@@ -103,7 +103,7 @@ def inspect_delta(
     Args:
         repo: delta repo, a Hub id or a folder.
         revision: branch, tag or commit of the delta repo.
-        base: the base's checkpoint; needed for the error only.
+        base: the base's checkpoint; needed for the error, and for the ratio where the delta's own base is out of reach.
         expert: the checkpoint of the fine-tune that the delta was made from; needed for the error only.
         progress: wraps the module names while errors are measured, for a progress bar.
 
@@ -119,7 +119,7 @@ def inspect_delta(
     errors = {}
     if base is not None and expert is not None:
         errors = relative_errors(delta, base, expert, progress=progress)
-    model = _expert_model(delta)
+    model = _expert_model(delta, base)
     headers = ChainMap(*map(read_header, delta.files.weight_paths))
     tensors = {key: header.end - header.start for key, header in headers.items()}
     modules = [_row(name, delta.records[name], tensors, errors.get(name)) for name in _in_order(delta.records)]
@@ -200,17 +200,18 @@ def _relative_error(exact: torch.Tensor, approximation: torch.Tensor) -> float:
     return error / norm if norm else 0.0 if error == 0 else math.inf
 
 
-def _expert_model(delta: Delta) -> PreTrainedModel | None:
+def _expert_model(delta: Delta, base: str | None) -> PreTrainedModel | None:
     """The expert's model without weights, or `None` where the base's configuration cannot be had."""
     from transformers import AutoConfig
 
     from .compression.sources import meta_model
 
     config = delta.config
-    if config.base_model_name_or_path is None:
+    source, revision = (base, None) if base is not None else (config.base_model_name_or_path, config.revision)
+    if source is None:
         return None
     try:
-        model_config = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+        model_config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
         return None
     text_config = model_config.get_text_config(decoder=True)

@@ -64,6 +64,8 @@ def test_without_the_base_there_is_no_ratio(repos, tmp_path, capsys):
     assert result["dense_bytes"] is None
     assert result["ratio"] is None
     assert main(["inspect", str(delta)]) == 0
+    capsys.readouterr()
+    assert inspect(capsys, delta, "--base", repos.base)["ratio"] > 0
 
 
 def test_layers_in_their_own_order():

@@ -30,7 +30,7 @@ def test_every_command_shows_an_example(command, capsys):
         ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj"],
         ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj=7"],
         ["compress", "base", "expert", "-o", "x", "--salient-channels", "-1"],
-        ["inspect", "delta", "--base", "base"],
+        ["inspect", "delta", "--expert", "expert"],
         ["generate", "base", "-p", "a", "--max-new-tokens", "0"],
         ["generate", "base", "-p", "a", "--temperature", "-1"],
         ["generate", "base", "-p", "a", "--expert", "math="],
