@@ -103,7 +103,7 @@ def inspect_delta(
     Args:
         repo: delta repo, a Hub id or a folder.
         revision: branch, tag or commit of the delta repo.
-        base: the base's checkpoint; needed for the error, and for the ratio where the delta's own base is out of reach.
+        base: the base's checkpoint, for the error, and for the ratio where the delta's own base is out of reach.
         expert: the checkpoint of the fine-tune that the delta was made from; needed for the error only.
         progress: wraps the module names while errors are measured, for a progress bar.
 
