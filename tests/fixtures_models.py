@@ -40,11 +40,14 @@ class TinyFamily:
 
 
 def llama_config(**overrides: Any) -> LlamaConfig:
-    """Two layers of 64, with grouped queries; large weights, so that greedy answers differ between experts."""
+    """Two layers of 64, with grouped queries; large weights, so that greedy answers differ between experts.
+
+    Widths are multiples of 64, the block that bitsandbytes quantises on a CPU.
+    """
     defaults: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

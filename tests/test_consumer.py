@@ -76,7 +76,7 @@ def test_the_headless_model_drops_an_untied_head_and_nothing_else(untied_family:
 def test_tensors_that_no_module_takes_are_an_error(auto: type, tiny_family: TinyFamily, tmp_path: Path) -> None:
     extra = edited(tiny_family.deltas["math"], tmp_path / "extra")
     tensors = load_file(extra / WEIGHTS)
-    tensors["base_model.model.model.layers.7.mlp.up_proj.meswitch_delta.step"] = torch.ones(96)
+    tensors["base_model.model.model.layers.7.mlp.up_proj.meswitch_delta.step"] = torch.ones(128)
     save_file(tensors, extra / WEIGHTS)
     with pytest.raises(DeltaFormatError, match=r"layers\.7\.mlp\.up_proj.*not announced"):
         auto.from_pretrained(extra)

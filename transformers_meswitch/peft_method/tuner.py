@@ -14,7 +14,7 @@ from torch import nn
 from ..configuration import MESWITCH, MESwitchExpertConfig
 from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
-from ..errors import ExpertNameError, MESwitchError
+from ..errors import ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert, set_vocab_capacity
 from .injection import plan_injection, switch_of, wrapped_layers
 from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
@@ -22,6 +22,28 @@ from .merging import merge_expert, unload
 from .naming import module_key
 
 __all__ = ["MESwitchModel", "check_tensors", "fill_expert", "register"]
+
+
+class _ExpertConfigs(dict[str, MESwitchExpertConfig]):
+    """The ``peft_config`` of a model with experts, which other PEFT methods must not enter.
+
+    ``get_peft_model(model, LoraConfig(...))`` would wrap LoRA around the deltas, then save them under keys that nothing
+    reads, and drop them on ``merge_and_unload``.
+    """
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        if config.peft_type != MESWITCH:
+            raise UnsupportedOperationError(
+                f"The model carries ME-Switch experts, and an adapter of type {config.peft_type.value} cannot be added "
+                "beside them. Load the base in a model of its own for that adapter, or merge_and_unload() the expert "
+                "first."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As of any dictionary, item by item."""
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
 
 
 class MESwitchModel(BaseTuner):
@@ -42,6 +64,7 @@ class MESwitchModel(BaseTuner):
                 configs.clear()
                 configs.update(kept)
             raise
+        self.peft_config = model.peft_config = _ExpertConfigs(self.peft_config)
 
     # -- choosing: the switch knows, so PeftModel and the model inside it cannot disagree -----------------------------
 

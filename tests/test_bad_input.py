@@ -1,0 +1,328 @@
+"""Bad input: a typed error that says what to do, and a model that is afterwards what it was, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.fixtures_models import TinyFamily
+from tests.model_state import ModelState, prompt
+from transformers_meswitch import MESwitchModelForCausalLM
+from transformers_meswitch.errors import (
+    BaseMismatchError,
+    DeltaFormatError,
+    ExpertNameError,
+    ExpertNotFoundError,
+    FormatVersionError,
+    MESwitchError,
+)
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+UP = "model.layers.0.mlp.up_proj"
+
+Damage = Callable[[Path], None]
+
+
+def in_config(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    def damage(delta: Path) -> None:
+        config = json.loads((delta / CONFIG).read_text())
+        change(config)
+        (delta / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def in_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    def damage(delta: Path) -> None:
+        tensors = load_file(delta / WEIGHTS)
+        change(tensors)
+        save_file(tensors, delta / WEIGHTS)
+
+    return damage
+
+
+def put(leaf: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    key = f"{PREFIX}{leaf}"
+    return in_tensors(lambda tensors: tensors.__setitem__(key, change(tensors[key])))
+
+
+def at(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.index_fill(0, torch.tensor([index]), value)
+
+
+def truncate(delta: Path) -> None:
+    data = (delta / WEIGHTS).read_bytes()
+    (delta / WEIGHTS).write_bytes(data[: len(data) - 100])
+
+
+def only_a_pickle(delta: Path) -> None:
+    (delta / WEIGHTS).rename(delta / "adapter_model.bin")
+
+
+def narrower_norm(delta: Path) -> None:
+    in_config(lambda c: c["modules"]["model.norm"].update(shapes={"weight": [32]}))(delta)
+    put("model.norm.meswitch_delta.values.weight", lambda t: t[:32].clone())(delta)
+
+
+def other_fingerprint(delta: Path) -> None:
+    in_config(
+        lambda c: c["base_fingerprint"].update(
+            digest="0" * 64, tensors={**c["base_fingerprint"]["tensors"], f"{UP}.weight": "f" * 16}
+        )
+    )(delta)
+
+
+DAMAGE: dict[str, tuple[Damage, type[MESwitchError], str]] = {
+    "another base": (other_fingerprint, BaseMismatchError, rf"{UP}\.weight[\s\S]*f{{16}}"),
+    "another architecture": (
+        in_config(lambda c: c.update(base_model_type="mistral")),
+        BaseMismatchError,
+        r"'mistral'.*'llama'.*Load",
+    ),
+    "another size": (narrower_norm, BaseMismatchError, r"model\.norm.*32.*64"),
+    "a module too many": (
+        in_config(lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": c["modules"][UP]})),
+        MESwitchError,
+        r"layers\.9\.mlp\.up_proj.*(missing|does not have)",
+    ),
+    "no weights": (lambda delta: (delta / WEIGHTS).unlink(), DeltaFormatError, r"adapter_model\.safetensors"),
+    "only a pickle": (only_a_pickle, DeltaFormatError, r"adapter_model"),
+    "truncated weights": (truncate, DeltaFormatError, r"adapter_model\.safetensors"),
+    "a missing tensor": (
+        in_tensors(lambda t: t.pop(f"{PREFIX}{UP}.meswitch_delta.step")),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.step is missing, expected F32 \[128\]",
+    ),
+    "a wrong shape": (
+        put(f"{UP}.meswitch_delta.step", lambda t: t[:-1].clone()),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.step has shape \[127\], expected \[128\]",
+    ),
+    "a wrong dtype": (
+        put(f"{UP}.meswitch_delta.step", lambda t: t.half()),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.step has dtype F16, expected F32",
+    ),
+    "a salient index out of range": (
+        put(f"{UP}.meswitch_delta.salient_index", at(3, 64)),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.salient_index holds 64, expected indices from 0 to 63",
+    ),
+    "a row index out of range": (
+        put("model.embed_tokens.meswitch_delta.row_index", at(2, 9999)),
+        DeltaFormatError,
+        r"embed_tokens\.meswitch_delta\.row_index holds 9999, expected indices from 0 to 127",
+    ),
+    "unsupported bits": (
+        in_config(lambda c: c["modules"][UP].update(bits=5)),
+        DeltaFormatError,
+        rf"{UP}.*bits=5; supported are \(1, 2, 3, 4\)",
+    ),
+    "an infinite step size": (
+        put(f"{UP}.meswitch_delta.step", at(7, float("inf"))),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.step is inf at \[7\]",
+    ),
+    "a step size that is no number": (
+        put(f"{UP}.meswitch_delta.step", at(0, float("nan"))),
+        DeltaFormatError,
+        rf"{UP}\.meswitch_delta\.step is nan at \[0\]",
+    ),
+    "a later format version": (
+        in_config(lambda c: c.update(format_version=2)),
+        FormatVersionError,
+        r"format version 2; this release .* pip install -U transformers-meswitch",
+    ),
+}
+
+#: Names that a module or PEFT's prefix has, and names that mean something else.
+NAMES = {
+    "mlp": r"module path",
+    "layers": r"module path",
+    "model": r"module path",
+    "0": r"module path",
+    "lm_head": r"module path",
+    "meswitch": r"PEFT prefix",
+    "meswitch_delta": r"PEFT prefix",
+    "auto": r"reserved",
+    "base": r"reserved",
+    "__base__": r"reserved",
+    "team/math": r"reserved",
+    "math@2": r"reserved",
+    "a:b": r"reserved",
+    " math": r"printable",
+    "ma\nth": r"printable",
+    ".math": r"printable",
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_family: TinyFamily) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_family.base)
+
+
+@pytest.fixture(scope="module")
+def with_expert(tiny_family: TinyFamily) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_family.deltas["code"], adapter_name="code")
+
+
+@pytest.fixture(scope="module")
+def with_peft(tiny_family: TinyFamily) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    return PeftModel.from_pretrained(base, tiny_family.deltas["code"], adapter_name="code")
+
+
+@pytest.fixture
+def routes(plain: Any, with_expert: Any, with_peft: PeftModel) -> dict[str, tuple[Any, Callable[[Path, str], Any]]]:
+    """Every way to load a delta, with the model that must survive it."""
+    return {
+        "AutoModelForCausalLM": (plain, lambda d, n: AutoModelForCausalLM.from_pretrained(d, adapter_name=n)),
+        "first load_adapter": (plain, lambda d, n: plain.load_adapter(str(d), adapter_name=n)),
+        "further load_adapter": (with_expert, lambda d, n: with_expert.load_adapter(str(d), adapter_name=n)),
+        "PeftModel.from_pretrained": (plain, lambda d, n: PeftModel.from_pretrained(plain, d, adapter_name=n)),
+        "PeftModel.load_adapter": (
+            with_peft.get_base_model(),
+            lambda d, n: with_peft.load_adapter(d, adapter_name=n),
+        ),
+    }
+
+
+ROUTES = (
+    "AutoModelForCausalLM",
+    "first load_adapter",
+    "further load_adapter",
+    "PeftModel.from_pretrained",
+    "PeftModel.load_adapter",
+)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_delta_is_refused_and_changes_nothing(
+    what: str, route: str, routes: Any, tiny_family: TinyFamily, tmp_path: Path
+) -> None:
+    damage, error, message = DAMAGE[what]
+    delta = Path(shutil.copytree(tiny_family.deltas["math"], tmp_path / "delta"))
+    damage(delta)
+    model, load = routes[route]
+    before = ModelState(model)
+    with pytest.raises(error, match=message):
+        load(delta, "new")
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_names_are_refused_and_change_nothing(route: str, routes: Any, tiny_family: TinyFamily) -> None:
+    model, load = routes[route]
+    before = ModelState(model)
+    for name, rule in NAMES.items():
+        with pytest.raises(ExpertNameError, match=rule):
+            load(tiny_family.deltas["math"], name)
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("route", ["further load_adapter", "PeftModel.load_adapter"])
+def test_a_name_in_use_is_refused_and_changes_nothing(route: str, routes: Any, tiny_family: TinyFamily) -> None:
+    model, load = routes[route]
+    before = ModelState(model)
+    for delta in tiny_family.deltas.values():
+        with pytest.raises(ExpertNameError, match="'code' is already loaded"):
+            load(delta, "code")
+    before.assert_unchanged(model)
+
+
+def test_wrapping_a_model_with_experts_under_a_name_in_use(with_expert: Any, tiny_family: TinyFamily) -> None:
+    before = ModelState(with_expert)
+    with pytest.raises(ExpertNameError, match="'code' is already loaded"):
+        PeftModel.from_pretrained(with_expert, tiny_family.deltas["math"], adapter_name="code")
+    before.assert_unchanged(with_expert)
+
+
+def test_after_a_refusal_the_same_model_takes_a_sound_delta(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = Path(shutil.copytree(tiny_family.deltas["math"], tmp_path / "delta"))
+    (delta / WEIGHTS).unlink()
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    with pytest.raises(DeltaFormatError):
+        model.load_adapter(str(delta), adapter_name="math")
+    model.load_adapter(str(tiny_family.deltas["math"]), adapter_name="math")
+    whole = AutoModelForCausalLM.from_pretrained(tiny_family.deltas["math"])
+    assert torch.equal(model(prompt()).logits, whole(prompt()).logits)
+
+
+def test_a_base_that_differs_in_one_weight_is_named(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_family.base, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{UP}.weight"][5, 6] += 1e-3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = ModelState(model)
+    digest = json.loads((tiny_family.deltas["math"] / CONFIG).read_text())["base_fingerprint"]["tensors"]
+    for load in (
+        lambda: model.load_adapter(str(tiny_family.deltas["math"])),
+        lambda: PeftModel.from_pretrained(model, tiny_family.deltas["math"]),
+        lambda: MESwitchModelForCausalLM.from_pretrained(base, experts={"math": tiny_family.deltas["math"]}),
+    ):
+        with pytest.raises(BaseMismatchError, match=rf"{UP}\.weight[\s\S]*{digest[f'{UP}.weight']}"):
+            load()
+    before.assert_unchanged(model)
+
+
+def test_a_base_built_in_memory_gets_a_warning_and_a_shape_check(tiny_family: TinyFamily) -> None:
+    config = AutoModelForCausalLM.from_pretrained(tiny_family.base).config
+    config._name_or_path = ""
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match="only shapes were checked"):
+        model.load_adapter(str(tiny_family.deltas["math"]))
+    narrow = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), "intermediate_size": 32}))
+    before = ModelState(narrow)
+    with pytest.raises(BaseMismatchError, match=r"mlp.*128.*32"):
+        narrow.load_adapter(str(tiny_family.deltas["math"]))
+    before.assert_unchanged(narrow)
+
+
+def test_a_family_with_one_bad_expert_does_not_load(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = Path(shutil.copytree(tiny_family.deltas["math"], tmp_path / "delta"))
+    truncate(delta)
+    experts = {"code": tiny_family.deltas["code"], "math": delta}
+    with pytest.raises(DeltaFormatError, match="adapter_model"):
+        MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=experts)
+    with pytest.raises(ExpertNameError, match="reserved"):
+        MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"auto": delta})
+    with pytest.raises(ExpertNotFoundError, match=r"'chess'.*'code'"):
+        MESwitchModelForCausalLM.from_pretrained(
+            tiny_family.base, experts={"code": tiny_family.deltas["code"]}
+        ).set_expert("chess")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "AutoModelForCausalLM.from_pretrained(delta)",
+        "AutoModelForCausalLM.from_pretrained(base).load_adapter(delta)",
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), delta)",
+        "AutoPeftModelForCausalLM.from_pretrained(delta)",
+    ],
+)
+def test_without_the_import_stock_libraries_fail_closed(load: str, tiny_family: TinyFamily) -> None:
+    code = (
+        "import sys; base, delta = sys.argv[1:]\n"
+        "from peft import AutoPeftModelForCausalLM, PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"{load}\n"
+    )
+    paths = [str(tiny_family.base), str(tiny_family.deltas["math"])]
+    result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "KeyError: 'MESWITCH'"

@@ -1,0 +1,174 @@
+"""Compress on load: the same delta as from the checkpoints, beside the very base it was formed against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import transformers_meswitch as meswitch
+from tests.fixtures_models import VOCAB_SIZE, TinyFamily, dense_model, fine_tune, llama_config
+from tests.model_state import ATOL, generated, prompt
+from transformers_meswitch.errors import CheckpointError, CompressionError, MESwitchError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def config(base: Path, **options: Any) -> meswitch.MESwitchConfig:
+    return meswitch.MESwitchConfig(str(base), **{"bits": 4, "salient_channels": 4, **options})
+
+
+def load(expert: Path, how: meswitch.MESwitchConfig, **arguments: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(expert, quantization_config=how, **arguments)
+
+
+def assert_same_delta(written: Path, reference: Path) -> None:
+    ours, theirs = load_file(written / WEIGHTS), load_file(reference / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.equal(ours[key], tensor), key
+    left, right = (json.loads((folder / CONFIG).read_text()) for folder in (written, reference))
+    assert left.keys() == right.keys()
+    assert {k: v for k, v in left.items() if v != right[k]} == {}
+
+
+@pytest.mark.parametrize("family_fixture", ["tiny_family", "untied_family"])
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_it_writes_what_compress_writes(
+    name: str, family_fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    family: TinyFamily = request.getfixturevalue(family_fixture)
+    model = load(family.experts[name], config(family.base))
+    assert isinstance(model, LlamaForCausalLM)
+    twin = dense_model(family.base, family.deltas[name])
+    torch.testing.assert_close(model(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
+    assert generated(model) == generated(twin)
+    model.save_pretrained(tmp_path)
+    assert_same_delta(tmp_path, family.deltas[name])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+
+
+def test_the_comparison_would_notice_other_bits(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    load(tiny_family.experts["math"], config(tiny_family.base, bits=3)).save_pretrained(tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_delta(tmp_path, tiny_family.deltas["math"])
+
+
+def test_layer_bits_and_column_steps_match_compress(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    options = {"bits": 2, "salient_channels": 3, "column_steps": True, "layer_bits": {r"down_proj$": 3}}
+    meswitch.compress(
+        tiny_family.base, tiny_family.experts["code"], tmp_path / "a", config(tiny_family.base, **options), progress=False
+    )
+    load(tiny_family.experts["code"], config(tiny_family.base, **options)).save_pretrained(tmp_path / "b")
+    assert_same_delta(tmp_path / "b", tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_the_base_is_there_bit_for_bit(tiny_family: TinyFamily, name: str) -> None:
+    model = load(tiny_family.experts[name], config(tiny_family.base))
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    model.disable_adapters()
+    assert torch.equal(model(prompt()).logits[..., :VOCAB_SIZE], base(prompt()).logits)
+    assert generated(model) == generated(base)
+    model.enable_adapters()
+    model.delete_adapter("default")
+    assert type(model) is type(base)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model.config.vocab_size, model.config.tie_word_embeddings) == (VOCAB_SIZE, True)
+    assert model.lm_head.out_features == model.model.embed_tokens.num_embeddings == VOCAB_SIZE
+    assert generated(model) == generated(base)
+
+
+def test_a_second_expert_loads_on_top(tiny_family: TinyFamily) -> None:
+    model = load(tiny_family.experts["code"], config(tiny_family.base))
+    model.load_adapter(str(tiny_family.deltas["math"]), adapter_name="math")
+    twins = {"default": "code", "math": "math"}
+    for name, twin in twins.items():
+        dense = dense_model(tiny_family.base, tiny_family.deltas[twin])
+        assert generated(model, expert=name) == generated(dense)
+
+
+@pytest.mark.parametrize(("base_tied", "expert_tied"), [(True, False), (False, True)])
+def test_a_difference_in_tying_is_kept(base_tied: bool, expert_tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=base_tied))
+    base.save_pretrained(tmp_path / "base")
+    expert = LlamaForCausalLM(llama_config(tie_word_embeddings=expert_tied))
+    own = {key: value for key, value in base.state_dict().items() if expert_tied is False or key != "lm_head.weight"}
+    expert.load_state_dict(own, strict=False)
+    expert.tie_weights()
+    fine_tune(expert, 4, (5, 41, 90))
+    expert.save_pretrained(tmp_path / "expert")
+    meswitch.compress(tmp_path / "base", tmp_path / "expert", tmp_path / "a", config(tmp_path / "base"), progress=False)
+    model = load(tmp_path / "expert", config(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "b")
+    assert_same_delta(tmp_path / "b", tmp_path / "a")
+    twin = dense_model(tmp_path / "base", tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    for ours in (model, loaded):
+        torch.testing.assert_close(ours(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
+        ours.disable_adapters()
+        assert torch.equal(ours(prompt()).logits, base.eval()(prompt()).logits)
+        ours.enable_adapters()
+    plain = loaded.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(plain(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
+    assert plain.config.tie_word_embeddings is expert_tied
+    plain.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(again(prompt()).logits, plain(prompt()).logits)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == expert_tied
+
+
+def test_loading_in_bfloat16_compresses_the_rounded_expert(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    rounded = LlamaForCausalLM.from_pretrained(tiny_family.experts["code"], dtype=torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "expert")
+    meswitch.compress(
+        tiny_family.base, tmp_path / "expert", tmp_path / "a", config(tiny_family.base), progress=False
+    )
+    model = load(tiny_family.experts["code"], config(tiny_family.base), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "b")
+    ours, theirs = load_file(tmp_path / "b" / WEIGHTS), load_file(tmp_path / "a" / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    model.disable_adapters()
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base, dtype=torch.bfloat16)
+    assert torch.equal(model(prompt()).logits[..., :VOCAB_SIZE], base(prompt()).logits)
+
+
+def test_what_cannot_be_compressed_is_refused(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    with pytest.raises(CompressionError, match="base_model_name_or_path"):
+        load(tiny_family.experts["math"], meswitch.MESwitchConfig())
+    with pytest.raises(MESwitchError, match="nowhere"):
+        load(tiny_family.experts["math"], config(tmp_path / "nowhere"))
+    with pytest.raises(CompressionError, match="equal weights"):
+        load(tiny_family.base, config(tiny_family.base))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_bytes((tiny_family.base / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load(tiny_family.experts["math"], config(tmp_path / "empty"))
+    with pytest.raises(CompressionError, match=r"bits is 5; supported are \(1, 2, 3, 4\)"):
+        config(tiny_family.base, bits=5)
+    torch.manual_seed(5)
+    LlamaForCausalLM(llama_config(intermediate_size=32)).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(CompressionError, match=r"mlp\.(gate|up|down)_proj"):
+        load(tiny_family.experts["math"], config(tmp_path / "narrow"))
+    with pytest.raises(CompressionError, match="another architecture|model_type"):
+        mistral = json.loads((tiny_family.base / "config.json").read_text()) | {
+            "model_type": "mistral",
+            "architectures": ["MistralForCausalLM"],
+        }
+        (tmp_path / "mistral").mkdir()
+        (tmp_path / "mistral" / "config.json").write_text(json.dumps(mistral))
+        weights = (tiny_family.base / "model.safetensors").read_bytes()
+        (tmp_path / "mistral" / "model.safetensors").write_bytes(weights)
+        load(tiny_family.experts["math"], config(tmp_path / "mistral"))
