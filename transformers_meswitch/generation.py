@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -63,14 +64,21 @@ class ExpertGenerationMixin:
         rows = self._row_experts(expert, generation_config, batch)
         if prompt is not None and not prompt.is_floating_point():
             _check_vocabulary(switch, rows, prompt)
-        kwargs.update(self._row_endings(rows, prompt, generation_config, kwargs))
+        changed = self._row_endings(rows, prompt, generation_config, kwargs)
+        pad = changed.get("pad_token_id")
+        if generation_config is not None:
+            # transformers warns of generation parameters beside a config.
+            generation_config = copy.deepcopy(generation_config)
+            for key in {"eos_token_id", "pad_token_id"} & changed.keys() - kwargs.keys():
+                setattr(generation_config, key, changed.pop(key))
+        kwargs.update(changed)
         limits = [switch.vocab_size(row) for row in rows]
         if min(limits) < switch.vocab_capacity:
             processors = [*(kwargs.get("logits_processor") or []), RowVocabularyProcessor(limits)]
             kwargs["logits_processor"] = LogitsProcessorList(processors)
         with switch.rows(rows):
             output = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-        return _padded(output, switch.vocab_capacity, kwargs.get("pad_token_id"))
+        return _padded(output, switch.vocab_capacity, pad)
 
     def _row_experts(
         self, expert: Experts, generation_config: GenerationConfig | None, batch: int

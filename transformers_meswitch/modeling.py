@@ -16,7 +16,9 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.utils import find_adapter_config_file
 
+from .compression.expert_config import portable_name
 from .configuration import MESwitchFamilyConfig
 from .errors import UnsupportedModelError, UnsupportedOperationError
 from .mixin import MESwitchMixin
@@ -25,6 +27,13 @@ from .peft_method.naming import check_expert_name
 
 __all__ = ["MESwitchModel", "MESwitchModelForCausalLM"]
 
+_NO_ROUTER = (
+    "This release has no routers; pass router=None to a base and its experts, and name the expert of each call."
+)
+_IS_DELTA = (
+    "{!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, or name its base "
+    "here and the delta under experts=."
+)
 _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -70,21 +79,21 @@ class _Family(PreTrainedModel):
             MESwitchError: an expert is malformed, of another base, or badly named.
         """
         if router is not None:
-            raise UnsupportedOperationError("This release has no routers yet; pass router=None and name the expert.")
+            raise UnsupportedOperationError(_NO_ROUTER)
         for private in ("_from_auto", "_from_pipeline", "adapter_kwargs"):
             kwargs.pop(private, None)
         source = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        kwargs = {**_consumed_arguments(config), **kwargs}
         family, base, base_arguments = cls._resolve(source, config, hub, kwargs)
+        if family.router is not None:
+            raise UnsupportedOperationError(f"The family {source!r} has a router. {_NO_ROUTER}")
         references = dict(family.experts or {}) if experts is None else _references(experts)
         for name in references:
             check_expert_name(name, (), ())
         model = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
         if isinstance(model, MESwitchMixin):
-            raise UnsupportedModelError(
-                f"{source!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, "
-                "or name its base here and the delta under experts=."
-            )
+            raise UnsupportedModelError(_IS_DELTA.format(source))
         switch = ensure_switch(model)
         switch.keep = True
         switch.base_download = {k: v for k, v in {**hub, **base_arguments}.items() if v is not None}
@@ -104,12 +113,16 @@ class _Family(PreTrainedModel):
     ) -> tuple[MESwitchFamilyConfig, str, dict[str, Any]]:
         """The family's config, its base, and arguments that replace the caller's when loading the base."""
         if not isinstance(config, MESwitchFamilyConfig):
-            found = AutoConfig.from_pretrained(
-                source, trust_remote_code=kwargs.get("trust_remote_code"), **hub, **_revision(kwargs.get("revision"))
-            )
+            where = {**hub, **_revision(kwargs.get("revision"))}
+            try:
+                found = AutoConfig.from_pretrained(source, trust_remote_code=kwargs.get("trust_remote_code"), **where)
+            except (OSError, ValueError) as error:
+                if find_adapter_config_file(source, **where) is None:
+                    raise
+                raise UnsupportedModelError(_IS_DELTA.format(source)) from error
             if not isinstance(found, MESwitchFamilyConfig):
                 arguments = {} if config is None else {"config": config}
-                return MESwitchFamilyConfig(source, kwargs.get("revision")), source, arguments
+                return MESwitchFamilyConfig(portable_name(source), kwargs.get("revision")), source, arguments
             config = found
         base = config.base_model_name_or_path
         if not base:
@@ -140,6 +153,15 @@ class MESwitchModel(_Family):
     """Family loader for hidden states (``AutoModel``): the same experts, without the output head."""
 
     _auto_class_for_base = AutoModel
+
+
+def _consumed_arguments(config: Any) -> dict[str, Any]:
+    """Arguments meant for the base that the Auto classes have already entered in the family's config."""
+    if not isinstance(config, MESwitchFamilyConfig):
+        return {}
+    names = ("attn_implementation", "output_attentions", "output_hidden_states")
+    found = {name: getattr(config, f"_{name}" if name == "attn_implementation" else name, None) for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def _adopt_generation_config(model: Any, family: str, download: Mapping[str, Any]) -> None:

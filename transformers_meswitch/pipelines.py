@@ -20,7 +20,8 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
     """transformers' text-generation pipeline; for models without experts it is exactly that.
 
     A tokenizer passed by the caller is used for every expert; the base's, which ``pipeline`` loads by itself, is
-    replaced by that of the expert at work. ``expert=`` is accepted at construction (sticky) and per call.
+    replaced by that of the expert at work. ``expert=`` is accepted at construction (sticky) and per call, where a list
+    names one per input.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,10 +34,43 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             if not self._explicit_tokenizer and expert is not None:
                 self.tokenizer = self._left_padded(self.model.tokenizer_for(expert))
 
+    def __call__(self, text_inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Complete the prompts as in transformers.
+
+        Args:
+            text_inputs: as in transformers.
+            *args: as in transformers.
+            **kwargs: as in transformers, and ``expert``: a name for all inputs, or a list with one for each input;
+                inputs of one expert are batched together.
+
+        Raises:
+            ValueError: a list of experts for a single input, or of another length than the inputs.
+        """
+        experts = kwargs.get("expert")
+        if experts is None or isinstance(experts, str):
+            return super().__call__(text_inputs, *args, **kwargs)
+        experts = list(experts)
+        is_chat = isinstance(text_inputs, list) and bool(text_inputs) and isinstance(text_inputs[0], dict)
+        if not isinstance(text_inputs, list) or is_chat or len(text_inputs) != len(experts):
+            given = len(text_inputs) if isinstance(text_inputs, list) and not is_chat else 1
+            raise ValueError(
+                f"{len(experts)} experts were named for {given} inputs; name one per item of a list, or one for all."
+            )
+        answers: dict[int, Any] = {}
+        for expert in dict.fromkeys(experts):
+            asked = [i for i, name in enumerate(experts) if name == expert]
+            found = super().__call__([text_inputs[i] for i in asked], *args, **{**kwargs, "expert": expert})
+            answers.update(zip(asked, found, strict=True))
+        return [answers[i] for i in range(len(experts))]
+
     def _expert(self, parameters: dict[str, Any]) -> str | None:
+        """The expert of a call, by the precedence of ``generate``."""
         expert = parameters.get("expert", _UNSET)
         if expert is _UNSET:
-            expert = getattr(self.model.generation_config, "expert", self.model.active_expert)
+            # Releases differ in whether a pipeline keeps a generation config of its own.
+            configs = (parameters.get("generation_config"), vars(self).get("generation_config"))
+            stated = [vars(c) for c in (*configs, self.model.generation_config) if hasattr(c, "expert")]
+            expert = stated[0]["expert"] if stated else self.model.active_expert
         return expert if isinstance(expert, str) and expert in self.model.experts else None
 
     @staticmethod
@@ -59,10 +93,21 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             self.tokenizer = kept
 
     def _sanitize_parameters(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess, forward, postprocess = super()._sanitize_parameters(*args, **kwargs)
-        if "expert" in forward:
-            postprocess["expert"] = forward["expert"]
+        # Stop strings are matched against the vocabulary of the tokenizer found here.
+        with self._tokenizer_of({**getattr(self, "_forward_params", {}), **kwargs}):
+            preprocess, forward, postprocess = super()._sanitize_parameters(*args, **kwargs)
+        config = forward.get("generation_config")
+        chosen = next((c for c in (forward, vars(config) if config else {}) if "expert" in c), None)
+        if chosen is not None:
+            postprocess["expert"] = chosen["expert"]
         return preprocess, forward, postprocess
+
+    def get_iterator(
+        self, inputs: Any, num_workers: int, batch_size: int, preprocess_params: Any, forward_params: Any, *args: Any
+    ) -> Any:
+        """As in transformers; prompts of a batch are padded with their expert's own padding token."""
+        with self._tokenizer_of(forward_params):
+            return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, forward_params, *args)
 
     def preprocess(self, prompt_text: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokenise, and apply the chat template, of the call's expert."""

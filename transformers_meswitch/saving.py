@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import tempfile
 import urllib.parse
@@ -63,11 +64,11 @@ def push_to_hub(model: MESwitchMixin, repo_id: str, max_shard_size: int | str = 
     Raises:
         UnsupportedOperationError: the family names a base by a path of this machine.
     """
-    family = model._meswitch_family
-    if family is not None and Path(str(family.base_model_name_or_path)).exists():
+    base = None if model._meswitch_family is None else str(model._meswitch_family.base_model_name_or_path)
+    if base is not None and (base.startswith("./") or Path(base).exists()):
         raise UnsupportedOperationError(
-            f"The family's base is the local folder {family.base_model_name_or_path!r}, which nobody else can load. "
-            "Push the base first and load the family with its Hub id."
+            f"The family's base is the local folder {base!r}, which nobody else can load. Push the base first and "
+            "load the family with its Hub id."
         )
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, max_shard_size=max_shard_size)
@@ -128,13 +129,17 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
 
     Experts from the Hub are named by id and commit; experts from this machine are written into ``experts/``.
     ``config.json`` is moved into place last.
+
+    Raises:
+        UnsupportedOperationError: the base is inside a family repo of the Hub, and has no name of its own.
     """
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
     family = model._meswitch_family
     assert family is not None
+    folder = Path(save_directory)
+    base = _base_reference(model, family, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     experts: dict[str, Any] = {}
-    for name, info in model._meswitch_switch.experts.items():
+    for name, info in sorted(model._meswitch_switch.experts.items()):
         location = None if info.files is None else info.files.location
         if info.files is not None and location is not None and not location.is_local:
             experts[name] = {"repo": info.files.repo, "revision": info.files.revision}
@@ -145,7 +150,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             save_expert(model, folder / path, name, max_shard_size=max_shard_size)
             experts[name] = {"repo": f"./{path}", "revision": None}
     config = MESwitchFamilyConfig(
-        family.base_model_name_or_path,
+        base,
         family.base_revision,
         experts,
         default_expert=model.active_expert,
@@ -156,15 +161,32 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     staging.mkdir()
     try:
         config.save_pretrained(staging)
-        model.generation_config.save_pretrained(staging)  # type: ignore[attr-defined]
+        generation_config = copy.deepcopy(model.generation_config)  # type: ignore[attr-defined]
+        # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
+        generation_config._from_model_config = False
+        generation_config.save_pretrained(staging)
         with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer gives a family without one
             model.tokenizer_for(None).save_pretrained(staging)
         kept, fresh = _existing_card(folder), family_card(config)
         (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
-        for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(folder / path.name)
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
+            file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _base_reference(model: MESwitchMixin, family: MESwitchFamilyConfig, folder: Path) -> str | None:
+    """The base as ``config.json`` in ``folder`` names it; ``./path`` means something else in every folder."""
+    base = family.base_model_name_or_path
+    if base is None or not base.startswith("./"):
+        return base
+    source = Path(str(model._meswitch_source))
+    if not source.is_dir():
+        raise UnsupportedOperationError(
+            f"The base is inside the family repo {str(source)!r} and cannot be named from another. Load the base from "
+            "a repo of its own, with the experts under experts=, and save that."
+        )
+    return base if source.resolve() == folder.resolve() else str((source / base).resolve())
 
 
 def _existing_card(folder: Path) -> str | None:

@@ -187,3 +187,12 @@ def test_a_merged_model_ends_as_its_expert(
     model.merge_and_unload().save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert answer(plain.generate(PROMPT, **GREEDY)[0]) == expected_answer(references, endings, name)
+
+
+def test_the_callers_config_is_neither_changed_nor_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config = GenerationConfig(**GREEDY)
+    before = config.to_dict()
+    output = model.generate(ROWS, config, expert=list(NAMES))
+    assert torch.equal(output, model.generate(ROWS, expert=list(NAMES), **GREEDY))
+    assert config.to_dict() == before
+    assert "together with generation-related arguments" not in caplog.text
