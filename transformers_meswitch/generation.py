@@ -88,8 +88,8 @@ class ExpertGenerationMixin:
             chosen = switch.chosen_rows(batch)  # by PeftModel.generate(adapter_names=)
             if chosen is not None:
                 return chosen
-            configs = [c for c in (generation_config, self.generation_config) if hasattr(c, "expert")]
-            expert = configs[0].expert if configs else switch.active_expert
+            configs = [vars(c) for c in (generation_config, self.generation_config) if hasattr(c, "expert")]
+            expert = configs[0]["expert"] if configs else switch.active_expert
         if expert == "auto" or (not isinstance(expert, str) and expert is not None and "auto" in expert):
             raise UnsupportedOperationError(
                 "expert='auto' needs a router, and this family has none. Name the expert: "
@@ -145,8 +145,8 @@ class ExpertGenerationMixin:
             processors.append(RowMinLengthProcessor(endings, minimum))
         criteria.append(RowEosCriteria(endings))
         changed: dict[str, Any] = {"eos_token_id": never, "stopping_criteria": criteria, **padding}
-        is_ids = prompt is not None and not prompt.is_floating_point()
-        if is_ids and kwargs.get("attention_mask") is None and any(pad in ids for ids in endings):
+        pad_ends_a_row = any(pad in ids for ids in endings)
+        if pad_ends_a_row and prompt is not None and not prompt.is_floating_point() and "attention_mask" not in kwargs:
             # transformers takes pads in a prompt for padding unless the pad is an EOS, which chats are full of.
             changed["attention_mask"] = torch.ones_like(prompt)
         return {**changed, "logits_processor": processors} if processors else changed

@@ -167,6 +167,22 @@ def test_padding(family: Any, endings: Endings) -> None:
     assert 130 in output[:, LENGTH:] or len({len(answer(row)) for row in output}) == 1
 
 
+def test_an_eos_inside_a_prompt_is_no_padding(model: Any, references: References, endings: Endings) -> None:
+    """Without a padding id, transformers pads with the EOS, which chats have at the end of each turn."""
+    model.generation_config.pad_token_id = None
+    switch = model._meswitch_switch
+    for name in ("math", "code"):
+        switch.experts[name] = dataclasses.replace(switch.experts[name], pad_token_id=None)
+    prompts = PROMPT.repeat(3, 1)
+    prompts[:, 2] = endings["math"]
+    output = model.generate(prompts, expert=list(NAMES), **GREEDY)
+    for row, name in enumerate(NAMES):
+        expected = references[name].generate(
+            prompts[:1], attention_mask=torch.ones_like(prompts[:1]), **GREEDY, eos_token_id=endings[name]
+        )
+        assert answer(output[row], endings[name]) == answer(expected[0], endings[name])
+
+
 def test_stock_loading_takes_over_the_experts_endings(
     ending_family: TinyFamily, references: References, endings: Endings
 ) -> None:

@@ -79,3 +79,21 @@ def test_family_answers_each_row_and_merges_exactly(
     plain = model.merge_and_unload()
     assert type(plain) is type(base)
     assert distance(plain(ids).logits, of_expert) < TOLERANCE
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "mistral", "gemma3_text"])
+def test_mixed_rows_generate_as_alone(make_case: MakeCase, ids: torch.Tensor, model_type: str, beams: int) -> None:
+    """Learned positions, parallel residuals and sliding windows, past the window's length and with padding."""
+    case = make_case(model_type, True, 4)
+    base = AutoModelForCausalLM.from_pretrained(case.base)
+    prompts = torch.cat([ids, ids[:1]])
+    prompts[1, :3] = 0
+    how = {"do_sample": False, "max_new_tokens": 8, "num_beams": beams, "eos_token_id": 999, "pad_token_id": 0}
+    model = MESwitchModelForCausalLM.from_pretrained(case.base, experts={"tuned": case.delta})
+    output = model.generate(prompts, expert=["tuned", "tuned", None], **how)
+    for row, stock in enumerate((case.reference, case.reference, base)):
+        alone = prompts[row : row + 1, 3 * (row == 1) :]
+        expected = stock.generate(alone, **how)
+        assert output[row, -expected.shape[1] :].tolist() == expected[0].tolist()
+    assert output[0].tolist() != output[2].tolist()
