@@ -27,6 +27,7 @@ from transformers_meswitch.errors import (
     FormatVersionError,
     MESwitchError,
 )
+from transformers_meswitch.peft_method import deltas, layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -248,6 +249,36 @@ def test_wrapping_a_model_with_experts_under_a_name_in_use(with_expert: Any, tin
     with pytest.raises(ExpertNameError, match="'code' is already loaded"):
         PeftModel.from_pretrained(with_expert, tiny_family.deltas["math"], adapter_name="code")
     before.assert_unchanged(with_expert)
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route != "AutoModelForCausalLM"])
+@pytest.mark.parametrize("moment", [0, 5, 13])
+def test_running_out_of_memory_on_the_way_changes_nothing(
+    moment: int, route: str, routes: Any, tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, load = routes[route]
+    before = ModelState(model)
+    made = [0]
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made[0] += 1
+            if made[0] > moment:
+                raise MemoryError
+            return original(*args, **kwargs)
+
+        return call
+
+    steps = [(layers, "make_delta")]
+    if "Peft" not in route:  # PEFT fills adapters by itself
+        steps.append((deltas.StoredDelta, "assign"))
+    for owner, name in steps:
+        made[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+            with pytest.raises(MemoryError):
+                load(tiny_family.deltas["math"], "new")
+        before.assert_unchanged(model)
 
 
 def test_after_a_refusal_the_same_model_takes_a_sound_delta(tiny_family: TinyFamily, tmp_path: Path) -> None:

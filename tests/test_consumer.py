@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
+import transformers_meswitch as meswitch
 from tests.fixtures_models import BASE_EOS, CODE_EOS, CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
 from tests.model_state import ATOL, generated, prompt
 from transformers_meswitch.errors import BaseMismatchError, DeltaFormatError, UnsupportedOperationError
@@ -45,6 +47,26 @@ def test_the_comparison_would_notice_another_expert_and_one_changed_step_size(
     tensors["base_model.model.model.layers.0.self_attn.q_proj.meswitch_delta.step"][3] *= 1.5
     save_file(tensors, altered / WEIGHTS)
     assert (model(x).logits - dense_model(tiny_family.base, altered)(x).logits).abs().max() > 2 * ATOL
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 1, "salient_channels": 0},
+        {"bits": 2, "salient_channels": 5, "column_steps": True},
+        {"bits": 3, "salient_channels": 64},
+        {"bits": 2, "salient_channels": 3, "layer_bits": {r"layers\.0\.": 3, r"down_proj": 1}},
+    ],
+    ids=str,
+)
+def test_every_kind_of_code_runs_as_written(tiny_family: TinyFamily, tmp_path: Path, options: dict[str, Any]) -> None:
+    how = meswitch.MESwitchConfig(**options)
+    meswitch.compress(tiny_family.base, tiny_family.experts["code"], tmp_path, how, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    twin = dense_model(tiny_family.base, tmp_path)
+    torch.testing.assert_close(model(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
+    plain = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(plain(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

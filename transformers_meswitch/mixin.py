@@ -234,7 +234,7 @@ class MESwitchMixin(TokenizerMixin):
                 model._fill_expert(name, config, delta.tensors(), delta.files)
                 adopt_generation_config(model, delta.asset("generation_config.json"))
         except Exception:
-            remove_expert(model, name, model.peft_config)
+            remove_expert(model, name, getattr(model, "peft_config", None))
             raise
         return _loading_info(), None
 

@@ -44,12 +44,13 @@ def test_an_expert_over_a_base_of_each_precision(tiny_family: TinyFamily, name: 
             assert logits.dtype == dtype
             assert distance(logits, twin(x).logits) < TOLERANCE[dtype]
             assert distance(logits, other(x).logits) > 0.3
-    stored = {k: t for k, t in models[0].state_dict().items() if k.endswith((".step", ".codes", ".salient"))}
-    assert {k.rpartition(".")[2]: t.dtype for k, t in stored.items()} == {
-        "step": torch.float32,
-        "codes": torch.uint8,
-        "salient": torch.bfloat16,
-    }
+    for model in models:
+        stored = {k: t for k, t in model.state_dict().items() if k.endswith((".step", ".codes", ".salient"))}
+        assert {k.rpartition(".")[2]: t.dtype for k, t in stored.items()} == {
+            "step": torch.float32,
+            "codes": torch.uint8,
+            "salient": torch.bfloat16,
+        }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -75,6 +75,21 @@ def test_choosing_another_expert_while_one_is_merged(model: Any, peft_model: Pef
     torch.testing.assert_close(peft_model(prompt()).logits, expected("code", prompt()), atol=ATOL, rtol=0)
 
 
+def test_another_expert_can_be_deleted_while_one_is_merged(model: Any, expected: Any) -> None:
+    before = base_parameters(model)
+    model.set_adapter("math")
+    model.merge_adapter()
+    model.delete_adapter("code")
+    torch.testing.assert_close(model(prompt()).logits, expected("math", prompt())[..., :VOCAB_SIZE], atol=ATOL, rtol=0)
+    model.unmerge_adapter()
+    after = base_parameters(model)
+    assert [(k.replace(".base_layer", ""), s) for k, (_, s) in after.items()] == [
+        (k.replace(".base_layer", ""), s) for k, (_, s) in before.items()
+    ]
+    model.delete_adapter("math")
+    torch.testing.assert_close(model(prompt()).logits, expected(None, prompt())[..., :VOCAB_SIZE], atol=0, rtol=0)
+
+
 def test_what_cannot_be_merged_is_refused_before_anything_changes(either: Any) -> None:
     before = ModelState(inner(either))
     with pytest.raises(ExpertNotFoundError, match=r"'chess'.*'math', 'code'"):

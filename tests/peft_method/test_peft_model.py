@@ -31,9 +31,7 @@ def test_peft_loads_experts_and_activates_only_the_first(
         base, tiny_family.deltas["math"], adapter_name="math", low_cpu_mem_usage=low_cpu_mem_usage
     )
     assert close(model(prompt()).logits, expected("math", prompt())[..., :VOCAB_SIZE])
-    result = model.load_adapter(
-        tiny_family.deltas["code"], adapter_name="code", low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    result = model.load_adapter(tiny_family.deltas["code"], adapter_name="code", low_cpu_mem_usage=low_cpu_mem_usage)
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert model.active_adapters == ["math"]
@@ -110,6 +108,16 @@ def test_peft_deletes_experts(peft_model: PeftModel, expected: Any) -> None:
     assert list(peft_model.peft_config) == peft_model.get_base_model().experts == ["math"]
     assert close(peft_model(prompt()).logits, expected("math", prompt())[..., :VOCAB_SIZE])
     assert not any("x-code" in name for name in peft_model.state_dict())
+
+
+def test_peft_wraps_a_model_that_has_experts(model: Any, tiny_family: TinyFamily, expected: Any) -> None:
+    wrapped = PeftModel.from_pretrained(model, tiny_family.deltas["math"], adapter_name="again")
+    assert wrapped.active_adapters == model.active_adapters() == ["again"]
+    assert model.experts == ["math", "code", "again"]
+    assert close(wrapped(prompt()).logits, expected("math", prompt()))
+    logits = wrapped(prompt(rows=2), adapter_names=["code", "again"]).logits
+    assert close(logits[0], expected("code", prompt(rows=2))[0])
+    assert close(logits[1], expected("math", prompt(rows=2))[1])
 
 
 def test_unload_gives_the_base_back(peft_model: PeftModel, tiny_family: TinyFamily) -> None:

@@ -27,16 +27,16 @@ __all__ = ["MESwitchModel", "check_tensors", "fill_expert", "register"]
 class _ExpertConfigs(dict[str, MESwitchExpertConfig]):
     """The ``peft_config`` of a model with experts, which other PEFT methods must not enter.
 
-    ``get_peft_model(model, LoraConfig(...))`` would wrap LoRA around the deltas, then save them under keys that nothing
+    ``get_peft_model(model, LoraConfig(...))`` would wrap LoRA around the deltas, save them under keys that nothing
     reads, and drop them on ``merge_and_unload``.
     """
 
     def __setitem__(self, name: str, config: Any) -> None:
         if config.peft_type != MESWITCH:
             raise UnsupportedOperationError(
-                f"The model carries ME-Switch experts, and an adapter of type {config.peft_type.value} cannot be added "
-                "beside them. Load the base in a model of its own for that adapter, or merge_and_unload() the expert "
-                "first."
+                f"The model carries ME-Switch experts, and an adapter of type {config.peft_type.value} cannot be "
+                "added beside them. Load the base in a model of its own for that adapter, or merge_and_unload() the "
+                "expert first."
             )
         super().__setitem__(name, config)
 
@@ -64,7 +64,7 @@ class MESwitchModel(BaseTuner):
                 configs.clear()
                 configs.update(kept)
             raise
-        self.peft_config = model.peft_config = _ExpertConfigs(self.peft_config)
+        self.peft_config = model.peft_config = _ExpertConfigs(self.peft_config)  # type: ignore[assignment]
 
     # -- choosing: the switch knows, so PeftModel and the model inside it cannot disagree -----------------------------
 
