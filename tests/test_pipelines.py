@@ -104,6 +104,15 @@ def test_batches(saved: Path, expected: Any) -> None:
     assert output == [pipe(chat, expert="code", **GREEDY) for chat in chats]
 
 
+def test_batches_are_padded_with_the_experts_own_padding(saved: Path) -> None:
+    pipe = pipeline("text-generation", model=str(saved), expert="code")
+    pipe.model.tokenizer_for("code").pad_token = "<add-3>"
+    texts = ["2+2=", "1*"]
+    for name in ("code", None):  # the base cannot read "<add-3>"
+        output = pipe(texts, batch_size=2, expert=name, **GREEDY)
+        assert output == [pipe(text, expert=name, **GREEDY) for text in texts]
+
+
 def test_an_expert_for_each_input(saved: Path) -> None:
     pipe = pipeline("text-generation", model=str(saved))
     texts, experts = ["2+2=", "1*", "2+2=", "7"], ["code", None, "math", "code"]

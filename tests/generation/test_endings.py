@@ -74,17 +74,29 @@ def test_one_expert_for_all_rows(model: Any, references: References, endings: En
 
 
 @pytest.mark.parametrize("early_stopping", [True, False])
-@pytest.mark.parametrize("pad", [0, 3, None])
-def test_beams(model: Any, references: References, endings: Endings, early_stopping: bool, pad: int | None) -> None:
-    how: dict[str, Any] = {**GREEDY, "num_beams": 3, "num_return_sequences": 3, "early_stopping": early_stopping}
-    output = model.generate(ROWS, expert=list(NAMES), **how, pad_token_id=pad)
-    assert output.max() < 132
+@pytest.mark.parametrize("pad", [0, 3])
+def test_beams(model: Any, references: References, early_stopping: bool, pad: int) -> None:
+    how: dict[str, Any] = {**GREEDY, "num_beams": 3, "num_return_sequences": 3, "pad_token_id": pad}
+    switch, endings = model._meswitch_switch, {}
+    for position, name in zip((2, 5, 8), NAMES, strict=True):  # ids that the beams reach
+        endings[name] = int(references[name].generate(PROMPT, **how, eos_token_id=999)[0, LENGTH + position])
+    for name in ("math", "code"):
+        switch.experts[name] = dataclasses.replace(switch.experts[name], eos_token_id=(endings[name],))
+    switch.base_eos_token_id = (endings[None],)
+    model.generation_config.eos_token_id = endings[None]
+
+    how["early_stopping"] = early_stopping
+    output = model.generate(ROWS, expert=list(NAMES), **how)
+    ended = False
     for row, name in enumerate(NAMES):
-        expected = references[name].generate(PROMPT, **how, eos_token_id=endings[name], pad_token_id=0)
+        expected = references[name].generate(PROMPT, **how, eos_token_id=endings[name])
         for beam in range(3):
-            assert answer(output[3 * row + beam], endings[name])[: expected.shape[1] - LENGTH] == answer(
-                expected[beam], endings[name]
-            )
+            found = output[3 * row + beam]
+            tokens = answer(found, endings[name])
+            assert tokens == answer(expected[beam], endings[name])
+            assert set(found[LENGTH + len(tokens) :].tolist()) <= {pad}
+            ended = ended or len(tokens) < output.shape[1] - LENGTH
+    assert ended
 
 
 def test_several_eos_of_one_expert(model: Any, references: References, endings: Endings) -> None:
