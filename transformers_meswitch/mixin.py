@@ -28,7 +28,7 @@ from .peft_method.attachment import adopt_generation_config, remove_expert
 from .peft_method.merging import merge_expert, unload, unmerge_expert
 from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
-from .peft_method.tuner import check_tensors, fill_expert
+from .peft_method.tuner import OTHER_METHOD, check_tensors, fill_expert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,7 +152,7 @@ class MESwitchMixin(TokenizerMixin):
         elif peft_config is not None and adapter_state_dict is not None:
             config = peft_config if isinstance(peft_config, PeftConfig) else MESwitchExpertConfig(**peft_config)
             if not isinstance(config, MESwitchExpertConfig):
-                raise UnsupportedOperationError(_OTHER_METHOD.format(config.peft_type.value))
+                raise UnsupportedOperationError(OTHER_METHOD.format(getattr(config.peft_type, "value", None)))
             tensors = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": t for key, t in adapter_state_dict.items()}
             check_tensors(config, tensors)
             config.inference_mode = not is_trainable
@@ -245,7 +245,7 @@ class MESwitchMixin(TokenizerMixin):
             UnsupportedOperationError: always.
         """
         method = getattr(getattr(adapter_config, "peft_type", None), "value", type(adapter_config).__name__)
-        raise UnsupportedOperationError(_OTHER_METHOD.format(method))
+        raise UnsupportedOperationError(OTHER_METHOD.format(method))
 
     def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
         """Refused.
@@ -347,15 +347,11 @@ class MESwitchMixin(TokenizerMixin):
         return push_to_hub(self, repo_id, **kwargs)
 
 
-_OTHER_METHOD = (
-    "The model carries ME-Switch experts, and an adapter of type {} cannot be added beside them. Load the base in a "
-    "model of its own for that adapter, or merge_and_unload() the expert first."
-)
-
-
 def _loading_info() -> LoadStateDictInfo:
-    fields = {f.name: [] if f.name == "error_msgs" else set() for f in dataclasses.fields(LoadStateDictInfo)}
-    return LoadStateDictInfo(**{**fields, "conversion_errors": {}})  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        f.name: [] if f.name == "error_msgs" else set() for f in dataclasses.fields(LoadStateDictInfo)
+    }
+    return LoadStateDictInfo(**{**fields, "conversion_errors": {}})
 
 
 @functools.cache
@@ -368,7 +364,7 @@ def _expert_class(base: type) -> type:
 def upgrade(model: PreTrainedModel) -> None:
     """Give a model the calls of :class:`MESwitchMixin`, by way of a subclass of its own class. Idempotent."""
     if not isinstance(model, MESwitchMixin):
-        model.__class__ = _expert_class(type(model))
+        model.__class__ = _expert_class(type(model))  # type: ignore[arg-type]
 
 
 def downgrade(model: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)``; never read off the weight, which bitsandbytes packs."""
     if is_conv1d(module):
-        in_features, out_features = module.weight.shape
+        in_features, out_features = module.weight.shape  # type: ignore[misc]
         return int(out_features), int(in_features)
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 

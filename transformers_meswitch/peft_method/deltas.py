@@ -56,6 +56,9 @@ class LinearDelta(StoredDelta):
     """A quantised weight delta: ``codes`` uint8 ``[out, bytes]``, ``step`` float32 ``[out]``, and options."""
 
     record: LinearRecord
+    codes: torch.Tensor
+    step: torch.Tensor
+    bias: torch.Tensor
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The delta as a dense weight ``[out, in]`` in ``dtype``."""
@@ -79,6 +82,9 @@ class RowsDelta(StoredDelta):
     """The expert's own rows: ``row_index`` int32 ``[rows]`` ascending, ``rows`` ``[rows, width]``."""
 
     record: RowsRecord
+    row_index: torch.Tensor
+    rows: torch.Tensor
+    bias: torch.Tensor
 
     def embed(self, ids: torch.Tensor, base: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """Replace the embeddings of changed ids.
@@ -117,6 +123,7 @@ class ValuesDelta(StoredDelta):
     """The expert's own parameters of a small module, under ``values``."""
 
     record: ValuesRecord
+    values: nn.Module
 
 
 def make_delta(record: ModuleRecord, dtype: torch.dtype, device: torch.device) -> StoredDelta:

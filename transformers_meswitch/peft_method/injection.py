@@ -168,9 +168,11 @@ def _match_modules(model: PreTrainedModel, config: MESwitchExpertConfig) -> Targ
 
 def _check_shape(name: str, record: ModuleRecord, module: nn.Module) -> None:
     base = module.get_base_layer() if isinstance(module, MESwitchLayer) else module
+    found: Any
+    expected: Any
     if isinstance(record, LinearRecord):
         found = linear_sizes(base) if is_linear(base) else None
-        expected: Any = (record.out_features, record.in_features)
+        expected = (record.out_features, record.in_features)
     elif isinstance(record, RowsRecord):
         is_rows = isinstance(base, nn.Embedding) or is_linear(base)
         weight = getattr(base, "weight", None)

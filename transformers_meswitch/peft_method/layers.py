@@ -7,7 +7,7 @@ is read from the model's :class:`~transformers_meswitch.peft_method.switch.Exper
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ class LinearLayer(MESwitchLayer):
         """Weight ``W + Δ̂``, added in float32, and the expert's own bias."""
         base, delta = self.get_base_layer(), self.stored_delta(expert)
         assert isinstance(delta, LinearDelta)
-        weight = base.weight
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
         dense = delta.weight(torch.float32)
         if is_conv1d(base):
             dense = dense.T
@@ -220,7 +220,8 @@ class RowsLayer(MESwitchLayer):
     @property
     def num_embeddings(self) -> int:
         """Ids that some resident expert (or the base) knows."""
-        return max([self.get_base_layer().num_embeddings, *(d.record.num_rows for d in self.meswitch_delta.values())])  # type: ignore[union-attr]
+        deltas: Iterable[Any] = self.meswitch_delta.values()
+        return max([int(self.get_base_layer().num_embeddings), *(d.record.num_rows for d in deltas)])  # type: ignore[arg-type]
 
     @property
     def embedding_dim(self) -> int:
@@ -261,7 +262,7 @@ class RowsLayer(MESwitchLayer):
 
     def _swap_parameters(self, merged: dict[str, torch.Tensor]) -> None:
         super()._swap_parameters(merged)
-        self.get_base_layer().num_embeddings = merged["weight"].shape[0]
+        self.get_base_layer().num_embeddings = merged["weight"].shape[0]  # type: ignore[assignment]
 
     def _restore_parameters(self, kept: dict[str, Any]) -> None:
         super()._restore_parameters(kept)
@@ -352,7 +353,7 @@ class HeadLayer(MESwitchLayer):
         self._unmerged = {name: base._parameters[name] for name in merged}
         for name, tensor in merged.items():
             shared = isinstance(tensor, nn.Parameter)
-            base._parameters[name] = tensor if shared else nn.Parameter(tensor, requires_grad=False)
+            base._parameters[name] = tensor if shared else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
         if "weight" in merged:
             base.out_features = merged["weight"].shape[0]  # type: ignore[assignment]
 
@@ -387,7 +388,7 @@ class ValuesLayer(MESwitchLayer):
         view = copy.copy(base)
         # accelerate's hook is a bound ``forward`` of the original module; the copy must use its own.
         view.__dict__.pop("forward", None)
-        view._parameters = {**base._parameters, **self._own(delta)}  # type: ignore[assignment]
+        view._parameters = {**base._parameters, **self._own(delta)}  # type: ignore[dict-item]
         return view
 
     def _own(self, delta: ValuesDelta) -> dict[str, torch.Tensor]:

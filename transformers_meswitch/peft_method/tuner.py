@@ -21,7 +21,13 @@ from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
 from .merging import merge_expert, unload
 from .naming import module_key
 
-__all__ = ["MESwitchModel", "check_tensors", "fill_expert", "register"]
+__all__ = ["OTHER_METHOD", "MESwitchModel", "check_tensors", "fill_expert", "register"]
+
+#: Error message; the blank is the PEFT method asked for.
+OTHER_METHOD = (
+    "The model carries ME-Switch experts, and an adapter of type {} cannot be added beside them. Load the base in a "
+    "model of its own for that adapter, or merge_and_unload() the expert first."
+)
 
 
 class _ExpertConfigs(dict[str, MESwitchExpertConfig]):
@@ -33,11 +39,7 @@ class _ExpertConfigs(dict[str, MESwitchExpertConfig]):
 
     def __setitem__(self, name: str, config: Any) -> None:
         if config.peft_type != MESWITCH:
-            raise UnsupportedOperationError(
-                f"The model carries ME-Switch experts, and an adapter of type {config.peft_type.value} cannot be "
-                "added beside them. Load the base in a model of its own for that adapter, or merge_and_unload() the "
-                "expert first."
-            )
+            raise UnsupportedOperationError(OTHER_METHOD.format(config.peft_type.value))
         super().__setitem__(name, config)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +53,7 @@ class MESwitchModel(BaseTuner):
 
     prefix = LEAF_PREFIX
     tuner_layer_cls = MESwitchLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         configs = getattr(model, "peft_config", None)
@@ -161,7 +163,7 @@ class MESwitchModel(BaseTuner):
         """Write one expert into the base weights; see :func:`~.merging.merge_expert`."""
         merge_expert(self.model, adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -212,7 +214,8 @@ class MESwitchModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        outer: Any = model
+        inner = outer.get_base_model() if hasattr(model, "get_base_model") else model
         switch = switch_of(inner)
         assert switch is not None
         if switch.pending != adapter_name:
@@ -223,7 +226,7 @@ class MESwitchModel(BaseTuner):
             check_tensors(config, state_dict)
             placed = _placed(inner, adapter_name, config, state_dict)
         except MESwitchError:
-            remove_expert(inner, adapter_name, model.peft_config)
+            remove_expert(inner, adapter_name, outer.peft_config)
             raise
         switch.pending = None
         _report_no_other_expert(model)
