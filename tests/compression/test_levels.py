@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from transformers_meswitch.compression.levels import code_values, dequantize, quantize
+from transformers_meswitch.compression.levels import code_values, dequantize, dequantize_packed, quantize
+from transformers_meswitch.compression.packing import pack
 
 
 def test_code_values_are_mid_rise():
@@ -53,3 +56,24 @@ def test_zero_steps_give_code_zero_and_value_zero():
     by_column = quantize(delta, step, 2, torch.tensor([0.0, 1.0]))
     assert by_column.tolist() == [[0, 0], [0, 1]]
     assert dequantize(by_column, step, 2, torch.tensor([0.0, 1.0])).tolist() == [[0.0, 0.0], [0.0, -1.0]]
+
+
+@given(
+    bits=st.sampled_from([1, 2, 3, 4]),
+    out=st.integers(0, 5),
+    n=st.integers(0, 67),
+    column=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_dequantising_packed_codes_is_unpacking_and_dequantising(bits, out, n, column, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (out, n), dtype=torch.uint8, generator=generator)
+    step = torch.rand(out, generator=generator)
+    columns = torch.rand(n, generator=generator) if column else None
+    expected = dequantize(codes, step, bits, columns)
+    assert torch.equal(dequantize_packed(pack(codes, bits), step, bits, n, columns), expected)
+    if expected.numel():
+        wrong = pack((codes + 1) % 2**bits, bits)
+        assert not torch.equal(
+            dequantize_packed(wrong, step + 1, bits, n, columns), dequantize(codes, step + 1, bits, columns)
+        )

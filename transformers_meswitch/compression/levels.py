@@ -6,10 +6,12 @@ expressed by a step of zero.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import functools
 
-__all__ = ["code_values", "dequantize", "divisor", "nearest_levels", "quantize"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["code_values", "dequantize", "dequantize_packed", "divisor", "nearest_levels", "quantize"]
 
 
 def code_values(bits: int) -> Tensor:
@@ -98,4 +100,42 @@ def dequantize(codes: Tensor, step: Tensor, bits: int, column_step: Tensor | Non
     [[-3.0, 3.0]]
     """
     values = (codes.to(torch.float32) - (2**bits - 1) / 2) * step[:, None]
+    return values if column_step is None else values * column_step
+
+
+#: Bits of the words that packed codes are looked up by: whole bytes, but three bits straddle them.
+_WORD_BITS = {1: 8, 2: 8, 3: 12, 4: 8}
+
+
+@functools.cache
+def _levels_of_words(bits: int) -> Tensor:
+    """Levels of all codes in a word: float32 ``[2^word bits, codes]``."""
+    width = _WORD_BITS[bits]
+    words = torch.arange(2**width)[:, None]
+    return code_values(bits)[(words >> torch.arange(0, width, bits)) & (2**bits - 1)]
+
+
+def dequantize_packed(packed: Tensor, step: Tensor, bits: int, n: int, column_step: Tensor | None = None) -> Tensor:
+    """``dequantize(unpack(packed, bits, n), step, bits, column_step)``, several times faster: a table look-up a word.
+
+    Args:
+        packed: uint8 ``[out, ceil(n * bits / 8)]``.
+        step: float32 ``[out]``.
+        bits: bits of one code.
+        n: codes in a row.
+        column_step: float32 ``[n]``.
+
+    Returns:
+        float32 ``[out, n]``.
+
+    >>> dequantize_packed(torch.tensor([[0b1100]], dtype=torch.uint8), torch.tensor([2.0]), bits=2, n=2).tolist()
+    [[-3.0, 3.0]]
+    """
+    words = packed.to(torch.int32)
+    if bits == 3:
+        groups = nn.functional.pad(words, (0, -words.shape[1] % 3)).unflatten(1, (-1, 3))
+        whole = groups[..., 0] | groups[..., 1] << 8 | groups[..., 2] << 16
+        words = torch.stack([whole & 0xFFF, whole >> 12], dim=-1).flatten(1)
+    values = nn.functional.embedding(words, _levels_of_words(bits).to(packed.device)).flatten(1)[:, :n]
+    values = values * step[:, None]
     return values if column_step is None else values * column_step

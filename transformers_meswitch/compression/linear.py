@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..delta_format.spec import LinearRecord
 from ..errors import CompressionError
-from .levels import dequantize, quantize
-from .packing import pack, unpack
+from .levels import dequantize, dequantize_packed, quantize
+from .packing import pack
 from .saliency import reconstruction_error, select_salient
 from .step_size import fit_row_column_steps, fit_step
 
@@ -124,14 +124,14 @@ def reconstruct_linear(record: LinearRecord, tensors: Mapping[str, Tensor]) -> T
     >>> reconstruct_linear(stored.record, stored.tensors).tolist()
     [[0.5, -0.5, 7.0]]
     """
-    codes = unpack(tensors["codes"], record.bits, record.coded_channels)
-    values = dequantize(codes, tensors["step"], record.bits, tensors.get("column_step"))
+    values = dequantize_packed(
+        tensors["codes"], tensors["step"], record.bits, record.coded_channels, tensors.get("column_step")
+    )
     if not record.salient_channels:
         return values
     salient = tensors["salient_index"].to(torch.int64)
     coded = torch.ones(record.in_features, dtype=torch.bool, device=values.device)
     coded[salient] = False
     delta = values.new_empty(record.out_features, record.in_features)
-    delta[:, coded] = values
-    delta[:, salient] = tensors["salient"].to(torch.float32)
-    return delta
+    delta.index_copy_(1, coded.nonzero().squeeze(1), values)
+    return delta.index_copy_(1, salient, tensors["salient"].to(torch.float32))
