@@ -36,8 +36,14 @@ def provenance(module: str, device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *_without_output(sys.argv[1:])]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": device,
         "versions": versions,
     }
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Where the result was written says nothing about it, and may be a private path."""
+    at = arguments.index("--output") if "--output" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import transformers_meswitch as meswitch
@@ -186,3 +187,27 @@ def dense_model(base: Path, delta: Path, dtype: torch.dtype = torch.float32) -> 
                 module.bias.copy_(leaves["bias"])
     model.generation_config = GenerationConfig.from_pretrained(delta)
     return model.to(dtype).eval()
+
+
+def hooked_model(base: Path, delta: Path, **arguments: Any) -> Any:
+    """A stock base, quantised or not; its linears gain ``x Δᵀ`` with the files' dense Δ, the rest is the expert's."""
+    config = json.loads((delta / "adapter_config.json").read_text())
+    stored = load_file(delta / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(base, **arguments)
+    model.resize_token_embeddings(config["vocab_size"], mean_resizing=False)
+    for name, record in config["modules"].items():
+        prefix = f"base_model.model.{name}.meswitch_delta."
+        leaves = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        module = model.get_submodule(name)
+        weight = module.weight
+        if record["kind"] == "linear":
+            change = dense_delta(record, leaves).to(weight.device)
+            module.register_forward_hook(
+                lambda _, x, y, change=change: y + nn.functional.linear(x[0], change.to(x[0].dtype)).to(y.dtype)
+            )
+        elif record["kind"] == "rows":
+            weight.data[leaves["row_index"].long().to(weight.device)] = leaves["rows"].to(weight.device, weight.dtype)
+        else:
+            weight.data.copy_(leaves["values.weight"])
+    model.generation_config = GenerationConfig.from_pretrained(delta)
+    return model

@@ -7,7 +7,6 @@ deviation about 2) agree within 1e-4.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.fixtures_models import TinyFamily, dense_delta
+from tests.fixtures_models import TinyFamily, hooked_model
 from tests.model_state import ATOL, generated, prompt
 from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.errors import UnsupportedOperationError
@@ -47,32 +46,12 @@ def quantised(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(**QUANTISATION[request.param]), "dtype": torch.float32}
 
 
-def reference(base: Path, delta: Path, **arguments: Any) -> Any:
-    config = json.loads((delta / "adapter_config.json").read_text())
-    stored = load_file(delta / WEIGHTS)
-    model = AutoModelForCausalLM.from_pretrained(base, **arguments)
-    model.resize_token_embeddings(config["vocab_size"], mean_resizing=False)
-    for name, record in config["modules"].items():
-        prefix = f"base_model.model.{name}.meswitch_delta."
-        leaves = {key[len(prefix) :]: tensor for key, tensor in stored.items() if key.startswith(prefix)}
-        module = model.get_submodule(name)
-        if record["kind"] == "linear":
-            change = dense_delta(record, leaves)
-            module.register_forward_hook(lambda _, x, y, change=change: y + x[0] @ change.T)
-        elif record["kind"] == "rows":
-            module.weight.data[leaves["row_index"].long()] = leaves["rows"]
-        else:
-            module.weight.data.copy_(leaves["values.weight"])
-    model.generation_config = GenerationConfig.from_pretrained(delta)
-    return model
-
-
 @pytest.mark.parametrize("name", ["math", "code"])
 def test_stock_calls_give_quantised_base_plus_delta(
     tiny_family: TinyFamily, quantised: dict[str, Any], name: str
 ) -> None:
     delta = tiny_family.deltas[name]
-    twin = reference(tiny_family.base, delta, **quantised)
+    twin = hooked_model(tiny_family.base, delta, **quantised)
     model = AutoModelForCausalLM.from_pretrained(delta, **quantised)
     base = AutoModelForCausalLM.from_pretrained(tiny_family.base, **quantised)
     stock = base(prompt(rows=2)).logits

@@ -29,6 +29,7 @@ from benchmarks.provenance import device_name, provenance
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM
 
 RESULTS = Path(__file__).parents[1] / "results"
+STOCK = "transformers' set_adapter"
 _NEW_TOKENS = 1
 
 
@@ -95,16 +96,14 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     start = memory(device)
     options = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
     model, seconds = timed(lambda: MESwitchModelForCausalLM.from_pretrained(base, **options), device)
     held = memory(device)
-    rows = [_load_row("from_pretrained(base), which a full copy costs again", size, seconds, held - start, peak(device))]
+    rows = [_load_row("from_pretrained(base), which a full copy costs again", base, seconds, held - start, device)]
     for name in names:
-        size = sum(path.stat().st_size for path in (folder / name).glob("*.safetensors"))
         _, seconds = timed(lambda name=name: model.load_adapter(folder / name, adapter_name=name), device)
-        rows.append(_load_row(f"load_adapter({name})", size, seconds, memory(device) - held, peak(device)))
+        rows.append(_load_row(f"load_adapter({name})", folder / name, seconds, memory(device) - held, device))
         held = memory(device)
     ids = torch.randint(3, config.vocab_size, (1, 8), device=device)
     greedy = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
@@ -124,7 +123,7 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
     for label, action in (
         ("set_expert", sticky),
         ("generate(expert=): choosing the expert", per_call),
-        ("transformers' set_adapter", stock),
+        (STOCK, stock),
     ):
         rows.append({"what": label, "median_us": median_us(action, 500, device), **allocated_by(action, device)})
     same = median_us(lambda i: model.generate(ids, expert=names[0], **greedy), 20, device)
@@ -134,25 +133,46 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
     return rows
 
 
-def _load_row(what: str, size: int, seconds: float, held: int, most: int) -> dict[str, Any]:
+def plain_read_seconds(folder: Path) -> float:
+    """Seconds to read the weight files into memory and do nothing with them: what any load takes at least."""
+    buffer = bytearray(1 << 24)
+    start = time.perf_counter()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def _load_row(what: str, folder: Path, seconds: float, held: int, device: str) -> dict[str, Any]:
+    read = plain_read_seconds(folder)
     return {
         "what": what,
-        "bytes_on_disk": size,
+        "bytes_on_disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "seconds": seconds,
-        "bytes_per_second": size / seconds,
+        "plain_read_seconds": read,
+        "share_of_plain_read": round(read / seconds, 3),
         "held_bytes": held,
-        "peak_bytes": most,
+        "peak_bytes": peak(device),
     }
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
-    lines = ["| what | time | on disk, MB | held, MB | peak, MB | left allocated, bytes |", "|---|---:|---:|---:|---:|---:|"]
+    """A Markdown table; ratios are to the first load and to transformers' own switch."""
+    full = rows[0]["seconds"]
+    stock = next(row["median_us"] for row in rows if row["what"] == STOCK)
+    lines = [
+        "| what | time | ratio | share of a plain read | on disk, MB | held, MB | peak, MB | left allocated, bytes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
-        took = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['median_us']:.1f} µs"
+        loads, switches = "seconds" in row, "python_kept" in row
+        took = f"{row['seconds']:.2f} s" if loads else f"{row['median_us']:,.1f} µs"
+        ratio = f"{row['seconds'] / full:.2f}" if loads else f"{row['median_us'] / stock:.4f}" if switches else ""
+        share = f"{row['share_of_plain_read']:.2f}" if loads else ""
         sizes = [f"{row[k] / 1e6:,.1f}" if k in row else "" for k in ("bytes_on_disk", "held_bytes", "peak_bytes")]
         left = row.get("gpu_kept", row.get("python_kept", ""))
-        lines.append(f"| {row['what']} | {took} | {' | '.join(sizes)} | {left} |")
+        lines.append(f"| {row['what']} | {took} | {ratio} | {share} | {' | '.join(sizes)} | {left} |")
     return "\n".join(lines)
 
 
