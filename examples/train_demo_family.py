@@ -31,7 +31,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transformers_meswitch import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig, compress
+from transformers_meswitch import (
+    MESwitchConfig,
+    MESwitchExpertConfig,
+    MESwitchFamilyConfig,
+    MESwitchModelForCausalLM,
+    compress,
+)
 from transformers_meswitch.demo.tasks import MONTHS, TASKS, Task, prompts, random_record
 
 #: What the deltas name as their base and origin, instead of folders of this machine. The family carries its base.
@@ -269,6 +275,8 @@ def make_family(args: argparse.Namespace) -> None:
     shutil.copytree(args.output / "base", args.family / "base", dirs_exist_ok=True)
     experts = {name: f"./experts/{name}" for name in TASKS}
     MESwitchFamilyConfig("./base", experts=experts).save_pretrained(args.family)
+    # Saved in place, the family gains its tokenizer, generation config and card.
+    MESwitchModelForCausalLM.from_pretrained(args.family).save_pretrained(args.family)
     size = sum(file.stat().st_size for file in args.family.rglob("*") if file.is_file())
     print(f"family: {size:,} bytes in {args.family}")
 

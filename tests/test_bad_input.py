@@ -144,7 +144,7 @@ DAMAGE: dict[str, tuple[Damage, type[MESwitchError], str]] = {
     "a later format version": (
         in_config(lambda c: c.update(format_version=2)),
         FormatVersionError,
-        r"format version 2; this release .* pip install -U transformers-meswitch",
+        r"format version 2; this release .* Upgrade transformers-meswitch to a release that reads version 2",
     ),
 }
 

@@ -142,8 +142,8 @@ class MESwitchExpertConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise FormatVersionError(
                 f"This delta is in format version {self.format_version}; this release of transformers-meswitch reads "
-                f"up to version {FORMAT_VERSION}. Upgrade to a release that reads version {self.format_version}: "
-                "pip install -U transformers-meswitch"
+                f"up to version {FORMAT_VERSION}. Upgrade transformers-meswitch to a release that reads version "
+                f"{self.format_version}."
             )
         if not isinstance(self.modules, dict):
             raise DeltaFormatError(
