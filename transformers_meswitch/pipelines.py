@@ -24,6 +24,8 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
     names one per input.
     """
 
+    tokenizer: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._explicit_tokenizer = True
         super().__init__(*args, **kwargs)

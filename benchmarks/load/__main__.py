@@ -3,8 +3,8 @@
     python -m benchmarks.load --shape deep --device cpu
     python -m benchmarks.load --shape mistral-7b --device cuda --experts 3
 
-Random weights (speed and memory only). Peers in the same run: the load of one more full copy, which an expert replaces,
-and transformers' own ``set_adapter``, which visits every layer. Writes ``benchmarks/results/load_<shape>_<device>.json``.
+Random weights (speed and memory only). Peers in the same run: one more full copy, which an expert replaces, and
+transformers' own ``set_adapter``, which visits every layer. The result goes to ``benchmarks/results``.
 """
 
 from __future__ import annotations

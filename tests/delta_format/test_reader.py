@@ -83,7 +83,10 @@ def test_unknown_fields_are_ignored(frozen):
 
 def test_later_version_names_what_to_install(frozen):
     edit(frozen, format_version=7, modules=[])
-    with pytest.raises(FormatVersionError, match=r"version 7.*up to version 1.*Upgrade transformers-meswitch to a release that reads version 7"):
+    with pytest.raises(
+        FormatVersionError,
+        match=r"version 7.*up to version 1.*Upgrade transformers-meswitch to a release that reads version 7",
+    ):
         open_delta(frozen)
 
 
