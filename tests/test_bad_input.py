@@ -357,3 +357,34 @@ def test_without_the_import_stock_libraries_fail_closed(load: str, tiny_family: 
     result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == "KeyError: 'MESWITCH'"
+
+
+def test_a_delta_that_leaves_out_an_added_row_is_refused(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = Path(shutil.copytree(tiny_family.deltas["code"], tmp_path / "delta"))
+    config = json.loads((delta / "adapter_config.json").read_text())
+    tensors = load_file(delta / "adapter_model.safetensors")
+    (name,) = (module for module, record in config["modules"].items() if record["kind"] == "rows")
+    for leaf in ("row_index", "rows"):
+        key = f"base_model.model.{name}.meswitch_delta.{leaf}"
+        tensors[key] = torch.cat([tensors[key][:-2], tensors[key][-1:]])
+    config["modules"][name]["rows"] -= 1
+    save_file(tensors, delta / "adapter_model.safetensors")
+    (delta / "adapter_config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    before = ModelState(model)
+    for load in (lambda: model.load_adapter(str(delta)), lambda: PeftModel.from_pretrained(model, delta)):
+        with pytest.raises(DeltaFormatError, match=r"does not store all rows from 128 on"):
+            load()
+        before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("name", ["it", "a", "delta"])
+def test_names_within_the_prefix_are_no_collision(tiny_family: TinyFamily, name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    model.load_adapter(str(tiny_family.deltas["math"]), adapter_name=name)
+    model.load_adapter(str(tiny_family.deltas["code"]), adapter_name="code")
+    model.set_adapter(name)
+    model.save_pretrained(tmp_path)
+    written, stored = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, tiny_family.deltas["math"]))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[key], stored[key]) for key in stored)

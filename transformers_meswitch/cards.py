@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -16,12 +17,21 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .delta_format.spec import LinearRecord
+from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord
 
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 
-__all__ = ["REPO_PLACEHOLDER", "delta_card", "family_card", "hub_id", "merge_card", "with_license", "with_tags"]
+__all__ = [
+    "REPO_PLACEHOLDER",
+    "delta_card",
+    "family_card",
+    "hub_id",
+    "merge_card",
+    "with_license",
+    "with_tags",
+    "write_delta_card",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +105,28 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         saliency=config.saliency if any(salient) else None,
         format_version=config.format_version,
     )
+
+
+def write_delta_card(
+    directory: Path, config: MESwitchExpertConfig, *, dense_bytes: int, license: str | None = None
+) -> None:
+    """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
+
+    It comes last since it states the bytes that were written; what people wrote into an earlier one stays.
+
+    Args:
+        directory: the delta repo.
+        config: its ``adapter_config.json``.
+        dense_bytes: bytes of the expert's full checkpoint.
+        license: Hub licence identifier, where known.
+    """
+    weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
+    total = sum(path.stat().st_size for path in weights)
+    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license)
+    path = directory / "README.md"
+    partial = path.with_name(".README.md.meswitch-partial")
+    partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> str:

@@ -101,12 +101,6 @@ class ExpertGenerationMixin:
             rows = [known_expert(name, switch.experts) for name in expert]
             if len(rows) != batch:
                 raise ValueError(f"{len(rows)} experts were named for {batch} rows; name one per row, or one for all.")
-        named = next((name for name in rows if name is not None), None)
-        if switch.disabled and named is not None:
-            raise UnsupportedOperationError(
-                f"Expert {named!r} was asked for while adapters are disabled. Call enable_adapters() or set_expert() "
-                "first."
-            )
         return rows
 
     def _row_endings(

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cards import delta_card, family_card, merge_card
+from .cards import family_card, merge_card, write_delta_card
 from .compression.assets import find_assets
+from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.spec import KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import push_folder
-from .peft_method.injection import wrapped_layers
+from .inspection import dense_bytes
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
@@ -108,20 +109,16 @@ def save_expert(
     info = model._meswitch_switch.experts[name]
     assets = [] if info.assets is None else find_assets(info.assets)
     own_card = None if info.files is None else info.files.asset(_CARD)
-    fresh = delta_card(
-        config,
-        total_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-        dense_bytes=_dense_bytes(model),
-    )
     kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
-    write_delta(
+    directory = write_delta(
         save_directory,
         config,
         tensors,
         assets,
-        texts={_CARD: merge_card(kept, fresh) if kept else fresh},
+        texts={} if kept is None else {_CARD: kept},
         max_shard_size=max_shard_size,
     )
+    write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))
 
 
 def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
@@ -194,11 +191,8 @@ def _existing_card(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _dense_bytes(model: Any) -> int:
-    """Bytes of a full 16-bit copy of the base, tied weights counted once."""
-    seen: dict[int, int] = {}
-    wrapped = wrapped_layers(model)
-    for name, parameter in model.named_parameters():
-        if not any(name.startswith(f"{path}.meswitch_delta.") for path in wrapped):
-            seen[id(parameter)] = parameter.numel() * 2
-    return sum(seen.values())
+def _dense_bytes(model: Any, vocab_size: int) -> int:
+    """Bytes of a full 16-bit copy of an expert."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = vocab_size
+    return dense_bytes(meta_model(config))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from ..cards import delta_card, merge_card
-from ..configuration import MESwitchConfig, MESwitchExpertConfig
+from ..cards import write_delta_card
+from ..configuration import MESwitchConfig
 from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
-from ..delta_format.spec import ADAPTER_CONFIG_NAME, ModuleRecord, tensor_key
+from ..delta_format.spec import ModuleRecord, tensor_key
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
@@ -129,7 +129,12 @@ def compress(
     if all(path.name != GENERATION_CONFIG for path in assets):
         texts[GENERATION_CONFIG] = generation_config.to_json_string()
     directory = write_delta(output_dir, delta_config, tensors, assets, texts=texts)
-    _write_card(directory, delta_config, expert_files, license_of(expert_location, base_location))
+    write_delta_card(
+        directory,
+        delta_config,
+        dense_bytes=sum(path.stat().st_size for path in expert_files.paths),
+        license=license_of(expert_location, base_location),
+    )
     return directory
 
 
@@ -209,18 +214,3 @@ def _calibrate(
     model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).eval()
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to() hides its signature
     return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)
-
-
-def _write_card(directory: Path, config: MESwitchExpertConfig, expert: Checkpoint, license: str | None) -> None:
-    """The card comes last since it states the bytes that were written; what people wrote into an earlier one stays."""
-    weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
-    fresh = delta_card(
-        config,
-        total_bytes=sum(path.stat().st_size for path in weights),
-        dense_bytes=sum(path.stat().st_size for path in expert.paths),
-        license=license,
-    )
-    path = directory / "README.md"
-    partial = path.with_name(".README.md.meswitch-partial")
-    partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")
-    os.replace(partial, path)

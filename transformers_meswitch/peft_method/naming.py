@@ -10,7 +10,7 @@ from __future__ import annotations
 import urllib.parse
 from collections.abc import Collection, Iterable
 
-from ..delta_format.spec import LEAF_PREFIX
+from ..delta_format.spec import LEAF_PREFIX, PEFT_TYPE
 from ..errors import ExpertNameError, ExpertNotFoundError
 
 __all__ = ["BASE_NAMES", "RESERVED_NAMES", "check_expert_name", "known_expert", "module_key"]
@@ -55,7 +55,7 @@ def check_expert_name(name: object, taken: Collection[str], module_names: Iterab
         raise ExpertNameError(f"{name!r} holds {bad!r}; the characters ': / @' are reserved. Choose another name.")
     if name in taken:
         raise ExpertNameError(f"An expert named {name!r} is already loaded. Delete it first or choose another name.")
-    if name in LEAF_PREFIX or LEAF_PREFIX in name:
+    if LEAF_PREFIX in name or name.lower() == PEFT_TYPE.lower():
         raise ExpertNameError(f"{name!r} collides with the PEFT prefix {LEAF_PREFIX!r}; choose another name.")
     dotted = f".{name}."
     for module_name in module_names:

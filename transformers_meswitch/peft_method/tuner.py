@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..configuration import MESWITCH, MESwitchExpertConfig
-from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX
+from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX, RowsRecord, tensor_key
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
-from ..errors import ExpertNameError, MESwitchError, UnsupportedOperationError
+from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert, set_vocab_capacity
 from .injection import plan_injection, switch_of, wrapped_layers
 from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
@@ -268,10 +268,26 @@ def _placed(
     for stored, record in config.records().items():
         local = stored if stored in layers else stored.removeprefix(prefix)
         if local in layers:
+            if isinstance(record, RowsRecord):
+                _check_added_rows(
+                    stored, record, layers[local], tensors[f"{KEY_PREFIX}{stored}.{LEAF_PREFIX}.row_index"]
+                )
             for leaf in record.leaves():
                 key = f"{local}.{LEAF_PREFIX}.{module_key(expert)}.{leaf}"
-                placed[key] = tensors[f"{KEY_PREFIX}{stored}.{LEAF_PREFIX}.{leaf}"]
+                placed[key] = tensors[tensor_key(stored, leaf)]
     return placed
+
+
+def _check_added_rows(name: str, record: RowsRecord, layer: MESwitchLayer, row_index: torch.Tensor) -> None:
+    """Rows that the base lacks must all be stored; only here is the base's number of rows known."""
+    weight: torch.Tensor = layer.get_base_layer().weight  # type: ignore[assignment]
+    base_rows = weight.shape[0]
+    added = torch.arange(base_rows, record.num_rows)
+    if len(added) and not torch.equal(row_index[-len(added) :].cpu().long(), added):
+        raise DeltaFormatError(
+            f"{name} has {record.num_rows} rows in the expert and {base_rows} in the base, but the delta does not "
+            f"store all rows from {base_rows} on. The delta repo is damaged; download or compress it again."
+        )
 
 
 def fill_expert(
