@@ -282,7 +282,7 @@ def _check_added_rows(name: str, record: RowsRecord, layer: MESwitchLayer, row_i
     """Rows that the base lacks must all be stored; only here is the base's number of rows known."""
     weight: torch.Tensor = layer.get_base_layer().weight  # type: ignore[assignment]
     base_rows = weight.shape[0]
-    added = torch.arange(base_rows, record.num_rows)
+    added = torch.arange(base_rows, max(base_rows, record.num_rows))
     if len(added) and not torch.equal(row_index[-len(added) :].cpu().long(), added):
         raise DeltaFormatError(
             f"{name} has {record.num_rows} rows in the expert and {base_rows} in the base, but the delta does not "
