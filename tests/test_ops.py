@@ -12,7 +12,6 @@ import torch
 
 import meswitch_kernels
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
-from transformers_meswitch.errors import DeltaFormatError
 from transformers_meswitch.ops import delta_linear, dequantize_delta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,7 +36,7 @@ def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: b
     assert meswitch_kernels.has_kernel(torch.device(device))
     # Triton's interpreter truncates to bfloat16 where GPUs round.
     for dtype in (torch.float32, torch.float16) if device == "cpu" else DTYPES:
-        delta = dequantize_delta(bits=bits, in_features=83, dtype=dtype, **on_device)
+        delta = dequantize_delta(stored.record, on_device, dtype)
         assert torch.equal(delta.cpu(), expected.to(dtype))
 
 
@@ -63,7 +62,7 @@ def test_triton_in_the_interpreter() -> None:
 def test_torch_gives_the_bits_of_the_kernels_reference(bits: int, salient: int, dtype: torch.dtype) -> None:
     for column_steps in (False, True):
         stored = stored_delta(bits, salient, column_steps)
-        delta = dequantize_delta(bits=bits, in_features=83, dtype=dtype, **stored.tensors)
+        delta = dequantize_delta(stored.record, stored.tensors, dtype)
         reference = meswitch_kernels.dequantize_delta_reference(
             bits=bits, in_features=83, dtype=dtype, **stored.tensors
         )
@@ -76,7 +75,7 @@ def test_delta_linear_is_the_product_with_the_dense_delta(dtype: torch.dtype) ->
     stored = stored_delta(2, 5, False)
     x = torch.randn(2, 3, 83, generator=torch.Generator().manual_seed(0)).to(dtype)
     delta = reconstruct_linear(stored.record, stored.tensors).to(dtype)
-    product = delta_linear(x, bits=2, **stored.tensors)
+    product = delta_linear(x, stored.record, stored.tensors)
     assert product.dtype == dtype
     assert torch.equal(product, torch.nn.functional.linear(x, delta))
 
@@ -84,13 +83,5 @@ def test_delta_linear_is_the_product_with_the_dense_delta(dtype: torch.dtype) ->
 def test_gradients_reach_the_input() -> None:
     stored = stored_delta(1, 5, True)
     x = torch.randn(4, 83, requires_grad=True)
-    delta_linear(x, bits=1, **stored.tensors).sum().backward()
+    delta_linear(x, stored.record, stored.tensors).sum().backward()
     torch.testing.assert_close(x.grad, reconstruct_linear(stored.record, stored.tensors).sum(0).expand(4, 83))
-
-
-def test_tensors_that_do_not_fit_are_refused() -> None:
-    tensors = stored_delta(2, 5, False).tensors
-    with pytest.raises(DeltaFormatError, match=r"codes of a delta with 2 bits, 90 input .* expected \(13, 22\)"):
-        dequantize_delta(bits=2, in_features=90, **tensors)
-    with pytest.raises(DeltaFormatError, match=r"salient of .* shape None, expected \(13, 5\)"):
-        dequantize_delta(bits=2, in_features=83, **{**tensors, "salient": None})

@@ -42,10 +42,12 @@ import sys
 sys.modules["triton"] = None  # as on macOS and Windows: `import triton` raises ModuleNotFoundError
 import torch
 import meswitch_kernels, transformers_meswitch
+from transformers_meswitch.delta_format.spec import LinearRecord
 from transformers_meswitch.ops import delta_linear
 assert not meswitch_kernels.has_kernel(torch.device("cuda"))
-codes = torch.tensor([[0b1100]], dtype=torch.uint8)
-print(delta_linear(torch.tensor([[1.0, 2.0]]), codes, torch.tensor([2.0]), 2).item())
+leaves = {"codes": torch.tensor([[0b1100]], dtype=torch.uint8), "step": torch.tensor([2.0])}
+record = LinearRecord(out_features=1, in_features=2, bits=2)
+print(delta_linear(torch.tensor([[1.0, 2.0]]), record, leaves).item())
 """
     assert run_python(code, tmp_path) == "3.0"
 

@@ -8,7 +8,6 @@ from transformers_meswitch.delta_format.validate import (
     check_config,
     check_headers,
     check_values,
-    split_key,
     tensor_headers,
 )
 from transformers_meswitch.errors import DeltaFormatError, FormatVersionError
@@ -176,26 +175,3 @@ def test_later_version_is_told_before_anything_else():
 def test_module_names_that_are_not_module_paths(name):
     with pytest.raises(DeltaFormatError, match="expected a dotted module path"):
         check_config(config(modules={name: {"kind": "rows", "num_rows": 4, "width": 2, "rows": 1}}))
-
-
-@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.self_attn.q_proj", "transformer.h.11.attn.c_attn"])
-@pytest.mark.parametrize("leaf", ["codes", "values.weight"])
-def test_keys_split_and_join(module, leaf):
-    assert split_key(tensor_key(module, leaf)) == (module, leaf)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "lm_head.meswitch_delta.rows",
-        "base_model.lm_head.meswitch_delta.rows",
-        "base_model.model.lm_head.rows",
-        "base_model.model..meswitch_delta.rows",
-        "base_model.model.lm_head.meswitch_delta.",
-        "base_model.model.meswitch_delta.rows",
-        "",
-    ],
-)
-def test_other_keys_are_refused(key):
-    with pytest.raises(DeltaFormatError, match=r"is not named base_model\.model\.<module>"):
-        split_key(key)

@@ -16,7 +16,6 @@ from ..errors import DeltaFormatError
 from .header import TensorHeader
 from .spec import (
     ADAPTER_CONFIG_NAME,
-    KEY_PREFIX,
     LEAF_PREFIX,
     PEFT_TYPE,
     LinearRecord,
@@ -28,7 +27,7 @@ from .spec import (
     tensor_key,
 )
 
-__all__ = ["check_config", "check_headers", "check_values", "split_key", "tensor_headers"]
+__all__ = ["check_config", "check_headers", "check_values", "tensor_headers"]
 
 #: Dtypes that a model's own values may have.
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -138,21 +137,6 @@ def check_config(config: Mapping[str, Any] | MESwitchExpertConfig) -> dict[str, 
         records[name] = record
     _report(f"{ADAPTER_CONFIG_NAME} is not valid", problems)
     return records
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """Module and leaf of a tensor's name on disk; the inverse of :func:`~.spec.tensor_key`.
-
-    Raises:
-        DeltaFormatError: a name of any other form.
-
-    >>> split_key("base_model.model.lm_head.meswitch_delta.rows")
-    ('lm_head', 'rows')
-    """
-    module, marker, leaf = key.removeprefix(KEY_PREFIX).partition(f".{LEAF_PREFIX}.")
-    if not key.startswith(KEY_PREFIX) or not marker or not leaf or not _is_module_name(module):
-        raise DeltaFormatError(f"Tensor {key!r} is not named {KEY_PREFIX}<module>.{LEAF_PREFIX}.<leaf>. {_WAY_OUT}")
-    return module, leaf
 
 
 def tensor_headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

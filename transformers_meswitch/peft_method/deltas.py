@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,20 +62,15 @@ class LinearDelta(StoredDelta):
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The delta as a dense weight ``[out, in]`` in ``dtype``."""
-        return ops.dequantize_delta(
-            self.codes,
-            self.step,
-            self.record.bits,
-            self.record.in_features,
-            salient_index=getattr(self, "salient_index", None),
-            salient=getattr(self, "salient", None),
-            column_step=getattr(self, "column_step", None),
-            dtype=dtype,
-        )
+        return ops.dequantize_delta(self.record, self._leaves, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x Δ̂ᵀ``: ``[..., in]`` to ``[..., out]`` in the dtype of ``x``; the bias is the caller's business."""
-        return F.linear(x, self.weight(x.dtype))
+        return ops.delta_linear(x, self.record, self._leaves)
+
+    @property
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        return cast(dict[str, torch.Tensor], self._parameters)
 
 
 class RowsDelta(StoredDelta):
