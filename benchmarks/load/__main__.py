@@ -18,10 +18,13 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from benchmarks.load.random_family import SHAPES, write_base, write_delta_repo
@@ -115,21 +118,24 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
         PeftAdapterMixin.set_adapter(model, names[i % experts])
 
     def per_call(i: int) -> None:
-        rows_ = model._row_experts(names[i % experts], None, 1)
-        model._row_endings(rows_, ids, None, greedy)
-        with model._meswitch_switch.rows(rows_):
-            pass
+        model.generate(ids, expert=names[i % experts], **greedy)
 
-    for label, action in (
-        ("set_expert", sticky),
-        ("generate(expert=): choosing the expert", per_call),
-        (STOCK, stock),
+    # With transformers' generate taken out, what is left is what choosing the expert costs.
+    nothing = mock.patch.object(GenerationMixin, "generate", lambda self, inputs, *args, **kwargs: inputs)
+    for label, action, context in (
+        ("set_expert", sticky, nullcontext()),
+        ("generate(expert=), without transformers' own generate", per_call, nothing),
+        (STOCK, stock, nullcontext()),
     ):
-        rows.append({"what": label, "median_us": median_us(action, 500, device), **allocated_by(action, device)})
-    same = median_us(lambda i: model.generate(ids, expert=names[0], **greedy), 20, device)
-    other = median_us(lambda i: model.generate(ids, expert=names[i % experts], **greedy), 20, device)
-    rows.append({"what": "generate, 1 token, the same expert each call", "median_us": same})
-    rows.append({"what": "generate, 1 token, another expert each call", "median_us": other})
+        with context:
+            rows.append({"what": label, "median_us": median_us(action, 500, device), **allocated_by(action, device)})
+    plain = AutoModelForCausalLM.from_pretrained(base, **options)
+    for label, action in (
+        ("generate, 1 token, the plain base", lambda i: plain.generate(ids, **greedy)),
+        ("generate, 1 token, the same expert each call", lambda i: model.generate(ids, expert=names[0], **greedy)),
+        ("generate, 1 token, another expert each call", per_call),
+    ):
+        rows.append({"what": label, "median_us": median_us(action, 20, device)})
     return rows
 
 
