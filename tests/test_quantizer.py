@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import transformers_meswitch as meswitch
-from tests.fixtures_models import VOCAB_SIZE, TinyFamily, dense_model, fine_tune, llama_config
+from tests.fixtures_models import (
+    CODE_EOS,
+    CODE_VOCAB_SIZE,
+    VOCAB_SIZE,
+    TinyFamily,
+    dense_model,
+    fine_tune,
+    llama_config,
+)
 from tests.model_state import ATOL, generated, prompt
 from transformers_meswitch.errors import CheckpointError, CompressionError, MESwitchError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def config(base: Path, **options: Any) -> meswitch.MESwitchConfig:
+def config(base: Path | str, **options: Any) -> meswitch.MESwitchConfig:
     return meswitch.MESwitchConfig(str(base), **{"bits": 4, "salient_channels": 4, **options})
 
 
-def load(expert: Path, how: meswitch.MESwitchConfig, **arguments: Any) -> Any:
+def load(expert: Path | str, how: meswitch.MESwitchConfig, **arguments: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(expert, quantization_config=how, **arguments)
 
 
@@ -173,3 +183,48 @@ def test_what_cannot_be_compressed_is_refused(tiny_family: TinyFamily, tmp_path:
     (tmp_path / "mistral" / "model.safetensors").write_bytes((tiny_family.base / "model.safetensors").read_bytes())
     with pytest.raises(CompressionError, match=r"'llama'.*'mistral'"):
         load(tiny_family.experts["math"], config(tmp_path / "mistral"))
+
+
+def in_cache(cache: Path, repo: str, folder: Path, revision: str = "main", subfolder: str = "") -> None:
+    """Put a folder into a Hub cache, as if a commit of a repo had been downloaded."""
+    commit = hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+    entry = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(folder, entry / "snapshots" / commit / subfolder)
+    (entry / "refs").mkdir(exist_ok=True)
+    (entry / "refs" / revision).write_text(commit)
+
+
+def test_everything_comes_from_the_revision_folder_and_cache_of_the_weights(
+    tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = tmp_path / "cache"
+    in_cache(cache, "me/base", tiny_family.base)
+    in_cache(cache, "me/expert", tiny_family.experts["math"])
+    in_cache(cache, "me/expert", tiny_family.experts["code"], revision="v2", subfolder="tuned")
+    where = {"revision": "v2", "subfolder": "tuned", "cache_dir": cache}
+    model = load("me/expert", config("me/base"), **where)
+    assert len(model.tokenizer_for("default")) == CODE_VOCAB_SIZE
+    assert len(model.tokenizer_for(None)) == VOCAB_SIZE
+    model.save_pretrained(tmp_path / "delta")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "delta")) == CODE_VOCAB_SIZE
+    written, reference = (
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        for folder in (tmp_path / "delta", tiny_family.deltas["code"])
+    )
+    assert written == reference == CODE_EOS
+    stored = json.loads((tmp_path / "delta" / CONFIG).read_text())
+    assert stored["base_model_name_or_path"] == "me/base"
+    assert stored["revision"] == hashlib.sha1(b"me/base@main").hexdigest()
+    assert stored["expert_model_name_or_path"] == "me/expert"
+
+
+def test_a_missing_base_is_found_missing_before_the_weights_are_loaded(
+    tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(LlamaForCausalLM, "_load_pretrained_model", never)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load(tiny_family.experts["math"], config(tmp_path / "nowhere"))

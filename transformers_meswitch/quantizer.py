@@ -3,33 +3,45 @@
 transformers loads the fine-tune as it always does; then each module is compared with the base's checkpoint, its delta
 attached as an expert, and its weights replaced by the base's. What comes out is a base with one expert, whose
 ``save_pretrained`` and ``push_to_hub`` write a delta repo.
+
+The expert's tokenizer and generation config are those beside the weights that transformers loaded: of the same commit,
+in the same cache, where the base is looked for too. transformers does not hand on ``token=``, so private repos need
+the stored one (``hf auth login`` or ``HF_TOKEN``).
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from .compression.assets import generation_config_of
-from .compression.driver import compress_modules
-from .compression.expert_config import expert_config
-from .compression.sources import CheckpointParameters, LiveParameters, Parameters, meta_model, output_head
+from .compression.assets import find_assets, generation_config_of
+from .compression.driver import check_model_type, compress_expert
+from .compression.sources import (
+    CheckpointParameters,
+    LiveParameters,
+    Parameters,
+    Source,
+    locate,
+    meta_model,
+    output_head,
+)
 from .configuration import MESwitchConfig
-from .delta_format.checkpoint import resolve_checkpoint
-from .delta_format.fingerprint import fingerprint_checkpoint
 from .delta_format.location import RepoLocation
-from .delta_format.spec import ModuleRecord, tensor_key
 from .errors import CheckpointError, CompressionError, UnsupportedModelError
 from .peft_method.attachment import ensure_switch
 
 __all__ = ["MESwitchHfQuantizer", "register"]
 
 _METHOD = "meswitch"
+_SNAPSHOT = re.compile(r"(.*)[/\\]models--[^/\\]+[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\](.*))?")
 
 
 class MESwitchHfQuantizer(HfQuantizer):
@@ -57,10 +69,26 @@ class MESwitchHfQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UnsupportedModelError("Compressing on load does not support disk offload; use compress() instead.")
 
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CompressionError(
+                "Compressing on load needs a checkpoint in files; save the model and give its folder."
+            )
+        config = self.quantization_config
+        self._expert = _location_of(str(model.name_or_path), checkpoint_files[0])
+        base = str(config.base_model_name_or_path)
+        self._base = locate(
+            RepoLocation(base, config.base_revision, cache_dir=self._expert.cache_dir, error=CheckpointError)
+        )
+        check_model_type(self._base, self._expert, model.config)
+        find_assets(self._expert)  # fetched now, so that saving needs no network and a failure costs no loading
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
         with torch.no_grad():
-            return _split(model, self.quantization_config)
+            return _split(model, self._base, self._expert, self.quantization_config)
 
     def is_serializable(self) -> bool:
         """A compressed model is saved as a delta repo."""
@@ -72,47 +100,34 @@ class MESwitchHfQuantizer(HfQuantizer):
         return False
 
 
-def _split(model: PreTrainedModel, config: MESwitchConfig) -> PreTrainedModel:
+def _location_of(name: str, file: str) -> RepoLocation:
+    """The repo that a checkpoint's file was read from: its folder, or its Hub id at the file's commit and cache."""
+    folder = os.path.dirname(file)
+    snapshot = None if os.path.isdir(name) else _SNAPSHOT.fullmatch(folder)
+    if snapshot is None:
+        return RepoLocation(folder, error=CheckpointError)
+    cache_dir, commit, subfolder = snapshot.groups()
+    return RepoLocation(name, commit, subfolder, cache_dir=cache_dir, error=CheckpointError)
+
+
+def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: MESwitchConfig) -> PreTrainedModel:
     """Turn a loaded fine-tune into its base with the fine-tune as the expert ``"default"``."""
-    expert = RepoLocation(str(model.name_or_path), error=CheckpointError)
-    base = str(config.base_model_name_or_path)
-    files = resolve_checkpoint(base, config.base_revision)
-    base_config = AutoConfig.from_pretrained(base, revision=config.base_revision)
-    if base_config.model_type != model.config.model_type:
-        raise CompressionError(
-            f"{expert} is of model_type {model.config.model_type!r} and {base} of {base_config.model_type!r}; a delta "
-            "needs a fine-tune of this base."
-        )
-    base_parameters = CheckpointParameters(meta_model(base_config), files)
-    expert_parameters = LiveParameters(model)
-    records: dict[str, ModuleRecord] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, record, leaves in compress_modules(model, base_parameters, expert_parameters, config):
-        records[name] = record
-        tensors.update({tensor_key(name, leaf): tensor for leaf, tensor in leaves.items()})
-    if not records:
-        raise CompressionError(
-            f"{expert} and {base} hold equal weights; there is no delta to store. Give a fine-tune."
-        )
-    embedding = model.get_input_embeddings()
-    delta = expert_config(
+    base_parameters = CheckpointParameters(meta_model(base.config), base.checkpoint)
+    delta, tensors = compress_expert(
+        model,
+        base,
+        base_parameters,
+        expert,
+        LiveParameters(model),
         config,
-        records,
-        base=base,
-        base_revision=files.revision,
-        base_fingerprint=fingerprint_checkpoint(files.paths),
-        expert=str(model.name_or_path),
-        model_config=model.config,
         generation_config=model.generation_config,  # type: ignore[arg-type]
-        vocab_size=int(embedding.num_embeddings),  # type: ignore[arg-type]
-        tied=expert_parameters.tied,
-        calibrated=False,
     )
     _restore_base(model, base_parameters)
-    _adopt_config(model, base_config, base)
+    _adopt_config(model, base.config, base.location.repo)
     switch = ensure_switch(model)
-    base_location = RepoLocation(base, config.base_revision, error=CheckpointError)
-    eos = generation_config_of(base_location, base_config).eos_token_id
+    if not base.location.is_local:
+        switch.base_download = {"revision": base.location.revision, "cache_dir": base.location.cache_dir}
+    eos = generation_config_of(base.location, base.config).eos_token_id
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
     cast(Any, model).attach_delta("default", delta, tensors, assets=expert)
     return model

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from transformers_meswitch.compression import recipe
+from transformers_meswitch.compression import driver
 from transformers_meswitch.compression.linear import reconstruct_linear
 from transformers_meswitch.compression.recipe import compress
 from transformers_meswitch.configuration import MESwitchConfig
@@ -241,20 +241,20 @@ def test_calibration_without_a_tokenizer_is_refused(make_pair, tmp_path):
 def test_nothing_is_written_when_it_fails_midway(make_pair, tmp_path, monkeypatch):
     base, expert = make_pair()
     out = tmp_path / "delta"
-    whole = recipe.compress_modules
+    whole = driver.compress_modules
 
     def breaks(*args, **kwargs):
         yield next(whole(*args, **kwargs))
         raise RuntimeError("the machine went away")
 
-    monkeypatch.setattr(recipe, "compress_modules", breaks)
+    monkeypatch.setattr(driver, "compress_modules", breaks)
     with pytest.raises(RuntimeError, match="went away"):
         compress(base, expert, out, CONFIG, progress=False)
     assert not out.exists()
     monkeypatch.undo()
     compress(base, expert, out, CONFIG, progress=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(recipe, "compress_modules", breaks)
+    monkeypatch.setattr(driver, "compress_modules", breaks)
     with pytest.raises(RuntimeError, match="went away"):
         compress(base, expert, out, MESwitchConfig(bits=4), progress=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -1,4 +1,4 @@
-"""The loop over a model's modules that all producers share."""
+"""What all producers share: the loop over a model's modules, and the delta that comes of it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,99 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..configuration import MESwitchConfig
-from ..delta_format.spec import ModuleRecord
+from ..configuration import MESwitchConfig, MESwitchExpertConfig
+from ..delta_format.fingerprint import fingerprint_checkpoint
+from ..delta_format.location import RepoLocation
+from ..delta_format.spec import ModuleRecord, tensor_key
 from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
+from .expert_config import expert_config
 from .modules import check_shapes, compress_module
-from .sources import Parameters, output_head
+from .sources import Parameters, Source, output_head
 
-__all__ = ["compress_modules"]
+__all__ = ["check_model_type", "compress_expert", "compress_modules"]
+
+
+def compress_expert(
+    model: PreTrainedModel,
+    base: Source,
+    base_parameters: Parameters,
+    expert: RepoLocation,
+    expert_parameters: Parameters,
+    config: MESwitchConfig,
+    *,
+    generation_config: GenerationConfig,
+    second_moments: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> tuple[MESwitchExpertConfig, dict[str, Tensor]]:
+    """The delta of an expert: its ``adapter_config.json``, and its tensors on the CPU, keyed as on disk.
+
+    Args:
+        model: the expert's causal LM with its own configuration; see :func:`compress_modules`.
+        base: the base's files.
+        base_parameters: its parameters.
+        expert: the expert's repo.
+        expert_parameters: its parameters.
+        config: bits, salient channels and column steps.
+        generation_config: the expert's.
+        second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
+        device: see :func:`compress_modules`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CompressionError: as :func:`compress_modules`, and when the weights are equal.
+        UnsupportedModelError: as :func:`compress_modules`.
+    """
+    records: dict[str, ModuleRecord] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, record, leaves in compress_modules(
+        model,
+        base_parameters,
+        expert_parameters,
+        config,
+        second_moments=second_moments,
+        device=device,
+        progress=progress,
+    ):
+        records[name] = record
+        tensors.update({tensor_key(name, leaf): tensor.cpu() for leaf, tensor in leaves.items()})
+    if not records:
+        raise CompressionError(
+            f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
+        )
+    embedding = model.get_input_embeddings()
+    embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+    delta_config = expert_config(
+        config,
+        records,
+        base=base.location.repo,
+        base_revision=base.checkpoint.revision,
+        base_fingerprint=fingerprint_checkpoint(base.checkpoint.paths),
+        expert=expert.repo,
+        model_config=model.config,
+        generation_config=generation_config,
+        vocab_size=expert_parameters.shapes(embedding_name)["weight"][0],
+        tied=expert_parameters.tied,
+        calibrated=second_moments is not None,
+    )
+    return delta_config, tensors
+
+
+def check_model_type(base: Source, expert: RepoLocation, model_config: PreTrainedConfig) -> None:
+    """Refuse an expert of another architecture before any weights are read.
+
+    Raises:
+        CompressionError: the model types differ.
+    """
+    if base.config.model_type != model_config.model_type:
+        raise CompressionError(
+            f"{expert} is of model_type {model_config.model_type!r} and {base.location} of "
+            f"{base.config.model_type!r}. The expert is of another architecture; a delta needs a fine-tune of this "
+            "base."
+        )
 
 
 def compress_modules(

@@ -8,21 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..cards import write_delta_card
 from ..configuration import MESwitchConfig
-from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
-from ..delta_format.fingerprint import fingerprint_checkpoint
+from ..delta_format.checkpoint import Checkpoint
 from ..delta_format.location import RepoLocation
-from ..delta_format.spec import ModuleRecord, tensor_key
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .calibration import Calibration, collect_second_moments, read_samples
-from .driver import compress_modules
-from .expert_config import expert_config, portable_name
-from .sources import CheckpointParameters, meta_model
+from .driver import check_model_type, compress_expert
+from .expert_config import portable_name
+from .sources import CheckpointParameters, Source, locate, meta_model
 
 __all__ = ["compress"]
 
@@ -76,54 +74,35 @@ def compress(
     _check_request(base, expert, output_dir, config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def locate(
-        repo: str | os.PathLike[str], revision: str | None
-    ) -> tuple[RepoLocation, PreTrainedConfig, Checkpoint]:
-        location = RepoLocation(
-            os.fspath(repo), revision, None, token, cache_dir, local_files_only, error=CheckpointError
+    def located(repo: str | os.PathLike[str], revision: str | None) -> Source:
+        return locate(
+            RepoLocation(os.fspath(repo), revision, None, token, cache_dir, local_files_only, error=CheckpointError)
         )
-        config_path = location.require("config.json")
-        location = location.pinned(config_path)
-        checkpoint = resolve_checkpoint(repo, location.revision, token, cache_dir, local_files_only)
-        return location, _read_config(config_path), checkpoint
 
-    base_location, base_config, base_files = locate(base, config.base_revision)
-    expert_location, model_config, expert_files = locate(expert, expert_revision)
-    _check_configs(base_location, base_config, expert_location, model_config)
+    base_source = located(base, config.base_revision)
+    expert_source = located(expert, expert_revision)
+    expert_location, model_config = expert_source.location, expert_source.config
+    check_model_type(base_source, expert_location, model_config)
     model = meta_model(model_config)
-    base_parameters = CheckpointParameters(meta_model(base_config), base_files)
-    expert_parameters = CheckpointParameters(model, expert_files)
-    _check_unknown(base_parameters, base_files, expert_parameters, expert_files)
-    embedding = model.get_input_embeddings()
-    embedding_name = next(name for name, module in model.named_modules() if module is embedding)
+    base_parameters = CheckpointParameters(meta_model(base_source.config), base_source.checkpoint)
+    expert_parameters = CheckpointParameters(model, expert_source.checkpoint)
+    _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)
 
     generation_config = generation_config_of(expert_location, model_config)
     moments = None
     if calibration is not None:
         moments = _calibrate(expert_location, calibration, where, max_calibration_tokens, progress)
-    records: dict[str, ModuleRecord] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, record, leaves in compress_modules(
-        model, base_parameters, expert_parameters, config, second_moments=moments, device=where, progress=progress
-    ):
-        records[name] = record
-        tensors.update({tensor_key(name, leaf): tensor.cpu() for leaf, tensor in leaves.items()})
-    if not records:
-        raise CompressionError(
-            f"{expert_location} and {base_location} hold equal weights; there is no delta to store. Give a fine-tune."
-        )
-    delta_config = expert_config(
+    delta_config, tensors = compress_expert(
+        model,
+        base_source,
+        base_parameters,
+        expert_location,
+        expert_parameters,
         config,
-        records,
-        base=base,
-        base_revision=base_files.revision,
-        base_fingerprint=fingerprint_checkpoint(base_files.paths),
-        expert=expert,
-        model_config=model_config,
         generation_config=generation_config,
-        vocab_size=expert_parameters.shapes(embedding_name)["weight"][0],
-        tied=expert_parameters.tied,
-        calibrated=moments is not None,
+        second_moments=moments,
+        device=where,
+        progress=progress,
     )
     assets, texts = find_assets(expert_location), {}
     if all(path.name != GENERATION_CONFIG for path in assets):
@@ -132,8 +111,8 @@ def compress(
     write_delta_card(
         directory,
         delta_config,
-        dense_bytes=sum(path.stat().st_size for path in expert_files.paths),
-        license=license_of(expert_location, base_location),
+        dense_bytes=sum(path.stat().st_size for path in expert_source.checkpoint.paths),
+        license=license_of(expert_location, base_source.location),
     )
     return directory
 
@@ -156,29 +135,6 @@ def _check_request(
             f"{output} holds a config.json, so transformers would take it for a full model and not for a delta; "
             "give another output_dir."
         )
-
-
-def _read_config(path: Path) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
-
-
-def _check_configs(
-    base: RepoLocation, base_config: PreTrainedConfig, expert: RepoLocation, model_config: PreTrainedConfig
-) -> None:
-    if base_config.model_type != model_config.model_type:
-        raise CompressionError(
-            f"{expert} is of model_type {model_config.model_type!r} and {base} of {base_config.model_type!r}. "
-            "The expert is of another architecture; a delta needs a fine-tune of this base."
-        )
-    for repo, config in ((base, base_config), (expert, model_config)):
-        if getattr(config, "quantization_config", None) is not None:
-            raise CompressionError(
-                f"{repo} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
-                "the checkpoints before quantisation."
-            )
 
 
 def _check_unknown(

@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..delta_format.checkpoint import Checkpoint
-from ..errors import CompressionError, UnsupportedModelError
+from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
+from ..delta_format.location import RepoLocation
+from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .names import map_names
 
-__all__ = ["CheckpointParameters", "LiveParameters", "Parameters", "meta_model", "output_head"]
+__all__ = ["CheckpointParameters", "LiveParameters", "Parameters", "Source", "locate", "meta_model", "output_head"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found.
+
+    Attributes:
+        location: its repo, at the commit that was found.
+        config: its ``config.json``.
+        checkpoint: its safetensors files.
+    """
+
+    location: RepoLocation
+    config: PreTrainedConfig
+    checkpoint: Checkpoint
+
+
+def locate(location: RepoLocation) -> Source:
+    """Find a checkpoint's configuration and safetensors files, all of one commit.
+
+    Raises:
+        CheckpointError: a missing, truncated or unreadable file.
+        CompressionError: the checkpoint is quantised.
+    """
+    path = location.require("config.json")
+    location = location.pinned(path)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CompressionError(
+            f"{location} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
+            "the checkpoints before quantisation."
+        )
+    checkpoint = resolve_checkpoint(
+        location.repo,
+        location.revision,
+        location.token,
+        location.cache_dir,
+        location.local_files_only,
+        location.subfolder,
+    )
+    return Source(location, config, checkpoint)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
