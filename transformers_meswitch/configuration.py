@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from transformers import PreTrainedConfig
@@ -11,6 +12,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .delta_format.spec import FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
 from .errors import CompressionError, DeltaFormatError, FormatVersionError
+
+if TYPE_CHECKING:
+    from .delta_format.reader import DeltaFiles
 
 __all__ = ["MESwitchConfig", "MESwitchExpertConfig", "MESwitchFamilyConfig"]
 
@@ -65,8 +69,6 @@ class MESwitchConfig(QuantizationConfigMixin):
         layer_bits: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        import re
-
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CompressionError(
@@ -93,8 +95,6 @@ class MESwitchConfig(QuantizationConfigMixin):
 
     def bits_of(self, module: str) -> int:
         """Bits for one module: the first ``layer_bits`` pattern found in its name, else ``bits``."""
-        import re
-
         return next((b for pattern, b in self.layer_bits.items() if re.search(pattern, module)), self.bits)
 
 
@@ -154,10 +154,10 @@ class MESwitchExpertConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> MESwitchExpertConfig:
-        """Read the config of a delta repo, and check the whole repo, weights included.
+        """Read the config of a delta repo, and check that its weight files hold what the config announces.
 
-        PEFT reads an adapter's config before it touches a model and its weights after, so a damaged repo must be
-        found here for the model to stay as it was.
+        PEFT reads an adapter's config before it touches a model and its weights after; a repo that is incomplete is
+        found here. Values are checked when the tensors are handed to the model, which is undone if they are damaged.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -168,13 +168,18 @@ class MESwitchExpertConfig(PeftConfig):
         Raises:
             DeltaFormatError: anything missing or malformed, naming the file and the tensor.
         """
-        from .delta_format.reader import check_delta, open_delta, resolve_delta
+        from .delta_format.reader import open_delta, resolve_delta
 
         known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         download = {key: kwargs[key] for key in known if kwargs.get(key) is not None}
         delta = open_delta(resolve_delta(pretrained_model_name_or_path, subfolder=subfolder, **download))
-        check_delta(delta)
+        delta.config.__dict__["_files"] = delta.files
         return delta.config
+
+    @property
+    def files(self) -> DeltaFiles | None:
+        """The delta repo that the config was read from by :meth:`from_pretrained`; not a field, and never saved."""
+        return self.__dict__.get("_files")
 
     def records(self) -> dict[str, ModuleRecord]:
         """The parsed ``modules`` table.

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MESwitchMixin", "downgrade", "upgrade"]
 
-_DOWNLOAD_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+_WHERE_ARGUMENTS = ("subfolder", "token", "cache_dir", "local_files_only")
+_DOWNLOAD_ARGUMENTS = ("revision", "force_download", *_WHERE_ARGUMENTS)
 
 
 class MESwitchMixin(TokenizerMixin):
@@ -122,7 +123,7 @@ class MESwitchMixin(TokenizerMixin):
             adapter_name: the expert's name; ``"default"`` if not given.
             peft_config: config of an expert handed over as tensors, instead of a repo.
             adapter_state_dict: its tensors, keyed as on disk or as :meth:`get_adapter_state_dict` returns them.
-            low_cpu_mem_usage: accepted; deltas are always read straight into place.
+            low_cpu_mem_usage: accepted, and without effect.
             is_trainable: refused when true.
             hotswap: refused when true.
             local_files_only: do not ask the Hub.
@@ -186,27 +187,9 @@ class MESwitchMixin(TokenizerMixin):
             # PEFT warns whenever a model gets a second adapter, which is what a family is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
-        self._fill_expert(name, config, tensors, files, assets)
+        fill_expert(self, name, config, tensors, files, assets)
         self._hf_peft_config_loaded = True
         self.eval()  # type: ignore[attr-defined]
-
-    def _fill_expert(
-        self,
-        name: str,
-        config: MESwitchExpertConfig,
-        tensors: Mapping[str, torch.Tensor],
-        files: DeltaFiles | None,
-        assets: RepoLocation | None = None,
-    ) -> None:
-        switch = self._meswitch_switch
-        try:
-            fill_expert(self, name, config, tensors)  # type: ignore[arg-type]
-        except Exception:
-            remove_expert(self, name, self.peft_config)
-            raise
-        assets = assets if files is None else files.location
-        switch.experts[name] = dataclasses.replace(switch.experts[name], files=files, assets=assets)
-        switch.pending = None
 
     @staticmethod
     def _load_pretrained_model(
@@ -226,13 +209,21 @@ class MESwitchMixin(TokenizerMixin):
             if state_dict:
                 tensors = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": t for key, t in state_dict.items()}
                 check_tensors(config, tensors)
-                model._fill_expert(name, config, tensors, None)
+                fill_expert(model, name, config, tensors)
             else:
                 download = {k: v for k, v in load_config.download_kwargs.items() if k in _DOWNLOAD_ARGUMENTS and v}
                 delta = open_delta(resolve_delta(str(load_config.pretrained_model_name_or_path), **download))
                 check_delta(delta)
-                model._fill_expert(name, config, delta.tensors(), delta.files)
-                adopt_generation_config(model, delta.asset("generation_config.json"))
+                # Only from_pretrained(delta) passes the config that it loaded the base with; a caller's own
+                # load_adapter has no dtype to pass on, and keeps the generation defaults that the caller set.
+                whole = load_config.dtype is not None
+                if whole:
+                    where = {k: v for k, v in download.items() if k in _WHERE_ARGUMENTS}
+                    commit = getattr(model.config, "_commit_hash", None)
+                    model._meswitch_switch.base_download = where if commit is None else {**where, "revision": commit}
+                fill_expert(model, name, config, delta.tensors(), delta.files)
+                if whole:
+                    adopt_generation_config(model, delta.asset("generation_config.json"))
         except Exception:
             remove_expert(model, name, getattr(model, "peft_config", None))
             raise
@@ -254,6 +245,17 @@ class MESwitchMixin(TokenizerMixin):
             UnsupportedOperationError: always.
         """
         raise UnsupportedOperationError("Hot-swapping is not supported for deltas; load the expert under a new name.")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the experts' rows were formed against the base's vocabulary.
+
+        Raises:
+            UnsupportedOperationError: always.
+        """
+        raise UnsupportedOperationError(
+            "The embeddings of a model with experts cannot be resized: each expert brings its own vocabulary. "
+            "merge_and_unload() the expert first, or resize the fine-tune and compress it again."
+        )
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """Drop experts and their memory. If the active one goes, the alphabetically first remaining becomes active.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import MESWITCH, MESwitchExpertConfig
-from ..delta_format.checkpoint import resolve_checkpoint
+from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.reader import DeltaFiles
 from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
-from ..errors import BaseMismatchError, MESwitchError, UnsupportedModelError, UnsupportedOperationError
+from ..delta_format.validate import check_config
+from ..errors import (
+    BaseMismatchError,
+    DeltaFormatError,
+    MESwitchError,
+    UnsupportedModelError,
+    UnsupportedOperationError,
+)
 from ..module_kinds import is_linear, linear_sizes
 from .layers import MESwitchLayer
 from .naming import check_expert_name
@@ -68,12 +77,16 @@ def plan_injection(
         name: the name it would have.
         peft_configs: configs of the adapters on the model; the new one may be among them.
 
+    The checkpoint's bytes are compared when the tensors arrive (:func:`check_base`).
+
     Raises:
+        DeltaFormatError: a malformed config, or one that contradicts itself or the base's vocabulary.
         ExpertNameError: the name is reserved, taken, or collides with a module.
-        BaseMismatchError: another architecture, a module that the model lacks, another shape, another fingerprint.
+        BaseMismatchError: another architecture, a module that the model lacks, another shape.
         UnsupportedOperationError: training, or another PEFT method on the same model.
-        UnsupportedModelError: a quantisation other than bitsandbytes, disk offload, not a transformers model.
+        UnsupportedModelError: a quantisation other than bitsandbytes, offload, not a transformers model.
     """
+    records = check_config(config)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Deltas attach to a transformers model, got {type(model).__name__}. Load the base with "
@@ -100,8 +113,9 @@ def plan_injection(
         )
     _check_placement(model)
     _check_architecture(model, config)
-    targets = _match_modules(model, config)
-    check_base(model, config)
+    targets = _match_modules(model, config, records)
+    _check_vocabulary(model, config, targets)
+    _check_weights_at_hand(model, targets)
     return targets
 
 
@@ -116,12 +130,14 @@ def _check_placement(model: PreTrainedModel) -> None:
                 f"The base is quantised with {method!r}; deltas run over bf16, fp16, fp32 and bitsandbytes 4/8-bit "
                 "bases. Load the base in one of those."
             )
-    device_map = getattr(model, "hf_device_map", None) or {}
-    on_disk = sorted(module for module, device in device_map.items() if device == "disk")
-    if on_disk:
+    device_map = {module: str(device) for module, device in (getattr(model, "hf_device_map", None) or {}).items()}
+    # Beside an accelerator, accelerate keeps the CPU's modules there only between their calls.
+    offloading = {"disk"} if set(device_map.values()) <= {"cpu", "disk", "mps"} else {"cpu", "disk"}
+    for place in sorted(offloading & set(device_map.values()), reverse=True):
+        offloaded = sorted(module for module, device in device_map.items() if device == place)
         raise UnsupportedModelError(
-            f"{len(on_disk)} modules of the base are offloaded to disk ({on_disk[0]!r} first), which deltas do not "
-            "support. Load with a device_map without 'disk'."
+            f"{len(offloaded)} modules of the base are offloaded to {place} ({offloaded[0]!r} first), which deltas do "
+            f"not support. Load with a device_map without {place!r}."
         )
 
 
@@ -142,8 +158,9 @@ def _local_name(stored: str, modules: Mapping[str, nn.Module], model: PreTrained
     return stripped if stripped != stored and stripped in modules else None
 
 
-def _match_modules(model: PreTrainedModel, config: MESwitchExpertConfig) -> Targets:
-    records = config.records()
+def _match_modules(
+    model: PreTrainedModel, config: MESwitchExpertConfig, records: Mapping[str, ModuleRecord]
+) -> Targets:
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     targets: Targets = {}
@@ -164,6 +181,38 @@ def _match_modules(model: PreTrainedModel, config: MESwitchExpertConfig) -> Targ
         head_name = next(n for n, m in modules.items() if m is head)
         targets.setdefault(head_name, None)
     return targets
+
+
+def _check_vocabulary(model: PreTrainedModel, config: MESwitchExpertConfig, targets: Targets) -> None:
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    record = targets.get(embedding)
+    rows = record.num_rows if isinstance(record, RowsRecord) else base_vocab_size(model)
+    if config.vocab_size not in (None, rows):
+        raise DeltaFormatError(
+            f"adapter_config.json: vocab_size is {config.vocab_size}, but the expert's {embedding} has {rows} rows. "
+            "The delta repo is damaged or was edited; download it or compress the expert again."
+        )
+    pad = [] if config.pad_token_id is None else [config.pad_token_id]
+    for field, ids in (("eos_token_id", config.eos_token_id or []), ("pad_token_id", pad)):
+        unknown = [token for token in ids if token >= rows]
+        if unknown:
+            raise DeltaFormatError(
+                f"adapter_config.json: {field} holds {unknown[0]}, expected ids from 0 to {rows - 1}. The delta repo "
+                "is damaged or was edited; download it or compress the expert again."
+            )
+
+
+def _check_weights_at_hand(model: PreTrainedModel, targets: Targets) -> None:
+    """Refuse modules whose weights are elsewhere between calls; a model wholly on ``meta`` by itself is a plan."""
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not hooked and all(parameter.is_meta for parameter in model.parameters()):
+        return
+    for name in targets:
+        if any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+            raise UnsupportedModelError(
+                f"The weights of {name!r} are on the device 'meta': the base is offloaded, which deltas do not "
+                "support. Load it onto devices that hold all of it, or quantise it with bitsandbytes."
+            )
 
 
 def _check_shape(name: str, record: ModuleRecord, module: nn.Module) -> None:
@@ -190,10 +239,15 @@ def _check_shape(name: str, record: ModuleRecord, module: nn.Module) -> None:
         )
 
 
-def check_base(model: PreTrainedModel, config: MESwitchExpertConfig) -> None:
+def check_base(model: PreTrainedModel, config: MESwitchExpertConfig, files: DeltaFiles | None) -> None:
     """Compare the checkpoint that the base was loaded from with the one that the delta was formed against.
 
     Warns where the base has no files to read (a model built in memory, a GGUF file).
+
+    Args:
+        model: the model that the expert is attached to.
+        config: the expert's ``adapter_config.json``.
+        files: its delta repo, if it has one. The base may be in the same Hub cache.
 
     Raises:
         BaseMismatchError: names the first tensor that differs.
@@ -204,11 +258,7 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig) -> None:
     try:
         if not source:
             raise FileNotFoundError("the model was built in memory")
-        revision = getattr(model.config, "_commit_hash", None) or (
-            config.revision if source == config.base_model_name_or_path else None
-        )
-        checkpoint = resolve_checkpoint(source, revision=revision, local_files_only=True)
-        found = fingerprint_checkpoint(checkpoint.paths)
+        found = fingerprint_checkpoint(_base_checkpoint(model, config, files).paths)
     except (OSError, MESwitchError) as error:
         warnings.warn(
             f"The base {source or 'model'!r} has no checkpoint files to compare with the one this delta was made "
@@ -217,3 +267,25 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig) -> None:
         )
         return
     compare_fingerprints(config.base_fingerprint, found, base=source)
+
+
+def _base_checkpoint(model: PreTrainedModel, config: MESwitchExpertConfig, files: DeltaFiles | None) -> Checkpoint:
+    """The base's files, which loading it left on this machine. Never uses the network."""
+    source, switch = model.name_or_path, switch_of(model)
+    known = {} if switch is None else switch.base_download
+    revision = known.get("revision") or getattr(model.config, "_commit_hash", None)
+    if revision is None and source == config.base_model_name_or_path:
+        revision = config.revision
+    location = None if files is None else files.location
+    # transformers does not say which cache or folder a model came from. A commit is the same in every cache.
+    caches = dict.fromkeys([known.get("cache_dir"), None if location is None else location.cache_dir, None])
+    folders = dict.fromkeys([known.get("subfolder") or None, None])
+    errors = []
+    for cache_dir, subfolder in itertools.product(caches, folders):
+        try:
+            return resolve_checkpoint(
+                source, revision=revision, cache_dir=cache_dir, subfolder=subfolder, local_files_only=True
+            )
+        except MESwitchError as error:
+            errors.append(error)
+    raise errors[0]

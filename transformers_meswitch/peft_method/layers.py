@@ -133,7 +133,9 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
     def check_merge(self, expert: str, safe_merge: bool) -> None:
         """Raise what :meth:`merge` would raise, without merging."""
         if self.delta_of(expert) is not None:
-            self._checked_parameters(expert, safe_merge)
+            self._refuse_quantised()
+            if safe_merge:
+                self._checked_parameters(expert, safe_merge)
 
     def unmerge(self) -> None:
         """Put the base's own parameters back: the very tensors that :meth:`merge` set aside."""
@@ -144,7 +146,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters = []
             self.switch.merged = None
 
-    def _checked_parameters(self, expert: str, safe: bool) -> dict[str, torch.Tensor]:
+    def _refuse_quantised(self) -> None:
         base = self.get_base_layer()
         quantised = next((n for n, p in base.named_parameters(recurse=False) if not p.is_floating_point()), None)
         if quantised is not None:
@@ -152,6 +154,10 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
                 f"{type(base).__name__}.{quantised} is quantised; merging would round the expert away. Load the base "
                 "without quantization_config to merge."
             )
+
+    def _checked_parameters(self, expert: str, safe: bool) -> dict[str, torch.Tensor]:
+        base = self.get_base_layer()
+        self._refuse_quantised()
         merged = self.merged_parameters(expert)
         for name, tensor in merged.items():
             if safe and not torch.isfinite(tensor).all():

@@ -21,7 +21,8 @@ def merge_expert(
 ) -> None:
     """Write W + Δ̂ into the base's modules; the base's own tensors are set aside for :func:`unmerge_expert`.
 
-    Every layer is checked before the first one changes.
+    Every layer is checked before the first one changes. The expert becomes the active one: it is what the model now
+    computes.
 
     Args:
         model: the model.
@@ -50,6 +51,8 @@ def merge_expert(
         layer.check_merge(experts[0], safe_merge)
     for layer in tqdm(layers.values(), desc="Merging", disable=not progressbar):
         layer.merge(adapter_names=[experts[0]])
+    switch.set_active([experts[0]])
+    switch.disabled = False
 
 
 def unmerge_expert(model: Any) -> None:
@@ -89,11 +92,16 @@ def _become(model: Any, switch: ExpertSwitch, expert: str) -> None:
     """Let a plain model say that it is the expert whose weights it holds: how it is tied and where its answers end."""
     info = switch.experts[expert]
     model.config.tie_word_embeddings = info.tied
+    text_config = model.config.get_text_config()
+    if info.eos_token_id:
+        first, *more = info.eos_token_id
+        text_config.eos_token_id = [first, *more] if more else first
+    if info.pad_token_id is not None:
+        text_config.pad_token_id = info.pad_token_id
     if not isinstance(model, GenerationMixin):
         return
     path = None if info.files is None else info.files.asset("generation_config.json")
     if path is not None:
         model.generation_config = GenerationConfig.from_pretrained(path.parent)
     elif info.eos_token_id:
-        first, *more = info.eos_token_id
-        model.generation_config.eos_token_id = [first, *more] if more else first
+        model.generation_config.eos_token_id = text_config.eos_token_id

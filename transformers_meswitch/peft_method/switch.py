@@ -210,7 +210,8 @@ class ExpertSwitch:
 
     def _check_merged(self, names: Sequence[str | None]) -> None:
         if self.merged is not None and any(name != self.merged for name in names):
+            others = sorted({"the base" if name is None else repr(name) for name in names if name != self.merged})
             raise UnsupportedOperationError(
-                f"Expert {self.merged!r} is merged into the base weights, so {sorted({str(n) for n in names})} cannot "
-                "be computed. Call unmerge_adapter() first."
+                f"Expert {self.merged!r} is merged into the base weights, so {' and '.join(others)} cannot be "
+                "computed. Call unmerge_adapter() first."
             )

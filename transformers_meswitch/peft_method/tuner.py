@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -12,11 +13,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..configuration import MESWITCH, MESwitchExpertConfig
+from ..delta_format.location import RepoLocation
+from ..delta_format.reader import DeltaFiles
 from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX, RowsRecord, tensor_key
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert, set_vocab_capacity
-from .injection import plan_injection, switch_of, wrapped_layers
+from .injection import check_base, plan_injection, switch_of, wrapped_layers
 from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
 from .merging import merge_expert, unload
 from .naming import module_key
@@ -108,8 +111,8 @@ class MESwitchModel(BaseTuner):
             del self.peft_config[adapter_name]
             self.__dict__.pop("_requested", None)
             raise
-        attach_expert(model, adapter_name, config)  # type: ignore[arg-type]
         try:
+            attach_expert(model, adapter_name, config)  # type: ignore[arg-type]
             # Not a field of the config: it depends on the model at hand and is never saved.
             config.__dict__["_targets"] = targets
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -214,6 +217,7 @@ class MESwitchModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
+        # PEFT would round what it loads to the base's dtype, so it is left nothing to load.
         outer: Any = model
         inner = outer.get_base_model() if hasattr(model, "get_base_model") else model
         switch = switch_of(inner)
@@ -224,21 +228,16 @@ class MESwitchModel(BaseTuner):
             )
         try:
             check_tensors(config, state_dict)
-            placed = _placed(inner, adapter_name, config, state_dict)
         except MESwitchError:
             remove_expert(inner, adapter_name, outer.peft_config)
             raise
-        switch.pending = None
-        _report_no_other_expert(model)
-        return {f"{KEY_PREFIX}{key}": value for key, value in placed.items()}
+        fill_expert(inner, adapter_name, config, state_dict, config.files)
+        _report_nothing_missing(model)
+        return {}
 
 
-def _report_no_other_expert(model: nn.Module) -> None:
-    """Drop other experts' keys from what the next ``load_state_dict`` misses.
-
-    PEFT looks for the new expert's name in each missing key, and finds ``code`` in another expert's ``codes``. That
-    the expert itself is complete was checked before.
-    """
+def _report_nothing_missing(model: nn.Module) -> None:
+    """Drop experts' keys from what the next ``load_state_dict`` misses: they were filled and checked before."""
 
     def forget(_: nn.Module, result: Any) -> None:
         handle.remove()
@@ -291,14 +290,42 @@ def _check_added_rows(name: str, record: RowsRecord, layer: MESwitchLayer, row_i
 
 
 def fill_expert(
-    model: nn.Module, expert: str, config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor]
+    model: Any,
+    expert: str,
+    config: MESwitchExpertConfig,
+    tensors: Mapping[str, torch.Tensor],
+    files: DeltaFiles | None = None,
+    assets: RepoLocation | None = None,
 ) -> None:
-    """Hand an attached expert its tensors (checked, keyed as on disk), on the devices of the layers they belong to."""
-    for key, tensor in _placed(model, expert, config, tensors).items():
-        path, _, leaf = key.partition(f".{LEAF_PREFIX}.{module_key(expert)}.")
-        layer = model.get_submodule(path)
-        assert isinstance(layer, MESwitchLayer)
-        layer.stored_delta(expert).assign(leaf, tensor, next(layer.get_base_layer().parameters()).device)
+    """Hand an attached expert its tensors, in their own dtypes, on the devices of the layers they belong to.
+
+    Args:
+        model: the transformers model.
+        expert: the expert's name.
+        config: its ``adapter_config.json``.
+        tensors: its tensors (checked, keyed as on disk).
+        files: the delta repo they come from, if they do.
+        assets: where its tokenizer is, if not in the delta repo.
+
+    Raises:
+        BaseMismatchError: the delta was formed against another checkpoint.
+        DeltaFormatError: a row that the base lacks is not stored. In either case the expert is gone.
+    """
+    switch = switch_of(model)
+    assert switch is not None
+    try:
+        check_base(model, config, files)
+        for key, tensor in _placed(model, expert, config, tensors).items():
+            path, _, leaf = key.partition(f".{LEAF_PREFIX}.{module_key(expert)}.")
+            layer = model.get_submodule(path)
+            assert isinstance(layer, MESwitchLayer)
+            layer.stored_delta(expert).assign(leaf, tensor, next(layer.get_base_layer().parameters()).device)
+    except Exception:
+        remove_expert(model, expert, getattr(model, "peft_config", None))
+        raise
+    location = assets if files is None else files.location
+    switch.experts[expert] = dataclasses.replace(switch.experts[expert], files=files, assets=location)
+    switch.pending = None
 
 
 def _tie_heads(model: nn.Module) -> None:
