@@ -45,13 +45,14 @@ class ExpertGenerationMixin:
             generation_config: as in transformers; an attribute ``expert`` is honoured.
             *args: further positional arguments of transformers' ``generate``.
             expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
-            **kwargs: further arguments of transformers' ``generate``. An ``eos_token_id`` given here holds for all
-                rows; otherwise each row ends at its expert's own.
+            **kwargs: further arguments of transformers' ``generate``. An ``eos_token_id`` given here, or in a
+                ``generation_config`` that is no copy of the model's, holds for all rows; otherwise each row ends at
+                its expert's own. Ids that ``attention_mask`` masks need not be known.
 
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router.
-            ValueError: another number of experts than rows.
+            ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
         names = ("logits_processor", "stopping_criteria", *_POSITIONAL)
@@ -61,9 +62,15 @@ class ExpertGenerationMixin:
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
         batch = 1 if prompt is None else prompt.shape[0]
+        if batch == 0:
+            raise ValueError("The prompt has no rows; there is nothing to generate.")
         rows = self._row_experts(expert, generation_config, batch)
+        padding = None
         if prompt is not None and not prompt.is_floating_point():
-            _check_vocabulary(switch, rows, prompt)
+            padding = _check_vocabulary(switch, rows, prompt, kwargs.get("attention_mask"))
+        if padding is not None:
+            readable = prompt.masked_fill(padding, 0)  # type: ignore[union-attr]
+            inputs, kwargs = (inputs, {**kwargs, "input_ids": readable}) if inputs is None else (readable, kwargs)
         changed = self._row_endings(rows, prompt, generation_config, kwargs)
         pad = changed.get("pad_token_id")
         if generation_config is not None:
@@ -78,6 +85,8 @@ class ExpertGenerationMixin:
             kwargs["logits_processor"] = LogitsProcessorList(processors)
         with switch.rows(rows):
             output = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        if padding is not None:
+            _put_back(output, prompt, padding)  # type: ignore[arg-type]
         return _padded(output, switch.vocab_capacity, pad)
 
     def _row_experts(
@@ -116,7 +125,8 @@ class ExpertGenerationMixin:
         # Defaults that transformers copies around are not a choice of the caller's.
         defaults = [None, switch.base_eos_token_id, *(info.eos_token_id for info in switch.experts.values())]
         own = _ids(config.eos_token_id)
-        explicit = _ids(kwargs.get("eos_token_id")) or (own if own not in defaults else None)
+        chosen = own not in defaults or self._is_callers_own(generation_config)
+        explicit = _ids(kwargs.get("eos_token_id")) or (own if chosen else None)
         endings = [explicit or switch.eos_token_id(row) for row in rows]
         pad = self._pad_token(rows, endings, config, kwargs)
         padding = {} if pad is None else {"pad_token_id": pad}
@@ -144,6 +154,12 @@ class ExpertGenerationMixin:
             # transformers takes pads in a prompt for padding unless the pad is an EOS, which chats are full of.
             changed["attention_mask"] = torch.ones_like(prompt)
         return {**changed, "logits_processor": processors} if processors else changed
+
+    def _is_callers_own(self, config: GenerationConfig | None) -> bool:
+        """Whether a config was made for the call; copies of the model's, as pipelines pass, have its other tokens."""
+        ours = self.generation_config
+        token = next((key for key in ("bos_token_id", "pad_token_id") if getattr(ours, key) is not None), None)
+        return config is not None and token is not None and getattr(config, token) != getattr(ours, token)
 
     def _pad_token(
         self,
@@ -204,19 +220,33 @@ def _ids(eos: Any) -> tuple[int, ...] | None:
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _check_vocabulary(switch: ExpertSwitch, rows: Sequence[str | None], prompt: torch.Tensor) -> None:
-    if len(rows) == 0 or prompt.numel() == 0:
-        return
+def _check_vocabulary(
+    switch: ExpertSwitch, rows: Sequence[str | None], prompt: torch.Tensor, mask: Any
+) -> torch.Tensor | None:
+    """Refuse ids ``[rows, length]`` that a row's expert does not know; where they are only padding, return where."""
     limits = torch.tensor([switch.vocab_size(row) for row in rows], device=prompt.device)
     unknown = prompt >= limits.unsqueeze(1)
-    if bool(unknown.any()):
-        row, column = (int(i) for i in unknown.nonzero()[0])
+    if not bool(unknown.any()):
+        return None
+    read = unknown
+    if isinstance(mask, torch.Tensor) and mask.shape == prompt.shape:
+        read = unknown & (mask.to(prompt.device) != 0)
+    if bool(read.any()):
+        row, column = (int(i) for i in read.nonzero()[0])
         expert = rows[row]
         raise VocabularyError(
             f"Row {row} holds token id {int(prompt[row, column])}, but "
             f"{_named(expert)} knows ids below {int(limits[row])}. Tokenise "
             f"the row with model.tokenizer_for({expert!r})."
         )
+    return unknown
+
+
+def _put_back(output: Any, prompt: torch.Tensor, padding: torch.Tensor) -> None:
+    """Give the answers' prompts the padding that the caller gave, in place of what the model was given to read."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    start = sequences[:, : prompt.shape[1]]
+    start.copy_(torch.where(_spread(padding, start), _spread(prompt, start), start))
 
 
 def _named(expert: str | None) -> str:
@@ -259,7 +289,7 @@ class RowMinLengthProcessor(LogitsProcessor):
             return scores
         forbidden = torch.zeros(len(self.endings), scores.shape[1], dtype=torch.bool)
         for row, ids in enumerate(self.endings):
-            forbidden[row, list(ids)] = True
+            forbidden[row, [i for i in ids if i < scores.shape[1]]] = True
         return scores.masked_fill(_spread(forbidden, input_ids), float("-inf"))
 
 

@@ -17,6 +17,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictInfo
 
+from .calls import ExpertCallMixin
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.location import RepoLocation
 from .delta_format.reader import DeltaFiles, check_delta, open_delta, resolve_delta
@@ -39,7 +40,7 @@ _WHERE_ARGUMENTS = ("subfolder", "token", "cache_dir", "local_files_only")
 _DOWNLOAD_ARGUMENTS = ("revision", "force_download", *_WHERE_ARGUMENTS)
 
 
-class MESwitchMixin(TokenizerMixin):
+class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
     """Experts on a transformers model: the PEFT adapter calls, ``set_expert`` and saving."""
 
     _meswitch_switch: ExpertSwitch
@@ -219,8 +220,9 @@ class MESwitchMixin(TokenizerMixin):
                 whole = load_config.dtype is not None
                 if whole:
                     where = {k: v for k, v in download.items() if k in _WHERE_ARGUMENTS}
-                    commit = getattr(model.config, "_commit_hash", None)
-                    model._meswitch_switch.base_download = where if commit is None else {**where, "revision": commit}
+                    # A plain string: what transformers passes on also knows the commit, but that of the delta repo.
+                    revision = getattr(model.config, "_commit_hash", None) or str(download.get("revision") or "main")
+                    model._meswitch_switch.base_download = {**where, "revision": revision}
                 fill_expert(model, name, config, delta.tensors(), delta.files)
                 if whole:
                     adopt_generation_config(model, delta.asset("generation_config.json"))

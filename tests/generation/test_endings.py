@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,30 @@ def test_explicit_eos_holds_for_all_rows(model: Any, references: References, end
             assert answer(output[row], stop) == answer(expected[0], stop)
 
 
+def test_a_config_of_the_callers_own_may_name_a_default_eos(
+    model: Any, references: References, endings: Endings
+) -> None:
+    """A base's EOS is a choice in a config made for the call, but not in a copy of the model's."""
+    own = GenerationConfig(eos_token_id=endings[None], **GREEDY)
+    copied = copy.deepcopy(model.generation_config)
+    copied.update(**GREEDY)
+    for config, stop in ((own, endings[None]), (copied, endings["code"])):
+        expected = references["code"].generate(PROMPT, **GREEDY, eos_token_id=stop, pad_token_id=0)
+        assert torch.equal(model.generate(PROMPT, config, expert="code"), expected)
+
+
+def test_an_eos_past_the_vocabulary_ends_nothing(model: Any, references: References, endings: Endings) -> None:
+    model._meswitch_switch.base_eos_token_id = (endings[None], 500)
+    output = model.generate(ROWS, expert=list(NAMES), **GREEDY, min_new_tokens=3)
+    expected = expected_answer(references, endings, None, min_new_tokens=3)
+    assert answer(output[2], endings[None]) == expected
+
+
+def test_an_empty_batch(model: Any) -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        model.generate(PROMPT[:0], expert="math", **GREEDY)
+
+
 def test_eos_edited_on_the_model_is_explicit(model: Any, references: References) -> None:
     model.generation_config.eos_token_id = 999
     output = model.generate(ROWS, expert=list(NAMES), **GREEDY)
@@ -215,6 +240,7 @@ def test_a_merged_model_ends_as_its_expert(
     model.merge_and_unload().save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert answer(plain.generate(PROMPT, **GREEDY)[0]) == expected_answer(references, endings, name)
+    assert plain.config.eos_token_id == endings[name]  # what is read where there is no generation config
 
 
 def test_the_callers_config_is_neither_changed_nor_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:

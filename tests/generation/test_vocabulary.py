@@ -54,6 +54,22 @@ def test_prompt_outside_the_vocabulary(family: Any) -> None:
         family.generate(prompts, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_masked_padding_may_be_outside_the_vocabulary(family: Any, how: dict[str, Any]) -> None:
+    """One tokenizer may have padded all rows: what is masked is not read."""
+    prompts = PROMPT.repeat(2, 1)
+    prompts[0, :2] = VOCAB_SIZE + 3
+    mask = (prompts < VOCAB_SIZE).long()
+    for given in ({"inputs": prompts}, {"input_ids": prompts}):
+        found = family.generate(**given, attention_mask=mask, expert=["math", "code"], max_new_tokens=4, **how)
+        assert torch.equal(found[:, :5], prompts.repeat_interleave(found.shape[0] // 2, 0))
+        inside = {"input_ids": prompts * mask, "attention_mask": mask}
+        expected = family.generate(**inside, expert=["math", "code"], max_new_tokens=4, **how)
+        assert torch.equal(found[:, 5:], expected[:, 5:])
+    with pytest.raises(VocabularyError, match=rf"Row 0 holds token id {VOCAB_SIZE + 3}"):
+        family.generate(prompts, attention_mask=torch.ones_like(mask), expert=["math", "code"], max_new_tokens=4)
+
+
 def test_tokenizers(family: Any) -> None:
     chat = [{"role": "user", "content": "1+1="}]
     base, math, code = (family.tokenizer_for(name) for name in (None, "math", "code"))

@@ -238,7 +238,7 @@ class RowsLayer(MESwitchLayer):
         """Int ``[batch, ...]`` to ``[batch, ..., width]``."""
         if ids.shape[0] == 1:
             # GPT-2 looks its learned positions up once for all rows, but each row's expert has its own.
-            ids = ids.expand(self.switch.prompts, *ids.shape[1:])
+            ids = ids.expand(self.switch.rows_apart, *ids.shape[1:])
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,6 +50,7 @@ class _RowChoice:
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
+        self.batch: int | None = None
         self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
 
     def spread(self, batch: int) -> list[str | None]:
@@ -95,6 +96,7 @@ class ExpertSwitch:
         base_generation_config: the base's own, while the model has taken over that of the expert it was loaded from.
         trainable: the base's parameters that required gradients before PEFT froze them.
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
+        tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
     """
 
     base_vocab_size: int
@@ -108,6 +110,7 @@ class ExpertSwitch:
     base_generation_config: Any = None
     trainable: list[torch.nn.Parameter] = field(default_factory=list)
     base_download: dict[str, Any] = field(default_factory=dict)
+    tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def active_expert(self) -> str | None:
@@ -141,6 +144,7 @@ class ExpertSwitch:
 
     def forget(self, expert: str) -> None:
         """Drop an expert; if it was active, the alphabetically first remaining one becomes so, as in PEFT."""
+        self.tokenizers.pop(expert, None)
         if self.experts.pop(expert, None) is not None and expert in self.active:
             self.active.remove(expert)
             if not self.active and self.experts:
@@ -154,7 +158,7 @@ class ExpertSwitch:
             experts: one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
 
         Raises:
-            ExpertNotFoundError: a name is not loaded.
+            ExpertNotFoundError: a name is not loaded, or its expert was deleted before the block ended.
             UnsupportedOperationError: adapters are disabled and a row asks for an expert, or an expert is merged and a
                 row asks for another.
         """
@@ -173,6 +177,7 @@ class ExpertSwitch:
             yield
         finally:
             _ROWS.reset(token)
+        self._check_present(names)  # without a layer left to ask, the base answered
 
     def eos_token_id(self, expert: str | None) -> tuple[int, ...]:
         """Ids that end an answer of an expert (or the base)."""
@@ -185,18 +190,48 @@ class ExpertSwitch:
         return chosen[1].spread(batch) if chosen is not None and chosen[0] is self else None
 
     @property
-    def prompts(self) -> int:
-        """Number of prompts in an enclosing :meth:`rows` block whose experts differ; 1 where all rows share one."""
+    def has_rows(self) -> bool:
+        """Whether an enclosing :meth:`rows` block chooses the experts."""
+        chosen = _ROWS.get()
+        return chosen is not None and chosen[0] is self
+
+    @contextmanager
+    def batch_of(self, batch: int | None) -> Iterator[None]:
+        """State how many rows the model's call inside the block has, for layers that see one row for all of them."""
+        chosen = _ROWS.get()
+        if chosen is None or chosen[0] is not self:
+            yield
+            return
+        before, chosen[1].batch = chosen[1].batch, batch
+        try:
+            yield
+        finally:
+            chosen[1].batch = before
+
+    @property
+    def rows_apart(self) -> int:
+        """Number of rows in the model's call if their experts differ (see :meth:`rows`); 1 where all share one."""
         chosen = _ROWS.get()
         if chosen is None or chosen[0] is not self or self.disabled or len(set(chosen[1].names)) == 1:
             return 1
-        return len(chosen[1].names)
+        return chosen[1].batch or len(chosen[1].names)
+
+    def mask_unknown(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, ..., vocab]`` with the ids that a row's expert does not know at ``-inf``."""
+        groups = self.groups(logits.shape[0], logits.device)
+        if all(self.vocab_size(expert) >= logits.shape[-1] for expert, _ in groups):
+            return logits
+        logits = logits.clone()
+        for expert, rows in groups:
+            logits[slice(None) if rows is None else rows, ..., self.vocab_size(expert) :] = float("-inf")
+        return logits
 
     def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
         """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
         chosen = _ROWS.get()
         if chosen is not None and chosen[0] is self and not self.disabled:
             groups = chosen[1].groups(batch, device)
+            self._check_present(expert for expert, _ in groups)
         else:
             groups = [(self.active_expert, None)]
             if self.merged is not None:
@@ -207,6 +242,11 @@ class ExpertSwitch:
                 "off. Delete it and load its delta repo."
             )
         return groups
+
+    def _check_present(self, names: Iterable[str | None]) -> None:
+        gone = next((name for name in names if name is not None and name not in self.experts), None)
+        if gone is not None:
+            raise ExpertNotFoundError(f"Expert {gone!r} was deleted while a call was using it; load it again.")
 
     def _check_merged(self, names: Sequence[str | None]) -> None:
         if self.merged is not None and any(name != self.merged for name in names):

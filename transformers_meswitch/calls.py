@@ -1,0 +1,47 @@
+"""What a model with experts does around its own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import UnsupportedOperationError
+from .peft_method.switch import ExpertSwitch
+
+__all__ = ["ExpertCallMixin"]
+
+
+class ExpertCallMixin:
+    """``model(...)``, where the whole model must be seen rather than one layer."""
+
+    _meswitch_switch: ExpertSwitch
+    config: Any
+    training: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's class; arguments and results are the same.
+
+        Raises:
+            UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone.
+        """
+        switch = self._meswitch_switch
+        if self.training and torch.is_grad_enabled() and switch.has_rows and self._checkpoints_gradients():
+            raise UnsupportedOperationError(
+                "Gradient checkpointing runs layers once more in the backward pass, when experts chosen for the call "
+                "are no longer chosen, so gradients would be wrong. Choose one with set_expert(), or call "
+                "gradient_checkpointing_disable()."
+            )
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)
+        with switch.batch_of(batch):
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            logits = getattr(output, "logits", None)
+            if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
+                # Capping, which comes after the head, makes finite numbers of the head's -inf.
+                output.logits = switch.mask_unknown(logits)
+        return output
+
+    def _checkpoints_gradients(self) -> bool:
+        # Releases of transformers differ in what they call the property that says so.
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())  # type: ignore[attr-defined]
