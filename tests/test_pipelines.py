@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_batches(saved: Path, expected: Any) -> None:
 
 def test_batches_are_padded_with_the_experts_own_padding(saved: Path) -> None:
     pipe = pipeline("text-generation", model=str(saved), expert="code")
-    pipe.model.tokenizer_for("code").pad_token = "<add-3>"
+    pipe.tokenizer.pad_token = "<add-3>"
     texts = ["2+2=", "1*"]
     for name in ("code", None):  # the base cannot read "<add-3>"
         output = pipe(texts, batch_size=2, expert=name, **GREEDY)
@@ -129,7 +130,7 @@ def test_an_expert_for_each_input(saved: Path) -> None:
 def test_stop_strings_are_matched_in_the_experts_tokens(saved: Path) -> None:
     pipe = pipeline("text-generation", model=str(saved))
     for name in ("code", "math"):
-        tokenizer = pipe.model.tokenizer_for(name)
+        tokenizer = pipe.model.tokenizer_for(name, padding_side="left")
         _, forward, _ = pipe._sanitize_parameters(stop_sequence="<add-2>", expert=name)
         if "tokenizer" in forward:
             assert forward["tokenizer"] is tokenizer
@@ -159,3 +160,39 @@ def test_model_object(tiny_family: TinyFamily, expected: Any) -> None:
     )
     pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_family.base))
     assert ask(pipe, CHAT, expert="code") == expected("code", CHAT)
+
+
+def test_the_callers_tokenizers_are_left_alone(saved: Path) -> None:
+    pipe = pipeline("text-generation", model=str(saved))
+    tokenizer = pipe.model.tokenizer_for("code")
+    tokenizer.padding_side, tokenizer.pad_token = "right", None
+    pipe(["2+2=", "1*"], batch_size=2, expert="code", **GREEDY)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", None)
+
+
+def test_threads_do_not_swap_tokenizers(saved: Path) -> None:
+    pipe = pipeline("text-generation", model=str(saved))
+    inside, done = threading.Event(), threading.Event()
+
+    def ask_code() -> None:
+        with pipe._tokenizer_of({"expert": "code"}):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=ask_code)
+    thread.start()
+    inside.wait(10)
+    seen = len(pipe.tokenizer)
+    with pipe._tokenizer_of({"expert": "math"}):
+        done.set()
+        thread.join()
+        assert (seen, len(pipe.tokenizer)) == (VOCAB_SIZE, VOCAB_SIZE)
+    assert len(pipe.tokenizer) == VOCAB_SIZE
+
+
+def test_an_explicit_copy_of_the_bases_tokenizer_is_replaced(tiny_family: TinyFamily) -> None:
+    """As the class says: it cannot be told from the one that ``pipeline`` loads by itself."""
+    model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=dict(tiny_family.deltas))
+    pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_family.base))
+    with pipe._tokenizer_of({"expert": "code"}):
+        assert len(pipe.tokenizer) == CODE_VOCAB_SIZE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import TextGenerationPipeline
@@ -15,16 +16,21 @@ __all__ = ["MESwitchTextGenerationPipeline", "register"]
 
 _UNSET: Any = object()
 
+#: The tokenizer of the expert at work in a pipeline. A context variable, so that threads do not swap it for another.
+_AT_WORK: ContextVar[tuple[Any, Any] | None] = ContextVar("meswitch_tokenizer", default=None)
+
 
 class MESwitchTextGenerationPipeline(TextGenerationPipeline):
     """transformers' text-generation pipeline; for models without experts it is exactly that.
 
-    A tokenizer passed by the caller is used for every expert; the base's, which ``pipeline`` loads by itself, is
-    replaced by that of the expert at work. ``expert=`` is accepted at construction (sticky) and per call, where a list
-    names one per input.
-    """
+    The base's tokenizer, which ``pipeline`` loads by itself, is replaced in each call by that of the expert at work.
+    Any other tokenizer that the caller passes is used for every expert. One that the caller loaded from the base's (or
+    family's) own id or folder cannot be told from the one that ``pipeline`` loads, so it is replaced too.
 
-    tokenizer: Any
+    ``expert=`` is accepted at construction (sticky) and per call, where a list names one per input. Calls from several
+    threads do not mix, as far as the tokenizers allow: a fast tokenizer cannot change its padding or truncation while
+    another thread uses it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._explicit_tokenizer = True
@@ -34,7 +40,17 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             self._explicit_tokenizer = str(getattr(self.tokenizer, "name_or_path", "")) not in defaults
             expert = self._expert(self._forward_params)
             if not self._explicit_tokenizer and expert is not None:
-                self.tokenizer = self._left_padded(self.model.tokenizer_for(expert))
+                self.tokenizer = self._left_padded(expert)
+
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        """The tokenizer of the expert at work; between calls, the one that the pipeline was made with."""
+        chosen = _AT_WORK.get()
+        return self._tokenizer if chosen is None or chosen[0] is not self else chosen[1]
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
     def __call__(self, text_inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Complete the prompts as in transformers.
@@ -75,9 +91,9 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             expert = stated[0]["expert"] if stated else self.model.active_expert
         return expert if isinstance(expert, str) and expert in self.model.experts else None
 
-    @staticmethod
-    def _left_padded(tokenizer: Any) -> Any:
-        tokenizer.padding_side = "left"
+    def _left_padded(self, expert: str | None) -> Any:
+        """An expert's tokenizer for batches of prompts, another object than the caller gets of ``tokenizer_for``."""
+        tokenizer = self.model.tokenizer_for(expert, padding_side="left")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -87,12 +103,11 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
         if not isinstance(self.model, MESwitchMixin) or self._explicit_tokenizer:
             yield
             return
-        kept = self.tokenizer
-        self.tokenizer = self._left_padded(self.model.tokenizer_for(self._expert(parameters)))
+        token = _AT_WORK.set((self, self._left_padded(self._expert(parameters))))
         try:
             yield
         finally:
-            self.tokenizer = kept
+            _AT_WORK.reset(token)
 
     def _sanitize_parameters(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         # Stop strings are matched against the vocabulary of the tokenizer found here.
