@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, LlamaModel
 
 import transformers_meswitch as meswitch
 from tests.fixtures_models import BASE_EOS, CODE_EOS, CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
-from tests.model_state import ATOL, generated, prompt
+from tests.model_state import ATOL, ModelState, generated, prompt
 from transformers_meswitch.errors import BaseMismatchError, DeltaFormatError, UnsupportedOperationError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -176,6 +176,28 @@ def test_an_expert_can_be_handed_over_as_tensors(tiny_family: TinyFamily) -> Non
 def test_a_model_loaded_from_a_delta_ends_where_the_expert_ends(tiny_family: TinyFamily) -> None:
     assert AutoModelForCausalLM.from_pretrained(tiny_family.deltas["code"]).generation_config.eos_token_id == CODE_EOS
     assert AutoModelForCausalLM.from_pretrained(tiny_family.deltas["math"]).generation_config.eos_token_id == BASE_EOS
+
+
+def test_a_model_that_a_caller_loaded_keeps_its_generation_defaults(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = edited(tiny_family.deltas["math"], tmp_path / "delta")
+    GenerationConfig(do_sample=True, temperature=1.7).save_pretrained(delta)
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    model.generation_config.max_new_tokens = 7
+    before = model.generation_config.to_dict()
+    model.load_adapter(str(delta), adapter_name="math")
+    assert model.generation_config.to_dict() == before
+    assert AutoModelForCausalLM.from_pretrained(delta).generation_config.temperature == 1.7
+
+
+def test_resizing_a_model_with_experts_is_refused(tiny_family: TinyFamily) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.deltas["code"])
+    before = ModelState(model)
+    with pytest.raises(UnsupportedOperationError, match=r"cannot be resized.*merge_and_unload"):
+        model.resize_token_embeddings(140)
+    before.assert_unchanged(model)
+    plain = model.merge_and_unload()
+    plain.resize_token_embeddings(140)
+    assert plain(prompt()).logits.shape[-1] == 140
 
 
 def edited(delta: Path, copy: Path) -> Path:

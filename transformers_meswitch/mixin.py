@@ -26,6 +26,7 @@ from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .expert_tokenizer import TokenizerMixin
 from .generation import ExpertGenerationMixin
 from .peft_method.attachment import adopt_generation_config, remove_expert
+from .peft_method.injection import base_download
 from .peft_method.merging import merge_expert, unload, unmerge_expert
 from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MESwitchMixin", "downgrade", "upgrade"]
 
-_WHERE_ARGUMENTS = ("subfolder", "token", "cache_dir", "local_files_only")
-_DOWNLOAD_ARGUMENTS = ("revision", "force_download", *_WHERE_ARGUMENTS)
+_DOWNLOAD_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
@@ -219,10 +219,7 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
                 # load_adapter has no dtype to pass on, and keeps the generation defaults that the caller set.
                 whole = load_config.dtype is not None
                 if whole:
-                    where = {k: v for k, v in download.items() if k in _WHERE_ARGUMENTS}
-                    # A plain string: what transformers passes on also knows the commit, but that of the delta repo.
-                    revision = getattr(model.config, "_commit_hash", None) or str(download.get("revision") or "main")
-                    model._meswitch_switch.base_download = {**where, "revision": revision}
+                    model._meswitch_switch.base_download = base_download(model, download)
                 fill_expert(model, name, config, delta.tensors(), delta.files)
                 if whole:
                     adopt_generation_config(model, delta.asset("generation_config.json"))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
 from tests.model_state import ATOL, ModelState, generated, prompt
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError
+from transformers_meswitch.peft_method.layers import LinearLayer
 
 
 def base_parameters(model: Any) -> dict[str, tuple[torch.Tensor, int]]:
@@ -73,6 +74,31 @@ def test_choosing_another_expert_while_one_is_merged(model: Any, peft_model: Pef
     with pytest.warns(UserWarning, match="Unmerging"):
         peft_model.set_adapter("code")
     torch.testing.assert_close(peft_model(prompt()).logits, expected("code", prompt()), atol=ATOL, rtol=0)
+
+
+def test_the_merged_expert_answers_whichever_was_active(either: Any, expected: Any) -> None:
+    either.set_adapter("code")
+    either.merge_adapter(["math"])
+    assert inner(either).active_expert == "math"
+    torch.testing.assert_close(either(prompt()).logits, expected("math", prompt()), atol=ATOL, rtol=0)
+    with pytest.raises(UnsupportedOperationError, match=r"so 'code' and the base cannot be computed"):
+        either(prompt(rows=2), adapter_names=["code", "__base__"]) if either is not inner(either) else either.generate(
+            prompt(rows=2), expert=["code", None], max_new_tokens=1
+        )
+    either.unmerge_adapter()
+    inner(either).set_expert(None)
+    either.merge_adapter(["math"])
+    assert len(generated(either)[0]) > 5
+    with pytest.raises(UnsupportedOperationError, match=r"so the base cannot be computed"):
+        inner(either).generate(prompt(), expert=None, max_new_tokens=1)
+
+
+def test_dense_weights_are_built_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = LinearLayer.merged_parameters
+    monkeypatch.setattr(LinearLayer, "merged_parameters", lambda *a: built.append(a) or original(*a))
+    model.merge_adapter(["math"])
+    assert len(built) == sum("math" in n and n.endswith("codes") for n, _ in model.named_parameters())
 
 
 def test_another_expert_can_be_deleted_while_one_is_merged(model: Any, expected: Any) -> None:

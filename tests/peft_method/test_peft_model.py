@@ -9,11 +9,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.fixtures_models import VOCAB_SIZE, TinyFamily
+from tests.fixtures_models import CODE_TEMPLATE, CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily
 from tests.model_state import ATOL, generated, prompt
+from transformers_meswitch.delta_format import reader
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError
+from transformers_meswitch.peft_method import tuner
 
 ROWS = ["math", "code", "__base__"]
 
@@ -95,6 +97,40 @@ def test_peft_saves_every_expert_bit_for_bit(peft_model: PeftModel, tiny_family:
         reloaded.set_adapter(name)
         peft_model.set_adapter(name)
         assert torch.equal(reloaded(prompt()).logits, peft_model(prompt()).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_peft_keeps_the_stored_dtypes_over_a_rounded_base(
+    tiny_family: TinyFamily, tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, tiny_family.deltas["math"], low_cpu_mem_usage=low_cpu_mem_usage)
+    model.save_pretrained(tmp_path)
+    written, stored = (load_file(d / "adapter_model.safetensors") for d in (tmp_path, tiny_family.deltas["math"]))
+    assert written.keys() == stored.keys()
+    for key, tensor in stored.items():
+        assert written[key].dtype == tensor.dtype, key
+        assert torch.equal(written[key], tensor), key
+
+
+def test_an_expert_from_peft_brings_its_tokenizer_and_saves_as_a_whole_repo(
+    peft_model: PeftModel, tiny_family: TinyFamily, tmp_path: Path
+) -> None:
+    assert len(peft_model.tokenizer_for("code")) == CODE_VOCAB_SIZE
+    assert len(peft_model.tokenizer_for("math")) == VOCAB_SIZE
+    peft_model.set_adapter("code")
+    peft_model.get_base_model().save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CODE_TEMPLATE
+    assert (tmp_path / "generation_config.json").is_file()
+
+
+def test_a_delta_is_read_and_checked_once(tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    for module in (reader, tuner):
+        monkeypatch.setattr(module, "check_values", lambda *_, where=module.__name__: checked.append(where))
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    PeftModel.from_pretrained(base, tiny_family.deltas["math"])
+    assert len(checked) == 1
 
 
 def test_auto_peft_loads_base_and_expert(tiny_family: TinyFamily, expected: Any) -> None:

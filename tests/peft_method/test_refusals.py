@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.fixtures_models import TinyFamily
 from tests.model_state import ModelState, prompt
@@ -111,6 +112,31 @@ def test_disk_offload_is_refused_by_module(tiny_family: TinyFamily, tmp_path: Pa
     assert torch.equal(model(prompt()).logits, logits)
     with pytest.raises(UnsupportedModelError, match=r"offloaded to disk.*model\.layers\.1"):
         PeftModel.from_pretrained(model, tiny_family.deltas["math"])
+
+
+def test_offload_to_the_cpu_is_refused_by_module(tiny_family: TinyFamily) -> None:
+    delta = tiny_family.deltas["math"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    # What dispatching over a GPU and the CPU leaves on the model.
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "lm_head": 0}
+    with pytest.raises(UnsupportedModelError, match=r"offloaded to cpu \('model\.layers\.1' first\).*without 'cpu'"):
+        model.load_adapter(str(delta))
+    hooked = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    cpu_offload(hooked, execution_device=torch.device("cpu"))
+    logits = hooked(prompt()).logits
+    for load in (lambda: hooked.load_adapter(str(delta)), lambda: PeftModel.from_pretrained(hooked, delta)):
+        with pytest.raises(
+            UnsupportedModelError, match=r"weights of 'model\.\S+' are on the device 'meta'.*offloaded"
+        ):
+            load()
+    assert torch.equal(hooked(prompt()).logits, logits)
+
+
+def test_a_model_without_any_weights_takes_an_expert_without_any(tiny_family: TinyFamily) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_family.base))
+    model.load_adapter(str(tiny_family.deltas["math"]))
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..cards import hub_id
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.spec import ModuleRecord
 
@@ -47,10 +48,10 @@ def expert_config(
         base: Hub id or folder of the base, as the user gave it.
         base_revision: commit, branch or tag of the base.
         base_fingerprint: see :mod:`transformers_meswitch.delta_format.fingerprint`; `None` for a base without files.
-        expert: Hub id or folder of the fine-tune.
+        expert: Hub id or folder of the fine-tune; only an id is recorded, since a path tells nobody else anything.
         model_config: the expert's configuration.
         generation_config: the expert's; its end-of-sequence and padding tokens are used where it has them, else those
-            of ``model_config``.
+            of ``model_config``. Ids outside the vocabulary are left out.
         vocab_size: rows of the expert's input embedding.
         tied: whether the expert's output head is its input embedding.
         calibrated: whether salient channels were chosen with calibration text.
@@ -61,7 +62,10 @@ def expert_config(
         own = getattr(generation_config, name, None)
         return own if own is not None else getattr(text_config, name, None)
 
-    eos = token("eos_token_id")
+    # Configs in the wild pad with -1, or with an id that was never given a row: no token at all.
+    ends = token("eos_token_id")
+    eos = [i for i in ([ends] if isinstance(ends, int) else ends or []) if 0 <= i < vocab_size]
+    pad = token("pad_token_id")
     return MESwitchExpertConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=portable_name(base),
@@ -74,9 +78,9 @@ def expert_config(
         base_fingerprint=base_fingerprint,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
-        eos_token_id=[eos] if isinstance(eos, int) else list(eos) if eos is not None else None,
-        pad_token_id=token("pad_token_id"),
-        expert_model_name_or_path=portable_name(expert),
+        eos_token_id=eos or None,
+        pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else None,
+        expert_model_name_or_path=hub_id(os.fspath(expert)),
         saliency="reconstruction" if calibrated else "weight",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from ..configuration import MESWITCH, MESwitchExpertConfig
 from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
 from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
 from ..delta_format.validate import check_config
@@ -28,7 +30,16 @@ from .layers import MESwitchLayer
 from .naming import check_expert_name
 from .switch import ExpertInfo, ExpertSwitch
 
-__all__ = ["Targets", "base_vocab_size", "check_base", "expert_info", "plan_injection", "switch_of", "wrapped_layers"]
+__all__ = [
+    "Targets",
+    "base_download",
+    "base_vocab_size",
+    "check_base",
+    "expert_info",
+    "plan_injection",
+    "switch_of",
+    "wrapped_layers",
+]
 
 #: Module name in the model at hand to the record stored for it; `None` marks a head tied to the embedding.
 Targets = dict[str, ModuleRecord | None]
@@ -258,7 +269,7 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig, files: Delt
     try:
         if not source:
             raise FileNotFoundError("the model was built in memory")
-        found = fingerprint_checkpoint(_base_checkpoint(model, config, files).paths)
+        found = [fingerprint_checkpoint(c.paths) for c in _base_checkpoints(model, config, files)]
     except (OSError, MESwitchError) as error:
         warnings.warn(
             f"The base {source or 'model'!r} has no checkpoint files to compare with the one this delta was made "
@@ -266,26 +277,63 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig, files: Delt
             stacklevel=2,
         )
         return
-    compare_fingerprints(config.base_fingerprint, found, base=source)
+    expected = config.base_fingerprint
+    fitting = next((f for f in found if f["digest"] == expected.get("digest")), found[0])
+    compare_fingerprints(expected, fitting, base=source)
 
 
-def _base_checkpoint(model: PreTrainedModel, config: MESwitchExpertConfig, files: DeltaFiles | None) -> Checkpoint:
-    """The base's files, which loading it left on this machine. Never uses the network."""
+def base_download(model: PreTrainedModel, download: Mapping[str, Any]) -> dict[str, Any]:
+    """How ``from_pretrained(delta)`` asked for the base: :attr:`~.switch.ExpertSwitch.base_download`.
+
+    Args:
+        model: the base.
+        download: the arguments that transformers passes on to load the delta. It has mixed those of the base with
+            ``adapter_kwargs``, which are the delta's alone; the base is where it left files.
+    """
+    kept = {key: download[key] for key in ("token", "cache_dir", "local_files_only") if download.get(key) is not None}
+    # A plain string: transformers' own also knows the commit, but that of the delta repo.
+    revision = getattr(model.config, "_commit_hash", None) or str(download.get("revision") or "main")
+    folders, caches = ([download.get(key) or None, None] for key in ("subfolder", "cache_dir"))
+    for place in itertools.product([revision, "main"], folders, caches):
+        location = RepoLocation(model.name_or_path, place[0], place[1], cache_dir=place[2], local_files_only=True)
+        with contextlib.suppress(MESwitchError):
+            if location.find("config.json") is not None:
+                where = {"revision": place[0], "subfolder": place[1], "cache_dir": place[2]}
+                return {**kept, **{key: value for key, value in where.items() if value is not None}}
+    return kept
+
+
+def _base_checkpoints(
+    model: PreTrainedModel, config: MESwitchExpertConfig, files: DeltaFiles | None
+) -> list[Checkpoint]:
+    """The base's files, which loading it left on this machine; several where its revision is not known.
+
+    transformers does not say which cache, folder or revision a model came from, so these are tried in turn. The
+    network is never used.
+    """
     source, switch = model.name_or_path, switch_of(model)
     known = {} if switch is None else switch.base_download
-    revision = known.get("revision") or getattr(model.config, "_commit_hash", None)
-    if revision is None and source == config.base_model_name_or_path:
-        revision = config.revision
+    commit = known.get("revision") or getattr(model.config, "_commit_hash", None)
     location = None if files is None else files.location
-    # transformers does not say which cache or folder a model came from. A commit is the same in every cache.
     caches = dict.fromkeys([known.get("cache_dir"), None if location is None else location.cache_dir, None])
     folders = dict.fromkeys([known.get("subfolder") or None, None])
-    errors = []
-    for cache_dir, subfolder in itertools.product(caches, folders):
-        try:
-            return resolve_checkpoint(
-                source, revision=revision, cache_dir=cache_dir, subfolder=subfolder, local_files_only=True
-            )
-        except MESwitchError as error:
-            errors.append(error)
-    raise errors[0]
+    # A family's loader knows which revision it asked for; of a model that a caller loaded it may be the delta's own.
+    told = "revision" in known or (switch is not None and switch.keep)
+    stated = config.revision if source == config.base_model_name_or_path and not told else None
+    checkpoints, errors = [], []
+    for revision in dict.fromkeys([commit, stated, None]):
+        for cache_dir, subfolder in itertools.product(caches, folders):
+            try:
+                checkpoint = resolve_checkpoint(
+                    source, revision=revision, cache_dir=cache_dir, subfolder=subfolder, local_files_only=True
+                )
+            except MESwitchError as error:
+                errors.append(error)
+                continue
+            checkpoints.append(checkpoint)
+            break
+        if checkpoints and (commit is not None or checkpoints[0].revision is None):
+            break
+    if not checkpoints:
+        raise errors[0]
+    return checkpoints
