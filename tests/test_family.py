@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +149,137 @@ def test_a_callers_relative_path(
         monkeypatch.chdir(tiny_family.base.parent)
 
 
-def test_experts_replace_those_of_a_family(family: Any, tiny_family: TinyFamily, tmp_path: Path) -> None:
+@pytest.fixture
+def cached(tmp_path: Path) -> Callable[[str, Path], tuple[str, dict[str, Any]]]:
+    """Puts a folder into a Hub cache; gives the commit, and the arguments that find it there without a network."""
+
+    def cache(repo: str, folder: Path) -> tuple[str, dict[str, Any]]:
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        entry = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(folder, entry / "snapshots" / commit)
+        (entry / "refs").mkdir()
+        (entry / "refs" / "main").write_text(commit)
+        return commit, {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+
+    return cache
+
+
+def test_a_callers_relative_path_over_a_base_of_the_hub(
+    tiny_family: TinyFamily,
+    expected: dict[str | None, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: Callable[[str, Path], tuple[str, dict[str, Any]]],
+) -> None:
+    commit, where = cached("me/base", tiny_family.base)
+    monkeypatch.chdir(tiny_family.base.parent)
+    experts = {"math": f"./{tiny_family.deltas['math'].name}"}
+    model = MESwitchModelForCausalLM.from_pretrained("me/base", experts=experts, **where)
+    model.set_expert("math")
+    assert answers(model, expected["math"])
+    assert len(model.tokenizer_for(None)) == 128
+    model.save_pretrained(tmp_path / "family")
+    config = json.loads((tmp_path / "family" / "config.json").read_text())
+    assert (config["base_model_name_or_path"], config["base_revision"]) == ("me/base", commit)
+    assert answers(AutoModelForCausalLM.from_pretrained(tmp_path / "family", **where), expected["math"])
+
+
+def test_a_base_or_family_in_a_subfolder(
+    tiny_family: TinyFamily,
+    expected: dict[str | None, torch.Tensor],
+    tmp_path: Path,
+    cached: Callable[[str, Path], tuple[str, dict[str, Any]]],
+) -> None:
+    repo = tmp_path / "repo"
+    shutil.copytree(tiny_family.base, repo / "inner" / "base")
+    shutil.copytree(tiny_family.deltas["math"], repo / "inner" / "experts" / "math")
+    inner = MESwitchFamilyConfig("./base", experts={"math": "./experts/math"}, default_expert="math")
+    inner.save_pretrained(repo / "inner")
+    _, where = cached("me/repo", repo)
+    experts = {"math": tiny_family.deltas["math"]}
+    for number, (source, arguments) in enumerate([(str(repo), {}), ("me/repo", where)]):
+        base = MESwitchModelForCausalLM.from_pretrained(source, subfolder="inner/base", experts=experts, **arguments)
+        base.set_expert("math")
+        assert answers(base, expected["math"])
+        assert len(base.tokenizer_for(None)) == 128
+        saved = tmp_path / f"saved-{number}"
+        base.save_pretrained(saved)
+        assert answers(AutoModelForCausalLM.from_pretrained(saved, **arguments), expected["math"])
+        for loader in (MESwitchModelForCausalLM, AutoModelForCausalLM):
+            family = loader.from_pretrained(source, subfolder="inner", **arguments)
+            assert family.experts == ["math"]
+            assert answers(family, expected["math"])
+            assert len(family.tokenizer_for("math")) == len(family.tokenizer_for(None)) == 128
+    MESwitchModelForCausalLM.from_pretrained(repo, subfolder="inner").save_pretrained(tmp_path / "copy")
+    assert answers(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"), expected["math"])
+
+
+@pytest.mark.parametrize("loader", [MESwitchModelForCausalLM, AutoModelForCausalLM])
+def test_experts_replace_those_of_a_family(
+    loader: Any, family: Any, tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family.set_expert("math")
     family.save_pretrained(tmp_path)
-    model = MESwitchModelForCausalLM.from_pretrained(tmp_path, experts={"only": {"repo": tiny_family.deltas["math"]}})
-    assert model.experts == ["only"]
-    assert model.active_expert is None
-    assert MESwitchModelForCausalLM.from_pretrained(tmp_path, experts={}).experts == []
+    monkeypatch.chdir(tiny_family.base.parent)
+    delta = tiny_family.deltas["math"]
+    for reference in (str(delta), delta, f"./{delta.name}", {"repo": delta}):
+        model = loader.from_pretrained(tmp_path, experts={"only": reference})
+        assert model.experts == ["only"]
+        assert model.active_expert is None
+    assert loader.from_pretrained(tmp_path, experts={}).experts == []
+    config = AutoConfig.from_pretrained(tmp_path, experts={"only": delta})
+    assert config.experts == {"only": {"repo": str(delta), "revision": None}}
+    assert config.default_expert is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        (
+            {"experts": {"math": {"revision": None}}},
+            r"experts\['math'\] is \{'revision': None\}, expected a delta repo",
+        ),
+        ({"experts": {"math": {"repo": "a", "branch": "b"}}}, "expected a delta repo"),
+        ({"experts": {"math": {"repo": "a", "revision": 3}}}, r"'revision'\] is 3, expected a text"),
+        ({"experts": {"math": 3}}, r"experts\['math'\] is 3"),
+        ({"experts": ["math"]}, r"experts is \['math'\], expected a mapping"),
+        ({"experts": {"math": "./../math"}}, "must stay inside the family repo"),
+        ({"experts": {"math": "./experts/../../math"}}, "must stay inside the family repo"),
+        ({"default_expert": ["math"]}, "default_expert is"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, expected a text"),
+        ({"base_model_name_or_path": "./../base"}, "must stay inside the family repo"),
+        ({"base_revision": 3}, "base_revision is 3"),
+    ],
+    ids=str,
+)
+def test_a_config_edited_by_hand(tmp_path: Path, entry: dict[str, Any], complaint: str) -> None:
+    config = {"model_type": "meswitch", "base_model_name_or_path": "me/base", "experts": {}} | entry
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for loader in (MESwitchModelForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(DeltaFormatError, match=complaint):
+            loader.from_pretrained(tmp_path)
+
+
+def test_a_missing_default_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    MESwitchFamilyConfig("no/base", experts={"math": "no/delta"}, default_expert="poet").save_pretrained(tmp_path)
+    with pytest.raises(ExpertNotFoundError, match="'poet'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_name_that_is_used_again_gets_its_own_tokenizer(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    before = set(model.__dict__)
+    folder = tmp_path / "delta"
+    for name, size in (("math", 128), ("code", 132)):
+        shutil.copytree(tiny_family.deltas[name], folder)
+        model.load_adapter(str(folder), adapter_name="x")
+        tokenizer = model.tokenizer_for("x")
+        assert len(tokenizer) == size
+        assert model.tokenizer_for("x") is tokenizer
+        assert model.tokenizer_for("x", padding_side="left") is not tokenizer
+        model.delete_adapter("x")
+        shutil.rmtree(folder)
+        assert set(model.__dict__) == before
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ import pytest
 from tests.hub_server import HubServer, StoredFile
 from transformers_meswitch.cards import delta_card
 from transformers_meswitch.configuration import MESwitchExpertConfig
-from transformers_meswitch.errors import DeltaFormatError
-from transformers_meswitch.hub import _warn_of_local_base, push_folder
+from transformers_meswitch.errors import DeltaFormatError, UnsupportedOperationError
+from transformers_meswitch.hub import push_folder
 
 pytestmark = pytest.mark.integration
 
@@ -140,11 +140,112 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         push_folder(tmp_path, "alice/delta")
 
 
-@pytest.mark.parametrize(
-    ("base", "warned"), [("/data/base", True), ("alice/base", False), ("./base", False), (None, False)]
-)
-def test_a_base_that_nobody_else_has_is_told(base, warned, tmp_path, caplog):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    with caplog.at_level(logging.WARNING):
-        _warn_of_local_base(tmp_path)
-    assert ("nobody else can load" in caplog.text) == warned
+def test_paths_of_this_machine_are_refused_wherever_they_stand(tmp_path):
+    def write(name, **config):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+
+    for base in ("/data/secret", str(tmp_path), "./base"):
+        write("adapter_config.json", base_model_name_or_path=base)
+        with pytest.raises(UnsupportedOperationError, match="Push the base, load it by its Hub id"):
+            push_folder(tmp_path, "alice/delta")
+    (tmp_path / "adapter_config.json").unlink()
+    family = {"base_model_name_or_path": "alice/base", "experts": {"a": {"repo": "./experts/a"}}}
+    write("config.json", **family)
+    write("experts/a/adapter_config.json", base_model_name_or_path="/data/secret")
+    with pytest.raises(
+        UnsupportedOperationError, match=r"experts/a/adapter_config\.json names the base '/data/secret'"
+    ):
+        push_folder(tmp_path, "alice/family")
+    write("config.json", **family | {"experts": {"a": "/data/delta"}})
+    with pytest.raises(UnsupportedOperationError, match="names the expert '/data/delta'"):
+        push_folder(tmp_path, "alice/family")
+    write("config.json", **family | {"base_model_name_or_path": "./base"})
+    with pytest.raises(UnsupportedOperationError, match=r"names the base '\./base'"):
+        push_folder(tmp_path, "alice/family")
+
+
+def test_where_the_fine_tune_was_is_not_published(hub, run, folder):
+    config = {"base_model_name_or_path": "alice/base", "expert_model_name_or_path": "/data/secret"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    push(run, folder)
+    pushed = json.loads(hub.repos["alice/delta"].history()[0].files["adapter_config.json"].data)
+    assert pushed == config | {"expert_model_name_or_path": None}
+    assert json.loads((folder / "adapter_config.json").read_text()) == config
+
+
+def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, run, tmp_path):
+    folder = tmp_path / "family"
+    for name in ("experts/a", "experts/b", "experts/loose", "checkpoint-5", "base"):
+        (folder / name).mkdir(parents=True)
+        kind = "config.json" if name == "base" else "adapter_config.json"
+        (folder / name / kind).write_text(
+            json.dumps({"base_model_name_or_path": None if name == "base" else "a/base"})
+        )
+        (folder / name / "notes.txt").touch()
+    (folder / "images").mkdir()
+    (folder / "images" / "plot.png").touch()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    def push_family(*experts):
+        references = {name: {"repo": f"./experts/{name}"} for name in experts}
+        (folder / "config.json").write_text(json.dumps({"base_model_name_or_path": "./base", "experts": references}))
+        push(run, folder)
+        return {path for path in hub.repos["alice/delta"].history()[0].files if path != ".gitattributes"}
+
+    common = {"README.md", "config.json", "images/plot.png", "base/config.json", "base/notes.txt"}
+    of_a, of_b = ({f"experts/{name}/{file}" for file in ("adapter_config.json", "notes.txt")} for name in "ab")
+    assert push_family("a", "b") == common | of_a | of_b
+    assert push_family("b") == common | of_b
+
+
+PRODUCER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from tests.model_state import prompt
+import transformers_meswitch as ms
+kind, source, delta = sys.argv[1:]
+load = AutoModelForCausalLM.from_pretrained
+if kind == "compressed":
+    how = ms.MESwitchConfig("alice/base", bits=3, salient_channels=4)
+    model = load(source, quantization_config=how)
+elif kind == "delta":
+    model = load("alice/base")
+    model.load_adapter(delta)
+else:
+    model = ms.MESwitchModelForCausalLM.from_pretrained("alice/base", experts={"math": delta})
+    model.set_expert("math")
+if kind == "saved":
+    model.save_pretrained(source + "-saved", push_to_hub=True, repo_id="alice/made", tags=["mine"])
+else:
+    model.push_to_hub("alice/made", tags=["mine"], commit_message="Made")
+again = load("alice/made")
+assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+assert not torch.allclose(again(prompt()).logits, load("alice/base")(prompt()).logits, atol=1e-2)
+print(again.generate(prompt(), max_new_tokens=2).shape[1])
+"""
+
+
+@pytest.mark.parametrize("kind", ["compressed", "delta", "family", "saved"])
+def test_what_models_push_loads_by_its_id_and_names_no_folder(hub, run, tiny_family, tmp_path, kind):
+    files = {path.name: path.read_bytes() for path in tiny_family.base.iterdir()}
+    base = hub.add_repo("alice/base", files | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    expert = shutil.copytree(tiny_family.experts["math"], tmp_path / "expert")
+    run(PRODUCER, kind, str(expert), str(tiny_family.deltas["math"]))
+    head = hub.repos["alice/made"].history()[0]
+    inner = "experts/math/" if kind in ("family", "saved") else ""
+    configs = [json.loads(head.files[f"{inner}adapter_config.json"].data)]
+    if kind != "delta":  # the commit of a base that transformers loaded is not known in all its releases
+        assert configs[0]["revision"] == base.branches["main"]
+    if inner:
+        configs.append(json.loads(head.files["config.json"].data))
+        assert configs[1]["base_revision"] == base.branches["main"]
+    assert {config["base_model_name_or_path"] for config in configs} == {"alice/base"}
+    for name, file in head.files.items():
+        for path in (tiny_family.base.parent, tmp_path):
+            assert str(path).encode() not in file.data, name
+    card = head.files["README.md"].data.decode()
+    assert 'from_pretrained("alice/made")' in card
+    assert "license: apache-2.0" in card
+    assert "- mine" in card

@@ -1,8 +1,9 @@
-"""A family whose saving is cut off is the old family, the new one, or nothing that loads."""
+"""Saving: what a folder holds when it is cut off, what stays in it and what goes, and what is never pushed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fixtures_models import TinyFamily
+from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily
 from tests.model_state import prompt
-from transformers_meswitch import MESwitchModelForCausalLM
+from transformers_meswitch import MESwitchModelForCausalLM, saving
+from transformers_meswitch.errors import UnsupportedOperationError
+from transformers_meswitch.saving import save_expert
 
 
 class Cut(Exception):
@@ -55,8 +58,8 @@ def test_no_moment_of_a_save_leaves_a_loadable_half(
     tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     math, code = tiny_family.deltas["math"], tiny_family.deltas["code"]
-    old = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"one": math, "two": math})
-    new = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"one": math, "two": code})
+    old = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"one": math, "two": code})
+    new = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"one": code, "two": math})
     for name, family in {"old": old, "new": new}.items():
         family.save_pretrained(tmp_path / name)
     whole = [answers(tmp_path / name) for name in ("old", "new")]
@@ -90,3 +93,92 @@ def test_no_moment_of_a_save_leaves_a_loadable_half(
             pytest.fail("saving never finished")
     assert any(outcomes)
     assert not all(outcomes)
+
+
+def test_an_old_family_survives_a_save_that_fails_before_the_exchange(
+    tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    math, code = tiny_family.deltas["math"], tiny_family.deltas["code"]
+    old, new = (
+        MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"one": one, "two": two})
+        for one, two in ((math, code), (code, math))
+    )
+    old.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    second = iter([False, True])
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        if next(second):
+            raise Cut
+        save_expert(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "save_expert", failing)
+    with pytest.raises(Cut):
+        new.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_experts_that_are_gone_leave_the_folder_and_nothing_else_does(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    family = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=dict(tiny_family.deltas))
+    family.save_pretrained(tmp_path)
+    inner = tmp_path / "experts"
+    (inner / "code" / "evaluation.txt").write_text("mine")
+    shutil.copytree(inner / "math", inner / "loose")
+    card = inner / "code" / "README.md"
+    card.write_text(card.read_text() + "By hand.\n")
+    family.delete_adapter("math")
+    family.save_pretrained(tmp_path)
+    assert sorted(path.name for path in inner.iterdir()) == ["code", "loose"]
+    assert (inner / "code" / "evaluation.txt").read_text() == "mine"
+    assert card.read_text().endswith("By hand.\n")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).experts == ["code"]
+
+
+def test_experts_can_change_names_in_the_folder_they_were_read_from(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    experts = dict(tiny_family.deltas)
+    MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=experts).save_pretrained(tmp_path)
+    inner = tmp_path / "experts"
+    renamed = {"math": inner / "code", "code": inner / "math"}
+    family = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=renamed)
+    family.save_pretrained(tmp_path)
+    for model in (family, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert len(model.tokenizer_for("math")) == CODE_VOCAB_SIZE
+        assert len(model.tokenizer_for("code")) == VOCAB_SIZE
+    assert "<add-2>" not in str(AutoModelForCausalLM.from_pretrained(tmp_path).tokenizer_for("code").chat_template)
+    assert "<add-2>" not in (inner / "code" / "chat_template.jinja").read_text(), "the other expert's"
+
+
+def test_names_that_no_file_system_takes(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    math, code = tiny_family.deltas["math"], tiny_family.deltas["code"]
+    long = "\u00e9" * 80
+    experts = {long: math, f"{long}x": code, "Coder": math, "coder": code}
+    MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=experts).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    sizes = {name: len(again.tokenizer_for(name)) for name in again.experts}
+    assert sizes == {long: VOCAB_SIZE, f"{long}x": CODE_VOCAB_SIZE, "Coder": VOCAB_SIZE, "coder": CODE_VOCAB_SIZE}
+    folders = [path.name for path in (tmp_path / "experts").iterdir()]
+    assert max(map(len, folders)) <= 100
+    assert len({folder.lower() for folder in folders}) == len(folders) == 4
+
+
+def test_arguments_are_transformers_and_no_others(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.deltas["math"])
+    model.save_pretrained(tmp_path, variant=None, token=None, save_original_format=False, commit_message="unused")
+    with pytest.raises(TypeError, match=r"save_pretrained\(\) got an unexpected keyword argument 'nonsense'"):
+        model.save_pretrained(tmp_path, nonsense=1)
+    with pytest.raises(TypeError, match=r"push_to_hub\(\) got an unexpected keyword argument 'nonsense'"):
+        model.push_to_hub("me/delta", nonsense=1)
+    for refused in ({"variant": "fp16"}, {"save_peft_format": False}, {"distributed_checkpoint": True}):
+        with pytest.raises(UnsupportedOperationError, match=next(iter(refused))):
+            model.save_pretrained(tmp_path, **refused)
+
+
+def test_no_route_pushes_what_is_on_this_machine_only(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = AutoModelForCausalLM.from_pretrained(tiny_family.deltas["math"])
+    family = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=dict(tiny_family.deltas))
+    for model in (delta, family):
+        with pytest.raises(UnsupportedOperationError, match="Push the base"):
+            model.push_to_hub("me/model")
+        with pytest.raises(UnsupportedOperationError, match="Push the base"):
+            model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/model")
+    assert delta.peft_config["default"].expert_model_name_or_path is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from .errors import CompressionError, DeltaFormatError, FormatVersionError
 if TYPE_CHECKING:
     from .delta_format.reader import DeltaFiles
 
-__all__ = ["MESwitchConfig", "MESwitchExpertConfig", "MESwitchFamilyConfig"]
+__all__ = ["MESwitchConfig", "MESwitchExpertConfig", "MESwitchFamilyConfig", "expert_references"]
 
 
 class _PeftTypeName(str):
@@ -113,7 +115,7 @@ class MESwitchExpertConfig(PeftConfig):
         tie_word_embeddings: whether the expert's output head is its input embedding.
         eos_token_id: token ids that end the expert's answer.
         pad_token_id: the expert's padding token.
-        expert_model_name_or_path: the fine-tune the delta was made from.
+        expert_model_name_or_path: Hub id of the fine-tune the delta was made from.
         saliency: how salient channels were chosen, ``"reconstruction"`` or ``"weight"``.
     """
 
@@ -196,9 +198,14 @@ class MESwitchFamilyConfig(PreTrainedConfig):
     Args:
         base_model_name_or_path (`str`): id or path of the base; ``./path`` is inside the family repo.
         base_revision (`str`, *optional*): branch, tag or commit of the base.
-        experts (`dict[str, dict]`): expert name to ``{"repo": id or "./path", "revision": str | None}``.
+        base_subfolder (`str`, *optional*): folder inside the base's repo.
+        experts (`dict[str, dict]`): expert name to ``{"repo": id or "./path", "revision": str | None}``, and
+            ``"subfolder"`` where needed.
         default_expert (`str`, *optional*): the expert that is active after loading; `None` is the base.
         router (`dict`, *optional*): reserved for the family's router.
+
+    Raises:
+        DeltaFormatError: an entry of another type, or a ``./path`` that leads out of the family repo.
 
     >>> MESwitchFamilyConfig("me/base", experts={"math": "me/math-delta"}).experts
     {'math': {'repo': 'me/math-delta', 'revision': None}}
@@ -208,6 +215,7 @@ class MESwitchFamilyConfig(PreTrainedConfig):
 
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
+    base_subfolder: str | None = None
     experts: dict[str, Any] | None = None
     default_expert: str | None = None
     router: dict[str, Any] | None = None
@@ -216,17 +224,83 @@ class MESwitchFamilyConfig(PreTrainedConfig):
         self,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
-        experts: dict[str, Any] | None = None,
+        experts: Mapping[str, Any] | None = None,
         default_expert: str | None = None,
         router: dict[str, Any] | None = None,
+        base_subfolder: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_revision = base_revision
-        self.experts = {
-            name: {"repo": ref, "revision": None} if isinstance(ref, str) else dict(ref)
-            for name, ref in (experts or {}).items()
-        }
-        self.default_expert = default_expert
+        self.base_model_name_or_path = _text("base_model_name_or_path", base_model_name_or_path)
+        _check_inside("base_model_name_or_path", self.base_model_name_or_path)
+        self.base_revision = _text("base_revision", base_revision)
+        self.base_subfolder = _text("base_subfolder", base_subfolder)
+        self.experts = expert_references(experts or {})
+        for name, reference in self.experts.items():
+            _check_inside(f"experts[{name!r}]", reference["repo"])
+        self.default_expert = _text("default_expert", default_expert)
         self.router = router
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but experts of the caller replace the family's whole table, its default expert too."""
+        if "experts" not in kwargs:
+            return super().from_dict(config_dict, **kwargs)
+        experts = kwargs.pop("experts")
+        if kwargs.get("return_unused_kwargs"):
+            # An Auto class asks, and hands on to the loader what is returned as unused.
+            config, unused = super().from_dict(config_dict, **kwargs)
+            return config, {**unused, "experts": experts}
+        return super().from_dict({**config_dict, "experts": experts, "default_expert": None}, **kwargs)
+
+
+def expert_references(experts: object) -> dict[str, dict[str, Any]]:
+    """A table of experts in full form: name to ``{"repo": ..., "revision": ...}`` and ``"subfolder"`` where given.
+
+    Args:
+        experts: name to repo (id or path), or to a mapping with ``"repo"`` and, if need be, the others.
+
+    Raises:
+        DeltaFormatError: an entry of another type, naming it.
+
+    >>> expert_references({"math": "me/math-delta"})
+    {'math': {'repo': 'me/math-delta', 'revision': None}}
+    """
+    if not isinstance(experts, Mapping):
+        raise DeltaFormatError(
+            f"experts is {experts!r}, expected a mapping from each expert's name to its delta repo, such as "
+            '{"math": "me/math-delta"}.'
+        )
+    references = {}
+    for name, given in experts.items():
+        reference = dict(given) if isinstance(given, Mapping) else {"repo": given}
+        unknown = sorted(map(str, reference.keys() - {"repo", "revision", "subfolder"}))
+        repo = reference.get("repo")
+        if unknown or not isinstance(repo, str | os.PathLike) or not os.fspath(repo):
+            raise DeltaFormatError(
+                f"experts[{name!r}] is {given!r}, expected a delta repo: a Hub id, a path, or a mapping with 'repo' "
+                "and, if need be, 'revision' and 'subfolder'."
+            )
+        reference |= {"repo": os.fspath(repo), "revision": reference.get("revision")}
+        for key in ("revision", "subfolder"):
+            _text(f"experts[{name!r}][{key!r}]", reference.get(key))
+        references[name] = reference
+    return references
+
+
+def _text(key: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise DeltaFormatError(f"A family's {key} is {value!r}, expected a text or null. Correct its config.json.")
+    return value
+
+
+def _check_inside(key: str, reference: str | None) -> None:
+    """``./path`` is inside the family repo, and a family from elsewhere must not reach out of it."""
+    # At import, the reader of deltas needs this module.
+    from .delta_format.location import is_plain_path
+
+    if reference is not None and reference.startswith("./") and not is_plain_path(reference[2:].rstrip("/")):
+        raise DeltaFormatError(
+            f"A family's {key} is {reference!r}; a path that starts with './' must stay inside the family repo. "
+            "Name a folder in it, a Hub id, or a full path."
+        )

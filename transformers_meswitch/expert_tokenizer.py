@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from .delta_format.location import RepoLocation
+from .compression.assets import find_assets
 from .peft_method.naming import known_expert
 from .peft_method.switch import ExpertSwitch
 
@@ -38,26 +37,16 @@ class TokenizerMixin:
         """
         switch = self._meswitch_switch
         name = known_expert(expert, switch.experts)
+        loaded = switch.tokenizers.setdefault(name, {})
+        key = repr(sorted(kwargs.items()))
+        if key in loaded:
+            return loaded[key]
         assets = None if name is None else switch.experts[name].assets
-        if assets is None or assets.find(_TOKENIZER_CONFIG) is None:
-            source, extra = self.name_or_path, switch.base_download
+        config = None if assets is None else assets.find(_TOKENIZER_CONFIG)
+        if assets is None or config is None:
+            loaded[key] = AutoTokenizer.from_pretrained(self.name_or_path, **{**switch.base_download, **kwargs})
         else:
-            source, extra = _source(assets)
-        cache = self.__dict__.setdefault("_meswitch_tokenizers", {})
-        key = (source, tuple(sorted((k, str(v)) for k, v in {**extra, **kwargs}.items())))
-        if key not in cache:
-            cache[key] = AutoTokenizer.from_pretrained(source, **{**extra, **kwargs})
-        return cache[key]
-
-
-def _source(location: RepoLocation) -> tuple[str, dict[str, Any]]:
-    """What to give ``AutoTokenizer`` for a repo: its folder, or its id at the commit that was loaded."""
-    if location.is_local:
-        return str(Path(location.repo) / (location.subfolder or "")), {}
-    return location.repo, {
-        "revision": location.revision,
-        "subfolder": location.subfolder or "",
-        "token": location.token,
-        "cache_dir": location.cache_dir,
-        "local_files_only": location.local_files_only,
-    }
+            # Fetched file by file, so that the commit and cache are those of the delta; then it is a folder like any.
+            find_assets(assets)
+            loaded[key] = AutoTokenizer.from_pretrained(config.parent, **kwargs)
+        return loaded[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,14 +13,16 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import REPO_PLACEHOLDER, hub_id, merge_card, with_license, with_tags
+from .delta_format.location import is_plain_path
 from .delta_format.spec import ADAPTER_CONFIG_NAME
-from .errors import DeltaFormatError
+from .errors import DeltaFormatError, UnsupportedOperationError
 
-__all__ = ["push_folder"]
+__all__ = ["inner_deltas", "push_folder"]
 
 logger = logging.getLogger(__name__)
 
-_CARD_NAME = "README.md"
+_CARD_NAME, _CONFIG_NAME = "README.md", "config.json"
+_CONFIGS = (ADAPTER_CONFIG_NAME, _CONFIG_NAME)
 _WEIGHT_FILE = re.compile(r"adapter_model.*\.(safetensors|safetensors\.index\.json|bin)")
 #: How often a commit is tried again when somebody else's commit came in between.
 _ATTEMPTS = 3
@@ -43,7 +45,9 @@ def push_folder(
 
     Cards that are already in the repo are merged with the folder's (:func:`transformers_meswitch.cards.merge_card`),
     against the very commit that they were read from. Weight files of an earlier push that the folder no longer has
-    (other shards) are deleted in the same commit. The folder itself is not changed.
+    (other shards), and experts that only the earlier push's family named, are deleted in the same commit. Left
+    out are hidden files, and models that the folder's config does not name (``checkpoint-500/``). The folder itself is
+    not changed.
 
     Args:
         folder: what ``save_pretrained`` or ``compress`` wrote.
@@ -58,6 +62,7 @@ def push_folder(
 
     Raises:
         DeltaFormatError: the folder holds neither a delta nor a family.
+        UnsupportedOperationError: a config in it names a base or an expert by a path of this machine.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused.
     """
     folder = Path(folder)
@@ -66,7 +71,9 @@ def push_folder(
             f"{folder} holds neither {ADAPTER_CONFIG_NAME} (a delta) nor config.json (a family); pass the folder that "
             "save_pretrained() or compress() wrote."
         )
-    _warn_of_local_base(folder)
+    for path in _files(folder).values():
+        if path.name in _CONFIGS:
+            _check_portable(path)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -95,8 +102,7 @@ def push_folder(
 def _operations(
     api: HfApi, folder: Path, repo_id: str, head: str | None, remote: set[str], tags: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    local = {name: path for name, path in local.items() if not _is_hidden(name)}
+    local = _files(folder)
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for name, path in local.items():
         content: Path | bytes = path
@@ -107,11 +113,18 @@ def _operations(
                 existing = Path(api.hf_hub_download(repo_id, name, revision=head)).read_bytes().decode("utf-8-sig")
                 card = merge_card(existing, card)
             content = card.encode()
+        elif PurePosixPath(name).name == ADAPTER_CONFIG_NAME:
+            content = _without_local_expert(path)
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
     deltas = {PurePosixPath(name).parent for name in local if PurePosixPath(name).name == ADAPTER_CONFIG_NAME}
+    dropped: set[str] = set()
+    if _CONFIG_NAME in remote and _CONFIG_NAME in local:
+        earlier = Path(api.hf_hub_download(repo_id, _CONFIG_NAME, revision=head))
+        dropped = _inner_experts(_json(earlier)) - _inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
-        if file.parent in deltas and _WEIGHT_FILE.fullmatch(file.name):
+        stale = file.parent in deltas and _WEIGHT_FILE.fullmatch(file.name)
+        if stale or any(PurePosixPath(path) in file.parents for path in dropped):
             operations.append(CommitOperationDelete(path_in_repo=name))
     return operations
 
@@ -121,19 +134,84 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts) and name != ".gitattributes"
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the repo to file, of all that belongs: a model in a subfolder does if the folder's config names it."""
+    config = _config(folder)
+    named = _inner_references(config)
+    base = config.get("base_model_name_or_path")
+    if isinstance(base, str) and base.startswith("./"):
+        named.add(base[2:].rstrip("/"))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = PurePosixPath(path.relative_to(folder).as_posix())
+        models = [parent for parent in name.parents[:-1] if any((folder / parent / c).is_file() for c in _CONFIGS)]
+        belongs = all(any(model.is_relative_to(inner) for inner in named) for model in models)
+        if belongs and path.is_file() and not _is_hidden(str(name)):
+            found[str(name)] = path
+    return found
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    path = next((p for n in (ADAPTER_CONFIG_NAME, "config.json") if (p := folder / n).is_file()), None)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    path = next((p for n in _CONFIGS if (p := folder / n).is_file()), None)
+    return _json(path) if path else {}
 
 
-def _warn_of_local_base(folder: Path) -> None:
-    base = _config(folder).get("base_model_name_or_path")
-    # "./base" lies inside the repo.
-    if base and not base.startswith("./") and hub_id(base) is None:
-        logger.warning(
-            f"The repo names its base by a path of this machine, {base!r}: nobody else can load it by its own id, and "
-            "the path becomes public. Push the base, and compress against its Hub id."
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltaFormatError(f"{path} is not JSON ({error}); write the folder again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _references(config: Mapping[str, Any]) -> list[str]:
+    """Repos of a family's experts as its ``config.json`` names them."""
+    experts = config.get("experts")
+    entries = experts.values() if isinstance(experts, dict) else ()
+    return [str(entry.get("repo") if isinstance(entry, dict) else entry) for entry in entries]
+
+
+def _inner_references(config: Mapping[str, Any]) -> set[str]:
+    inside = {repo[2:].rstrip("/") for repo in _references(config) if repo.startswith("./")}
+    return {path for path in inside if is_plain_path(path)}
+
+
+def _inner_experts(config: Mapping[str, Any]) -> set[str]:
+    return {path for path in _inner_references(config) if PurePosixPath(path).parent == PurePosixPath("experts")}
+
+
+def inner_deltas(folder: Path) -> set[str]:
+    """Delta repos in ``experts/`` that the family in a folder names, as ``experts/<folder>``."""
+    path = folder / _CONFIG_NAME
+    config = _json(path) if path.is_file() else {}
+    return {path for path in _inner_experts(config) if (folder / path / ADAPTER_CONFIG_NAME).is_file()}
+
+
+def _check_portable(path: Path) -> None:
+    """Refuse a delta's or family's config that names what is on this machine only."""
+    config = _json(path)
+    base = config.get("base_model_name_or_path")
+    is_family = path.name == _CONFIG_NAME
+    inside = is_family and isinstance(base, str) and base.startswith("./") and (path.parent / base).is_dir()
+    if base is not None and not inside and hub_id(str(base)) is None:
+        raise UnsupportedOperationError(
+            f"{path} names the base {base!r}, a path of this machine: nobody else can load it, and the path would "
+            "become public. Push the base, load it by its Hub id with the delta as an expert, and push that."
         )
+    for repo in _references(config) if is_family else ():
+        if hub_id(repo) is None and not (repo.startswith("./") and (path.parent / repo).is_dir()):
+            raise UnsupportedOperationError(
+                f"{path} names the expert {repo!r}, a path of this machine that nobody else can load. Load the family "
+                "and save it: experts from folders are then written into it."
+            )
+
+
+def _without_local_expert(path: Path) -> Path | bytes:
+    """The ``adapter_config.json``, where need be without the folder that the fine-tune was in."""
+    config = _json(path)
+    if config.get("expert_model_name_or_path") is None or hub_id(str(config["expert_model_name_or_path"])):
+        return path
+    return (json.dumps({**config, "expert_model_name_or_path": None}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _inherited_license(api: HfApi, folder: Path) -> dict[str, str]:

@@ -19,11 +19,12 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from .compression.expert_config import portable_name
-from .configuration import MESwitchFamilyConfig
-from .errors import UnsupportedModelError, UnsupportedOperationError
+from .configuration import MESwitchFamilyConfig, expert_references
+from .delta_format.location import RepoLocation
+from .errors import MESwitchError, UnsupportedModelError, UnsupportedOperationError
 from .mixin import MESwitchMixin
 from .peft_method.attachment import ensure_switch
-from .peft_method.naming import check_expert_name
+from .peft_method.naming import check_expert_name, known_expert
 
 __all__ = ["MESwitchModel", "MESwitchModelForCausalLM"]
 
@@ -65,11 +66,13 @@ class _Family(PreTrainedModel):
             pretrained_model_name_or_path: Hub id or folder of the base, or of a family repo.
             *model_args: passed to ``AutoModelForCausalLM.from_pretrained`` of the base.
             experts: name to delta repo (an id, a folder, or ``{"repo": ..., "revision": ..., "subfolder": ...}``).
-                With a family repo, these replace the family's own.
+                A relative path is relative to where the program runs. With a family repo, these replace the family's
+                own, and none is active.
             router: reserved; only `None` is accepted.
             config: the family's config, as the Auto classes pass it.
             **kwargs: anything that ``AutoModelForCausalLM.from_pretrained`` takes (``dtype``, ``device_map``,
-                ``quantization_config``, ``revision``, ``token``, ...).
+                ``quantization_config``, ``revision``, ``subfolder``, ``token``, ...); with a family repo, ``revision``
+                and ``subfolder`` are the family's.
 
         Returns:
             The base's model with experts attached. The family's default expert is active, else none is: the base
@@ -88,23 +91,31 @@ class _Family(PreTrainedModel):
         family, base, base_arguments = cls._resolve(source, config, hub, kwargs)
         if family.router is not None:
             raise UnsupportedOperationError(f"The family {source!r} has a router. {_NO_ROUTER}")
-        references = dict(family.experts or {}) if experts is None else _references(experts)
+        where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
+        if experts is None:
+            inside = family.experts or {}
+            references = {name: _of_family(source, reference, where) for name, reference in inside.items()}
+        else:
+            references = expert_references(experts)
+        default = known_expert(family.default_expert, references) if experts is None else None
         for name in references:
             check_expert_name(name, (), ())
+        base_arguments |= _pinned(base, {**hub, **where, **base_arguments}, kwargs.get("gguf_file"))
         model = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
         if isinstance(model, MESwitchMixin):
             raise UnsupportedModelError(_IS_DELTA.format(source))
         switch = ensure_switch(model)
         switch.keep = True
-        switch.base_download = {k: v for k, v in {**hub, **base_arguments}.items() if v is not None}
+        switch.base_download = {k: v for k, v in {**hub, **where, **base_arguments}.items() if v not in (None, "")}
         model._meswitch_family = family
-        model._meswitch_source = source
+        local = Path(source).is_dir() and where.get("subfolder")
+        model._meswitch_source = str(Path(source) / where["subfolder"]) if local else source
         if base != source or base_arguments.get("subfolder"):
-            _adopt_generation_config(model, source, {**hub, **_revision(kwargs.get("revision"))})
+            _adopt_generation_config(model, source, {**hub, **where})
         for name, reference in tqdm(references.items(), desc="Loading experts", disable=len(references) < 2):
-            repo, download = _located(source, reference, hub, kwargs.get("revision"))
-            model.load_adapter(repo, adapter_name=name, adapter_kwargs=download)
-        model.set_expert(family.default_expert if experts is None else None)
+            download = {key: value for key, value in reference.items() if key != "repo" and value is not None}
+            model.load_adapter(reference["repo"], adapter_name=name, adapter_kwargs={**hub, **download})
+        model.set_expert(default)
         return model
 
     @classmethod
@@ -113,25 +124,29 @@ class _Family(PreTrainedModel):
     ) -> tuple[MESwitchFamilyConfig, str, dict[str, Any]]:
         """The family's config, its base, and arguments that replace the caller's when loading the base."""
         if not isinstance(config, MESwitchFamilyConfig):
-            where = {**hub, **_revision(kwargs.get("revision"))}
+            where = {**hub, **{key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}}
             try:
                 found = AutoConfig.from_pretrained(source, trust_remote_code=kwargs.get("trust_remote_code"), **where)
+            except MESwitchError:
+                raise
             except (OSError, ValueError) as error:
+                if kwargs.get("gguf_file"):  # a GGUF file is its own config
+                    return _family_of(source, kwargs), source, {}
                 if find_adapter_config_file(source, **where) is None:
                     raise
                 raise UnsupportedModelError(_IS_DELTA.format(source)) from error
             if not isinstance(found, MESwitchFamilyConfig):
-                arguments = {} if config is None else {"config": config}
-                return MESwitchFamilyConfig(portable_name(source), kwargs.get("revision")), source, arguments
+                return _family_of(source, kwargs), source, {} if config is None else {"config": config}
             config = found
         base = config.base_model_name_or_path
         if not base:
             raise UnsupportedModelError(f"The family {source!r} names no base (base_model_name_or_path is {base!r}).")
         if base.startswith("./"):
+            inside = "/".join(filter(None, (kwargs.get("subfolder"), base[2:].rstrip("/"), config.base_subfolder)))
             if Path(source).is_dir():
-                return config, str(Path(source) / base[2:]), {"revision": None}
-            return config, source, {"subfolder": base[2:]}
-        return config, base, {"revision": config.base_revision}
+                return config, str(Path(source) / inside), {"revision": None, "subfolder": ""}
+            return config, source, {"subfolder": inside}
+        return config, base, {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
@@ -172,25 +187,29 @@ def _adopt_generation_config(model: Any, family: str, download: Mapping[str, Any
             model.generation_config = GenerationConfig.from_pretrained(family, **download)
 
 
-def _references(experts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: {"repo": ref} if not isinstance(ref, Mapping) else dict(ref) for name, ref in experts.items()}
+def _family_of(base: str, arguments: Mapping[str, Any]) -> MESwitchFamilyConfig:
+    """The family of a plain base; a subfolder of a local folder is a folder itself."""
+    subfolder = arguments.get("subfolder") or None
+    if subfolder and Path(base).is_dir():
+        return MESwitchFamilyConfig(portable_name(Path(base) / subfolder))
+    return MESwitchFamilyConfig(portable_name(base), arguments.get("revision"), base_subfolder=subfolder)
 
 
-def _revision(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
+def _pinned(base: str, download: Mapping[str, Any], gguf_file: str | None) -> dict[str, Any]:
+    """The commit of a base on the Hub, so that a family which is saved later names the very files that were loaded."""
+    location = RepoLocation(base, **{key: value for key, value in download.items() if value})
+    # What cannot be reached is for transformers to report.
+    with contextlib.suppress(MESwitchError):
+        found = None if location.is_local else location.find(gguf_file or "config.json")
+        return {} if found is None else {"revision": location.pinned(found).revision}
+    return {}
 
 
-def _located(
-    family: str, reference: Mapping[str, Any], hub: Mapping[str, Any], revision: str | None
-) -> tuple[str, dict[str, Any]]:
-    """Repo and download arguments of an expert; ``./path`` is inside the family repo, at the family's revision."""
-    repo, download = str(reference["repo"]), {**hub, **_revision(reference.get("revision"))}
-    if reference.get("subfolder"):
-        download["subfolder"] = reference["subfolder"]
-    if repo.startswith("./") and reference.get("revision") is None:
-        if Path(family).is_dir():
-            inside = Path(family) / repo[2:]
-            # A caller's own relative path is relative to where the program runs, not to the base.
-            return (str(inside) if inside.is_dir() else repo), download
-        return family, {**hub, **_revision(revision), "subfolder": repo[2:]}
-    return repo, download
+def _of_family(family: str, reference: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """A family's own reference; ``./path`` is inside the family repo, at its revision and in its subfolder."""
+    repo = str(reference["repo"])
+    if not repo.startswith("./"):
+        return dict(reference)
+    parts = (where.get("subfolder"), repo[2:].rstrip("/"), reference.get("subfolder"))
+    revision = reference.get("revision") or where.get("revision")
+    return {"repo": family, "revision": revision, "subfolder": "/".join(filter(None, parts))}

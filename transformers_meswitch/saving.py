@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import hashlib
 import shutil
 import tempfile
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cards import family_card, merge_card, write_delta_card
-from .compression.assets import find_assets
+from .cards import family_card, hub_id, merge_card, write_delta_card
+from .compression.assets import ASSETS, find_assets
 from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
-from .delta_format.spec import KEY_PREFIX
+from .delta_format.reader import resolve_delta
+from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
-from .hub import push_folder
+from .hub import inner_deltas, push_folder
 from .inspection import dense_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["push_to_hub", "save_expert", "save_family", "save_pretrained"]
 
-_CARD = "README.md"
+_CARD, _CONFIG = "README.md", "config.json"
+_EXPERTS = "experts"
+#: Longest name of an expert's folder; file systems allow 255 bytes, Windows 260 for a whole path.
+_FOLDER_LENGTH = 100
+_PUSH_ARGUMENTS = ("private", "revision", "commit_message", "commit_description", "token", "create_pr", "tags")
 
 
 def save_pretrained(
@@ -39,46 +46,79 @@ def save_pretrained(
     state_dict: dict[str, torch.Tensor] | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
     **kwargs: Any,
 ) -> None:
     """``model.save_pretrained``: the family if the model is one, else the active expert's delta.
 
+    The arguments are transformers'. ``save_original_format`` means nothing for a delta, which has one format.
+
     Raises:
         ExpertNotFoundError: no family, and no expert is active.
-        UnsupportedOperationError: PEFT's key prefix switched off, which no delta reader would find.
+        TypeError: an argument that neither transformers' ``save_pretrained`` nor its ``push_to_hub`` has.
+        UnsupportedOperationError: an argument that would give files which no delta reader finds (PEFT's key prefix
+            switched off, a variant, a distributed checkpoint); or pushing what names a folder of this machine.
     """
-    if kwargs.pop("save_peft_format", True) is False:
-        raise UnsupportedOperationError("save_peft_format=False is not supported: a delta repo is a PEFT repo.")
+    _check_known("save_pretrained", kwargs, ("repo_id", *_PUSH_ARGUMENTS))
+    refused = {
+        "save_peft_format": not save_peft_format,
+        "variant": variant is not None,
+        "distributed_checkpoint": distributed_checkpoint,
+    }
+    for argument in (name for name, given in refused.items() if given):
+        raise UnsupportedOperationError(
+            f"save_pretrained({argument}=) is not supported: a delta repo is a PEFT repo, under PEFT's names. Leave "
+            "it out."
+        )
+    if push_to_hub:
+        _check_base(model)
     if is_main_process:
         if model._meswitch_family is not None:
             save_family(model, save_directory, max_shard_size=max_shard_size)
         else:
             save_expert(model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
-    if push_to_hub:
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        push_folder(save_directory, repo_id, **_push_arguments(kwargs))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+            push_folder(save_directory, repo_id, **_push_arguments({**kwargs, "token": token}))
 
 
 def push_to_hub(model: MESwitchMixin, repo_id: str, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
     """``model.push_to_hub``: save to a temporary folder, push it in one commit, return the commit's URL.
 
     Raises:
-        UnsupportedOperationError: the family names a base by a path of this machine.
+        ExpertNotFoundError: no family, and no expert is active.
+        TypeError: an argument that transformers' ``push_to_hub`` has not.
+        UnsupportedOperationError: the base is a folder of this machine.
     """
-    base = None if model._meswitch_family is None else str(model._meswitch_family.base_model_name_or_path)
-    if base is not None and (base.startswith("./") or Path(base).exists()):
-        raise UnsupportedOperationError(
-            f"The family's base is the local folder {base!r}, which nobody else can load. Push the base first and "
-            "load the family with its Hub id."
-        )
+    _check_known("push_to_hub", kwargs, _PUSH_ARGUMENTS)
+    _check_base(model)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, max_shard_size=max_shard_size)
         return push_folder(folder, repo_id, **_push_arguments(kwargs)).commit_url
 
 
+def _check_known(call: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    for name in given.keys() - known:
+        raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+
+
 def _push_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("private", "revision", "commit_message", "commit_description", "token", "create_pr", "tags")
-    return {key: kwargs[key] for key in known if kwargs.get(key) is not None}
+    return {key: kwargs[key] for key in _PUSH_ARGUMENTS if kwargs.get(key) is not None}
+
+
+def _check_base(model: MESwitchMixin) -> None:
+    """Refuse a local base before anything is written; :func:`push_folder` looks at what was."""
+    if model._meswitch_family is not None:
+        base = str(model._meswitch_family.base_model_name_or_path)
+        if hub_id(base) is None:
+            raise UnsupportedOperationError(
+                f"The family's base is the local folder {base!r}, which nobody else can load. Push the base first and "
+                "load the family with its Hub id."
+            )
 
 
 def save_expert(
@@ -104,7 +144,7 @@ def save_expert(
     name = expert if expert is not None else model.active_expert
     if name is None:
         raise ExpertNotFoundError("No expert is active, so there is no delta to save; call set_expert() first.")
-    config: MESwitchExpertConfig = model.peft_config[name]
+    config = _published(model, model.peft_config[name])
     tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in model.get_adapter_state_dict(name, state_dict).items()}
     info = model._meswitch_switch.experts[name]
     assets = [] if info.assets is None else find_assets(info.assets)
@@ -121,11 +161,30 @@ def save_expert(
     write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))
 
 
+def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
+    """The expert's config without the name of a folder, where the base's Hub id is known."""
+    changes: dict[str, Any] = {"expert_model_name_or_path": hub_id(config.expert_model_name_or_path)}
+    name = str(model.name_or_path)
+    if hub_id(config.base_model_name_or_path) is None and hub_id(name) and not _download(model).get("subfolder"):
+        changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}
+    return dataclasses.replace(config, **changes)
+
+
+def _download(model: MESwitchMixin) -> dict[str, Any]:
+    return model._meswitch_switch.base_download
+
+
+def _base_commit(model: Any) -> str | None:
+    """The commit that the base came from; `None` for a folder."""
+    return _download(model).get("revision") or getattr(model.config, "_commit_hash", None)
+
+
 def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
     """Write a family repo: where the base is, where each expert is, the tokenizer and the card.
 
-    Experts from the Hub are named by id and commit; experts from this machine are written into ``experts/``.
-    ``config.json`` is moved into place last.
+    A base and experts from the Hub are named by id and commit; experts from this machine are written into
+    ``experts/``. All is written beside the old family first; then ``config.json`` is removed, the new files are moved
+    into place, deltas that only the old family named are removed, and ``config.json`` comes last.
 
     Raises:
         UnsupportedOperationError: the base is inside a family repo of the Hub, and has no name of its own.
@@ -135,28 +194,33 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    experts: dict[str, Any] = {}
-    for name, info in sorted(model._meswitch_switch.experts.items()):
-        location = None if info.files is None else info.files.location
-        if info.files is not None and location is not None and not location.is_local:
-            experts[name] = {"repo": info.files.repo, "revision": info.files.revision}
-            if location.subfolder:
-                experts[name]["subfolder"] = location.subfolder
-        else:
-            path = f"experts/{urllib.parse.quote(name, safe='-_.')}"
-            save_expert(model, folder / path, name, max_shard_size=max_shard_size)
-            experts[name] = {"repo": f"./{path}", "revision": None}
-    config = MESwitchFamilyConfig(
-        base,
-        family.base_revision,
-        experts,
-        default_expert=model.active_expert,
-        router=family.router,
-        architectures=["MESwitchModelForCausalLM"],
-    )
     staging = folder / f".{uuid.uuid4().hex}"
     staging.mkdir()
     try:
+        experts: dict[str, Any] = {}
+        written: dict[str, str] = {}
+        for name, info in sorted(model._meswitch_switch.experts.items()):
+            location = None if info.files is None else info.files.location
+            if info.files is not None and location is not None and not location.is_local:
+                experts[name] = {"repo": info.files.repo, "revision": info.files.revision}
+                if location.subfolder:
+                    experts[name]["subfolder"] = location.subfolder
+            else:
+                path = f"{_EXPERTS}/{_folder_name(name, written.values())}"
+                if (folder / path).is_dir():
+                    shutil.copytree(folder / path, staging / path, ignore=_written_by_us)
+                save_expert(model, staging / path, name, max_shard_size=max_shard_size)
+                experts[name] = {"repo": f"./{path}", "revision": None}
+                written[name] = path
+        config = MESwitchFamilyConfig(
+            base,
+            _base_commit(model) if hub_id(base) else None,
+            experts,
+            default_expert=model.active_expert,
+            router=family.router,
+            base_subfolder=family.base_subfolder,
+            architectures=["MESwitchModelForCausalLM"],
+        )
         config.save_pretrained(staging)
         generation_config = copy.deepcopy(model.generation_config)  # type: ignore[attr-defined]
         # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
@@ -166,10 +230,51 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             model.tokenizer_for(None).save_pretrained(staging)
         kept, fresh = _existing_card(folder), family_card(config)
         (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
+        old = inner_deltas(folder)
+        (folder / _CONFIG).unlink(missing_ok=True)
+        for path in {*written.values(), *old}:
+            if (folder / path).is_dir():
+                shutil.rmtree(folder / path)
+        for path in written.values():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (staging / path).replace(folder / path)
+        shutil.rmtree(staging / _EXPERTS, ignore_errors=True)
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == _CONFIG):
+            if (folder / file.name).is_dir():  # a tokenizer's folder of chat templates
+                shutil.rmtree(folder / file.name)
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    _read_from(model, folder, written)
+
+
+def _folder_name(expert: str, taken: Collection[str]) -> str:
+    """Folder of an expert inside ``experts/``: readable where that is possible, else told apart by a digest."""
+    name = urllib.parse.quote(expert, safe="-_.")
+    # Windows and macOS do not tell upper from lower case.
+    collides = any(path.rpartition("/")[2].lower() == name.lower() for path in taken)
+    if len(name) <= _FOLDER_LENGTH and not collides:
+        return name
+    digest = hashlib.sha256(expert.encode()).hexdigest()[:16]
+    return f"{name[: _FOLDER_LENGTH - len(digest) - 1]}-{digest}"
+
+
+def _written_by_us(_: str, names: list[str]) -> set[str]:
+    """Of the files of a delta repo, those that saving replaces, so that none of an earlier expert is left over."""
+    ours = {ADAPTER_CONFIG_NAME, *ASSETS}
+    return {n for n in names if n in ours or n.startswith(("adapter_model", ".")) or n.endswith(".index.json")}
+
+
+def _read_from(model: MESwitchMixin, folder: Path, written: Mapping[str, str]) -> None:
+    """Experts that were read from a folder which is now saved over find their tokenizers where they are now."""
+    switch = model._meswitch_switch
+    for name, path in written.items():
+        assets = switch.experts[name].assets
+        if assets is None or not assets.is_local:
+            continue
+        if Path(assets.repo, assets.subfolder or "").resolve().is_relative_to((folder / _EXPERTS).resolve()):
+            files = resolve_delta(folder / path)
+            switch.experts[name] = dataclasses.replace(switch.experts[name], files=files, assets=files.location)
 
 
 def _base_reference(model: MESwitchMixin, family: MESwitchFamilyConfig, folder: Path) -> str | None:

@@ -185,7 +185,7 @@ def test_configuration_and_assets(make_pair, tmp_path, tokenizer, monkeypatch):
     config = MESwitchConfig(bits=3, salient_channels=0, layer_bits={"q_proj": 1})
     delta = run("base", "expert", "delta", config)
     assert delta.config.base_model_name_or_path == str(base)
-    assert delta.config.expert_model_name_or_path == str(expert)
+    assert delta.config.expert_model_name_or_path is None, "a path of this machine would be published"
     assert delta.config.eos_token_id == [2, 5]
     assert delta.config.pad_token_id == 0
     assert (delta.config.task_type, delta.config.inference_mode) == ("CAUSAL_LM", True)

@@ -10,10 +10,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..delta_format.location import RepoLocation
 from ..errors import CheckpointError
 
-__all__ = ["GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of"]
+__all__ = ["ASSETS", "GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of"]
 
 GENERATION_CONFIG = "generation_config.json"
-_ASSETS = (
+ASSETS = (
     GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +38,7 @@ def find_assets(expert: RepoLocation) -> list[Path]:
     Raises:
         MESwitchError: of the location's type: the repo cannot be reached.
     """
-    return [path for path in map(expert.find, _ASSETS) if path is not None]
+    return [path for path in map(expert.find, ASSETS) if path is not None]
 
 
 def generation_config_of(expert: RepoLocation, config: PreTrainedConfig) -> GenerationConfig:

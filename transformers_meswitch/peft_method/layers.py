@@ -39,6 +39,17 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Any] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """What this layer lacks is the base module's, such as a norm's ``variance_epsilon``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # What libraries hang on a module by underscored names (hooks) must not be seen twice.
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
     # -- what an expert stores here ---------------------------------------------------------------------------------
 
     def add_delta(self, expert: str, record: ModuleRecord) -> None:
