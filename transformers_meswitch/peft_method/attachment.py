@@ -58,7 +58,7 @@ def set_vocab_capacity(model: Any) -> None:
 
 
 def set_vocab_size(model: Any, size: int) -> None:
-    """State a model's vocabulary in its config, and where its class keeps a copy of its own (Gemma's loss reads it)."""
+    """State a model's vocabulary in its config, and where its class keeps a copy (Gemma's loss reads its own)."""
     model.config.get_text_config().vocab_size = size
     for owner in {model, model.base_model}:
         if "vocab_size" in owner.__dict__:
