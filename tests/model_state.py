@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 #: Two float32 ways of one sum: (W + Δ)x and Wx + Δx, on logits of the order of 1.
 ATOL = 1e-4
@@ -31,7 +32,9 @@ class ModelState:
         self.config = model.config.to_dict()
         self.generation_config = model.generation_config.to_dict()
         self.adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-        self.active = model.active_adapters() if self.adapters else []
+        # From the layers: transformers 5.24 answers active_adapters() of a LoRA only with a PEFT not released yet.
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.active = [layer.active_adapters for layer in layers]
         self.experts = getattr(model, "experts", [])
         self.modules = [(name, type(module)) for name, module in model.named_modules()]
         self.attributes = set(model.__dict__)

@@ -222,7 +222,7 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
                     model._meswitch_switch.base_download = base_download(model, download)
                 fill_expert(model, name, config, delta.tensors(), delta.files)
                 if whole:
-                    adopt_generation_config(model, delta.asset("generation_config.json"))
+                    adopt_generation_config(model, name, delta.asset("generation_config.json"))
         except Exception:
             remove_expert(model, name, getattr(model, "peft_config", None))
             raise
@@ -291,7 +291,9 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
             ExpertNotFoundError: not loaded, or none is active.
             UnsupportedOperationError: this model lacks modules that the expert changes (``AutoModel`` has no head).
         """
-        name = known_expert(adapter_name if adapter_name is not None else self.active_expert, self.experts)
+        # What is active, not what answers: disabling does not change which adapter is saved.
+        chosen = adapter_name if adapter_name is not None else self._meswitch_switch.chosen_expert
+        name = known_expert(chosen, self.experts)
         if name is None:
             raise ExpertNotFoundError("No expert is active; name one, or call set_expert() first.")
         whole = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]

@@ -69,14 +69,15 @@ class _Family(PreTrainedModel):
                 A relative path is relative to where the program runs. With a family repo, these replace the family's
                 own, and none is active.
             router: reserved; only `None` is accepted.
-            config: the family's config, as the Auto classes pass it.
+            config: the family's config, as the Auto classes pass it, or one to load the base with.
             **kwargs: anything that ``AutoModelForCausalLM.from_pretrained`` takes (``dtype``, ``device_map``,
                 ``quantization_config``, ``revision``, ``subfolder``, ``token``, ...); with a family repo, ``revision``
                 and ``subfolder`` are the family's.
 
         Returns:
             The base's model with experts attached. The family's default expert is active, else none is: the base
-            answers until ``set_expert`` or ``generate(expert=)``.
+            answers until ``set_expert`` or ``generate(expert=)``. With ``output_loading_info=True``, a pair of it and
+            what transformers tells of the base's loading.
 
         Raises:
             MESwitchError: an expert is malformed, of another base, or badly named.
@@ -101,7 +102,11 @@ class _Family(PreTrainedModel):
         for name in references:
             check_expert_name(name, (), ())
         base_arguments |= _pinned(base, {**hub, **where, **base_arguments}, kwargs.get("gguf_file"))
-        model = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
+        if config is not None and not isinstance(config, MESwitchFamilyConfig):
+            kwargs["config"] = config
+        loaded = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
+        # With output_loading_info=True, what was missing or unexpected in the base's checkpoint comes along.
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
         if isinstance(model, MESwitchMixin):
             raise UnsupportedModelError(_IS_DELTA.format(source))
         switch = ensure_switch(model)
@@ -116,7 +121,7 @@ class _Family(PreTrainedModel):
             download = {key: value for key, value in reference.items() if key != "repo" and value is not None}
             model.load_adapter(reference["repo"], adapter_name=name, adapter_kwargs={**hub, **download})
         model.set_expert(default)
-        return model
+        return model if info is None else (model, info)
 
     @classmethod
     def _resolve(
@@ -136,7 +141,7 @@ class _Family(PreTrainedModel):
                     raise
                 raise UnsupportedModelError(_IS_DELTA.format(source)) from error
             if not isinstance(found, MESwitchFamilyConfig):
-                return _family_of(source, kwargs), source, {} if config is None else {"config": config}
+                return _family_of(source, kwargs), source, {}
             config = found
         base = config.base_model_name_or_path
         if not base:

@@ -51,6 +51,12 @@ def module_kinds(model: PreTrainedModel) -> dict[str, str]:
         if not parameters:
             continue
         fused = next((p for p, t in parameters.items() if t.ndim > 2), None)
+        if fused is not None and isinstance(module, nn.modules.conv._ConvNd):
+            raise UnsupportedModelError(
+                f"{name}.{fused} of {type(model).__name__} is a convolution's weight "
+                f"({tuple(parameters[fused].shape)}), as vision and audio towers have. Deltas cover linear layers, "
+                "embeddings and norms of text models; multimodal models are not supported."
+            )
         if fused is not None:
             raise UnsupportedModelError(
                 f"{name}.{fused} of {type(model).__name__} is a fused weight of {parameters[fused].ndim} dimensions "

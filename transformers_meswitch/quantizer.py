@@ -130,6 +130,7 @@ def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: M
     eos = generation_config_of(base.location, base.config).eos_token_id
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
     cast(Any, model).attach_delta("default", delta, tensors, assets=expert)
+    switch.generation_config_of = "default"
     return model
 
 

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig, GenerationMixin
 
 from .cards import family_card, hub_id, merge_card, write_delta_card
-from .compression.assets import ASSETS, find_assets
+from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
 from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
-from .delta_format.reader import resolve_delta
+from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
 from .inspection import dense_bytes
+from .peft_method.naming import known_expert
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
@@ -141,24 +143,47 @@ def save_expert(
     Raises:
         ExpertNotFoundError: not loaded, or none is active.
     """
-    name = expert if expert is not None else model.active_expert
+    name = expert if expert is not None else model._meswitch_switch.chosen_expert
     if name is None:
         raise ExpertNotFoundError("No expert is active, so there is no delta to save; call set_expert() first.")
     config = _published(model, model.peft_config[name])
-    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in model.get_adapter_state_dict(name, state_dict).items()}
     info = model._meswitch_switch.experts[name]
+    tensors = _tensors(model, name, info.files, state_dict)
     assets = [] if info.assets is None else find_assets(info.assets)
     own_card = None if info.files is None else info.files.asset(_CARD)
     kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
-    directory = write_delta(
-        save_directory,
-        config,
-        tensors,
-        assets,
-        texts={} if kept is None else {_CARD: kept},
-        max_shard_size=max_shard_size,
-    )
+    texts = {} if kept is None else {_CARD: kept}
+    generation_config = _edited_generation_config(model, name, assets)
+    if generation_config is not None:
+        assets = [path for path in assets if path.name != GENERATION_CONFIG]
+        texts[GENERATION_CONFIG] = generation_config.to_json_string()
+    directory = write_delta(save_directory, config, tensors, assets, texts=texts, max_shard_size=max_shard_size)
     write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))
+
+
+def _tensors(
+    model: MESwitchMixin, expert: str, files: DeltaFiles | None, state_dict: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """An expert's tensors, keyed as on disk; of a model without an output head, from where the expert was loaded."""
+    try:
+        tensors = model.get_adapter_state_dict(expert, None if state_dict is None else dict(state_dict))
+    except UnsupportedOperationError:
+        if files is None:
+            raise
+        return open_delta(files).tensors()
+    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+
+
+def _edited_generation_config(model: Any, expert: str, assets: Collection[Path]) -> GenerationConfig | None:
+    """The model's generation defaults if they are the expert's and no longer those in its files, else `None`."""
+    if model._meswitch_switch.generation_config_of != expert or not isinstance(model, GenerationMixin):
+        return None
+    current = copy.deepcopy(model.generation_config)
+    current.__dict__.pop("expert", None)  # names an expert of the program, which a delta repo knows nothing of
+    stored = next((path for path in assets if path.name == GENERATION_CONFIG), None)
+    if stored is not None and GenerationConfig.from_pretrained(stored.parent) == current:
+        return None
+    return current
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
@@ -191,6 +216,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     """
     family = model._meswitch_family
     assert family is not None
+    _check_default_expert(model)
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,16 +242,17 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             base,
             _base_commit(model) if hub_id(base) else None,
             experts,
-            default_expert=model.active_expert,
+            default_expert=model._meswitch_switch.chosen_expert,
             router=family.router,
             base_subfolder=family.base_subfolder,
             architectures=["MESwitchModelForCausalLM"],
         )
         config.save_pretrained(staging)
-        generation_config = copy.deepcopy(model.generation_config)  # type: ignore[attr-defined]
-        # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
-        generation_config._from_model_config = False
-        generation_config.save_pretrained(staging)
+        if isinstance(model, GenerationMixin):
+            generation_config = copy.deepcopy(model.generation_config)
+            # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
+            generation_config._from_model_config = False
+            generation_config.save_pretrained(staging)
         with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer gives a family without one
             model.tokenizer_for(None).save_pretrained(staging)
         kept, fresh = _existing_card(folder), family_card(config)
@@ -246,6 +273,19 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _read_from(model, folder, written)
+
+
+def _check_default_expert(model: Any) -> None:
+    """Refuse a family whose generation defaults name an expert it has not: every call would fail once it is loaded."""
+    named = getattr(getattr(model, "generation_config", None), "expert", None)
+    for name in [named] if named is None or isinstance(named, str) else named:
+        try:
+            known_expert(name, model._meswitch_switch.experts)
+        except ExpertNotFoundError as error:
+            raise ExpertNotFoundError(
+                f"model.generation_config.expert names an expert that the family has not; set it anew, or delete the "
+                f"attribute. {error}"
+            ) from error
 
 
 def _folder_name(expert: str, taken: Collection[str]) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "remove_expert",
     "restore_generation_config",
     "set_vocab_capacity",
+    "set_vocab_size",
 ]
 
 
@@ -53,7 +54,15 @@ def set_vocab_capacity(model: Any) -> None:
     """Keep ``config.vocab_size`` equal to the width of the logits, which loss functions and beam search rely on."""
     switch = switch_of(model)
     if switch is not None:
-        model.config.get_text_config().vocab_size = switch.vocab_capacity
+        set_vocab_size(model, switch.vocab_capacity)
+
+
+def set_vocab_size(model: Any, size: int) -> None:
+    """State a model's vocabulary in its config, and where its class keeps a copy (Gemma's loss reads its own)."""
+    model.config.get_text_config().vocab_size = size
+    for owner in {model, model.base_model}:
+        if "vocab_size" in owner.__dict__:
+            owner.vocab_size = size
 
 
 def remove_expert(model: Any, name: str, peft_configs: dict[str, Any] | None) -> None:
@@ -89,16 +98,18 @@ def remove_expert(model: Any, name: str, peft_configs: dict[str, Any] | None) ->
             downgrade(model)
 
 
-def adopt_generation_config(model: Any, path: Path | None) -> None:
+def adopt_generation_config(model: Any, expert: str, path: Path | None) -> None:
     """Take over the generation defaults of the expert that a model was loaded from.
 
     Args:
         model: the transformers model; one that does not generate is left alone.
+        expert: the expert's name.
         path: the expert's ``generation_config.json``, if it has one.
     """
     switch = switch_of(model)
     if switch is not None and path is not None and isinstance(model, GenerationMixin):
         switch.base_generation_config = model.generation_config
+        switch.generation_config_of = expert
         model.generation_config = GenerationConfig.from_pretrained(path.parent)
 
 
@@ -107,7 +118,7 @@ def restore_generation_config(model: Any) -> None:
     switch = switch_of(model)
     if switch is not None and switch.base_generation_config is not None:
         model.generation_config = switch.base_generation_config
-        switch.base_generation_config = None
+        switch.base_generation_config = switch.generation_config_of = None
 
 
 def unwrap_idle_layers(model: Any) -> None:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, GenerationMixin
 
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
-from .attachment import restore_generation_config
+from .attachment import restore_generation_config, set_vocab_size
 from .injection import switch_of, wrapped_layers
 from .naming import known_expert
 from .switch import ExpertSwitch
@@ -78,7 +78,7 @@ def unload(model: Any, merged: bool) -> Any:
     for path, layer in wrapped_layers(model).items():
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
-    model.config.get_text_config().vocab_size = switch.vocab_size(expert)
+    set_vocab_size(model, switch.vocab_size(expert))
     restore_generation_config(model)
     if expert is not None:
         _become(model, switch, expert)

@@ -94,6 +94,7 @@ class ExpertSwitch:
         keep: whether the model keeps its expert-aware calls when the last expert is deleted (a family does).
         pending: an expert that is attached but has no tensors yet.
         base_generation_config: the base's own, while the model has taken over that of the expert it was loaded from.
+        generation_config_of: the expert whose generation defaults the model has taken over, or was compressed from.
         trainable: the base's parameters that required gradients before PEFT froze them.
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
         tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
@@ -108,6 +109,7 @@ class ExpertSwitch:
     keep: bool = False
     pending: str | None = None
     base_generation_config: Any = None
+    generation_config_of: str | None = None
     trainable: list[torch.nn.Parameter] = field(default_factory=list)
     base_download: dict[str, Any] = field(default_factory=dict)
     tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -115,8 +117,11 @@ class ExpertSwitch:
     @property
     def active_expert(self) -> str | None:
         """The expert that answers when a call names none; `None` is the base."""
-        if self.disabled:
-            return None
+        return None if self.disabled else self.chosen_expert
+
+    @property
+    def chosen_expert(self) -> str | None:
+        """The expert that is active, whether or not adapters are disabled."""
         return next((name for name in self.active if name in self.experts), None)
 
     @property
