@@ -18,14 +18,13 @@ import torch
 
 from .cards import family_card, hub_id, merge_card, write_delta_card
 from .compression.assets import ASSETS, find_assets
-from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
-from .inspection import dense_bytes
+from .inspection import full_copy_bytes
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
@@ -158,7 +157,11 @@ def save_expert(
         texts={} if kept is None else {_CARD: kept},
         max_shard_size=max_shard_size,
     )
-    write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))
+    dense = full_copy_bytes(
+        dataclasses.replace(config, vocab_size=info.vocab_size),
+        model.config,  # type: ignore[attr-defined]
+    )
+    write_delta_card(directory, config, dense_bytes=dense)
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
@@ -294,10 +297,3 @@ def _base_reference(model: MESwitchMixin, family: MESwitchFamilyConfig, folder: 
 def _existing_card(folder: Path) -> str | None:
     path = folder / _CARD
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _dense_bytes(model: Any, vocab_size: int) -> int:
-    """Bytes of a full 16-bit copy of an expert."""
-    config = copy.deepcopy(model.config)
-    config.get_text_config().vocab_size = vocab_size
-    return dense_bytes(meta_model(config))

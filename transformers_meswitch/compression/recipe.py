@@ -16,6 +16,7 @@ from ..delta_format.checkpoint import Checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
+from ..inspection import full_copy_bytes
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .calibration import Calibration, collect_second_moments, read_samples
 from .driver import check_model_type, compress_expert
@@ -111,7 +112,7 @@ def compress(
     write_delta_card(
         directory,
         delta_config,
-        dense_bytes=sum(path.stat().st_size for path in expert_source.checkpoint.paths),
+        dense_bytes=full_copy_bytes(delta_config, model_config),
         license=license_of(expert_location, base_source.location),
     )
     return directory
