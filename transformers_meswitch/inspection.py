@@ -152,8 +152,8 @@ def full_copy_bytes(config: MESwitchExpertConfig, base_config: PreTrainedConfig)
     """Bytes of a full copy of an expert in bfloat16, whatever dtype its own checkpoint has; no headers.
 
     Args:
-        config: the delta's ``adapter_config.json``, which says how wide the expert's vocabulary is and whether its head
-            is tied.
+        config: the delta's ``adapter_config.json``, which says how wide the expert's vocabulary is and whether its
+            head is tied.
         base_config: configuration of the base (or of the expert: nothing else of it differs); left as it is.
     """
     from .compression.sources import meta_model

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     inspection = inspect_delta(args.delta, revision=args.revision, base=args.base, expert=args.expert, progress=bar)
     if inspection.dense_bytes is None:
         print(
-            f"The base {inspection.base} cannot be reached, so there is no full copy to compare with; give it as --base.",
+            f"The base {inspection.base} cannot be reached, so there is no full copy to compare with; give --base.",
             file=sys.stderr,
         )
     print(json.dumps(as_json(inspection), indent=2) if args.json else _render(inspection))
