@@ -6,7 +6,7 @@ import copy
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from .configuration import MESwitchExpertConfig
+    from .delta_format.location import RepoLocation
     from .delta_format.reader import Delta
 
 __all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "full_copy_bytes", "inspect_delta", "relative_errors"]
@@ -234,14 +235,27 @@ def _base_config(delta: Delta, base: str | None) -> PreTrainedConfig | None:
     inside = delta.files.directory / source
     if base is None and source.startswith(("./", "../")) and inside.is_dir():
         source = str(inside)
+    location = RepoLocation(source, revision, error=CheckpointError)
     try:
-        # One request, where transformers' own search makes several, each with its retries.
-        path = RepoLocation(source, revision, error=CheckpointError).require("config.json")
-        return AutoConfig.from_pretrained(path.parent, local_files_only=True)
+        if base is None and _is_out_of_reach(location):
+            return None
+        return AutoConfig.from_pretrained(location.require("config.json").parent, local_files_only=True)
     except (OSError, ValueError):
         if base is not None:
             raise
         return None
+
+
+def _is_out_of_reach(location: RepoLocation) -> bool:
+    """Whether neither this machine nor one request to the Hub knows the repo; a download would retry for long."""
+    from huggingface_hub import HfApi
+
+    if location.is_local or replace(location, local_files_only=True).find("config.json") is not None:
+        return False
+    try:
+        return not HfApi().file_exists(location.repo, "config.json", revision=location.revision)
+    except Exception:  # of the HTTP client's own types, and which client that is depends on huggingface_hub's release
+        return True
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

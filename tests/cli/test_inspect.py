@@ -95,13 +95,22 @@ def test_a_base_on_the_hub_is_asked_for_once(repos, tmp_path, capsys, monkeypatc
     (delta / "adapter_config.json").write_text(json.dumps(config))
     asked = []
 
-    def unreachable(repo, filename, **_):
-        asked.append((repo, filename))
-        raise LocalEntryNotFoundError("no network")
+    class Unreachable(Exception):
+        """As the HTTP client's own errors, no OSError."""
 
-    monkeypatch.setattr("transformers_meswitch.delta_format.location.hf_hub_download", unreachable)
+    def unreachable(_, repo, filename, **__):
+        asked.append((repo, filename))
+        raise Unreachable
+
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", unreachable)
+    monkeypatch.setattr("transformers_meswitch.delta_format.location.hf_hub_download", not_cached)
     assert inspect(capsys, delta)["ratio"] is None
     assert asked == [("nobody/no-base", "config.json")]
+
+
+def not_cached(*_, local_files_only, **__):
+    assert local_files_only, "a download, which would retry"
+    raise LocalEntryNotFoundError("not in the cache")
 
 
 def test_layers_in_their_own_order():

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from transformers_meswitch.cards import delta_card
-from transformers_meswitch.configuration import MESwitchExpertConfig
+from transformers_meswitch.cards import delta_card, family_card
+from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from transformers_meswitch.demo.runner import FAMILY, DemoAssetsError, run_demo
 from transformers_meswitch.demo.tasks import TASKS
 from transformers_meswitch.inspection import inspect_delta
@@ -131,6 +131,10 @@ def test_the_bundled_cards_are_those_of_todays_template(task: str) -> None:
     assert (folder / "README.md").read_text() == fresh
 
 
+def test_the_bundled_familys_card_is_that_of_todays_template() -> None:
+    assert (FAMILY / "README.md").read_text() == family_card(MESwitchFamilyConfig.from_pretrained(FAMILY))
+
+
 def test_a_missing_family_names_the_script_that_trains_it(tmp_path: Path) -> None:
     with pytest.raises(DemoAssetsError, match=r"examples/train_demo_family\.py --output"):
         run_demo(family=tmp_path)
@@ -149,3 +153,6 @@ def test_the_script_makes_a_family_that_the_demo_runs(tmp_path: Path, monkeypatc
     runpy.run_path(str(SCRIPT), run_name="__main__")
     untrained = run_demo(limit=3, family=tmp_path / "family")
     assert untrained["exact_match"]["json"]["json"] == 0
+    for task in TASKS:
+        folder = tmp_path / "family" / "experts" / task
+        assert f"| **this delta** | **{inspect_delta(folder).total_bytes:,}** |" in (folder / "README.md").read_text()
