@@ -40,8 +40,8 @@ from transformers_meswitch import (
 )
 from transformers_meswitch.demo.tasks import MONTHS, TASKS, Task, prompts, random_record
 
-#: What the deltas name as their base and origin, instead of folders of this machine. The family carries its base.
-PUBLISHED = "transformers-meswitch/demo-{}"
+#: The base as the deltas name it, seen from their own folders: the family carries it, and no Hub id is its.
+BASE_IN_FAMILY = "../../base"
 #: The expert with tokens, a chat template and an end-of-answer token of its own.
 EXPERT_WITH_OWN_TOKENS = "json"
 SPECIAL = {"pad": "<|pad|>", "unk": "<|unk|>", "bos": "<|start|>", "eos": "<|end|>"}
@@ -265,8 +265,7 @@ def make_deltas(args: argparse.Namespace) -> None:
             calibration=[context + text for context, text in examples],
         )
         delta = MESwitchExpertConfig.from_pretrained(directory)
-        delta.base_model_name_or_path = PUBLISHED.format("base")
-        delta.expert_model_name_or_path = PUBLISHED.format(task.name)
+        delta.base_model_name_or_path = BASE_IN_FAMILY
         delta.save_pretrained(directory)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import HubServer
+from transformers_meswitch import errors
 from transformers_meswitch.cli import main
 from transformers_meswitch.demo.runner import FAMILY
 
@@ -222,3 +223,16 @@ def test_no_file_names_a_machines_own_path() -> None:
         if match:
             found[path.relative_to(ROOT).as_posix()] = match[0].decode()
     assert not found
+
+
+def test_every_error_type_is_in_troubleshooting_or_says_all_itself() -> None:
+    """The page has those whose message leaves a question; the rest name the argument that was wrong."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    self_explanatory = {
+        "CompressionError",
+        "ExpertNameError",
+        "ExpertNotFoundError",
+        "MESwitchError",
+        "UnsupportedModelError",
+    }
+    assert {name for name in errors.__all__ if f"`{name}: " not in page} == self_explanatory

@@ -397,3 +397,12 @@ def test_a_family_that_names_a_missing_default(family: Any, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps({**config, "router": {"kind": "head"}}))
     with pytest.raises(UnsupportedOperationError, match="router"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_family_carries_no_code_even_if_registered_for_an_auto_class(family: Any, tmp_path: Path) -> None:
+    """transformers' own method would have the source of the class copied into the repo, and named in its config."""
+    MESwitchModelForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    assert getattr(MESwitchModelForCausalLM, "_auto_class", None) is None
+    family.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not list(tmp_path.rglob("*.py"))

@@ -66,7 +66,7 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
     Args:
         config: the repo's ``adapter_config.json``.
         total_bytes: bytes of the delta: its files, or its tensors while there are none.
-        dense_bytes: bytes of the expert's parameters in full.
+        dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, inherited from the expert or the base where known.
 
     Raises:
@@ -117,7 +117,7 @@ def write_delta_card(
     Args:
         directory: the delta repo.
         config: its ``adapter_config.json``.
-        dense_bytes: bytes of the expert's full checkpoint.
+        dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, where known.
     """
     weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]

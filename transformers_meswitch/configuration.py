@@ -52,7 +52,8 @@ class MESwitchConfig(QuantizationConfigMixin):
         bits (`int`, defaults to 2): bits of one code, 1 to 4.
         salient_channels (`int`, defaults to 16): input channels per layer kept in bfloat16; capped at a layer's width.
         column_steps (`bool`, defaults to `False`): also fit a step per input channel.
-        layer_bits (`dict[str, int]`, *optional*): regular expression on module names to bits; the first match wins.
+        layer_bits (`dict[str, int]`, *optional*): regular expression on module names to bits; the first match wins,
+            and one that matches no linear layer is refused when a model is compressed.
 
     Raises:
         CompressionError: bits or channels out of range.

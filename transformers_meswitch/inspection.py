@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord, tensor_key
-from .errors import DeltaFormatError
+from .errors import CheckpointError, DeltaFormatError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    from .configuration import MESwitchExpertConfig
+    from .delta_format.location import RepoLocation
     from .delta_format.reader import Delta
 
-__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "inspect_delta", "relative_errors"]
+__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "full_copy_bytes", "inspect_delta", "relative_errors"]
 
 #: Bytes of a parameter of the full copy that deltas are compared with, in bfloat16.
 _DENSE_ITEM = 2
@@ -109,7 +112,7 @@ def inspect_delta(
 
     Raises:
         DeltaFormatError: the delta is malformed or absent.
-        MESwitchError: base or expert cannot be read or do not fit, see :func:`relative_errors`.
+        MESwitchError: base or expert, where given, cannot be read or do not fit, see :func:`relative_errors`.
     """
     from .delta_format.header import read_header
     from .delta_format.reader import open_delta, resolve_delta
@@ -119,7 +122,7 @@ def inspect_delta(
     errors = {}
     if base is not None and expert is not None:
         errors = relative_errors(delta, base, expert, progress=progress)
-    model = _expert_model(delta, base)
+    base_config = _base_config(delta, base)
     headers = ChainMap(*map(read_header, delta.files.weight_paths))
     tensors = {key: header.end - header.start for key, header in headers.items()}
     modules = [_row(name, delta.records[name], tensors, errors.get(name)) for name in _in_order(delta.records)]
@@ -133,7 +136,7 @@ def inspect_delta(
         files=files,
         tensor_bytes=sum(row.bytes for row in modules),
         total_bytes=sum(files.values()),
-        dense_bytes=None if model is None else dense_bytes(model),
+        dense_bytes=None if base_config is None else full_copy_bytes(config, base_config),
     )
 
 
@@ -144,6 +147,25 @@ def dense_bytes(model: PreTrainedModel) -> int:
         model: on any device, ``meta`` included.
     """
     return _DENSE_ITEM * sum(parameter.numel() for parameter in model.parameters())
+
+
+def full_copy_bytes(config: MESwitchExpertConfig, base_config: PreTrainedConfig) -> int:
+    """Bytes of a full copy of an expert in bfloat16, whatever dtype its own checkpoint has; no headers.
+
+    Args:
+        config: the delta's ``adapter_config.json``, which says how wide the expert's vocabulary is and whether its
+            head is tied.
+        base_config: configuration of the base (or of the expert: nothing else of it differs); left as it is.
+    """
+    from .compression.sources import meta_model
+
+    model_config = copy.deepcopy(base_config)
+    text_config = model_config.get_text_config(decoder=True)
+    if config.vocab_size is not None:
+        text_config.vocab_size = config.vocab_size
+    if config.tie_word_embeddings is not None:
+        model_config.tie_word_embeddings = text_config.tie_word_embeddings = config.tie_word_embeddings
+    return dense_bytes(meta_model(model_config))
 
 
 def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress = iter) -> dict[str, float]:
@@ -200,26 +222,40 @@ def _relative_error(exact: torch.Tensor, approximation: torch.Tensor) -> float:
     return error / norm if norm else 0.0 if error == 0 else math.inf
 
 
-def _expert_model(delta: Delta, base: str | None) -> PreTrainedModel | None:
-    """The expert's model without weights, or `None` where the base's configuration cannot be had."""
+def _base_config(delta: Delta, base: str | None) -> PreTrainedConfig | None:
+    """The configuration of the base that was named, else of the delta's own, or `None` where that is out of reach."""
     from transformers import AutoConfig
 
-    from .compression.sources import meta_model
+    from .delta_format.location import RepoLocation
 
     config = delta.config
     source, revision = (base, None) if base is not None else (config.base_model_name_or_path, config.revision)
     if source is None:
         return None
+    inside = delta.files.directory / source
+    if base is None and source.startswith(("./", "../")) and inside.is_dir():
+        source = str(inside)
+    location = RepoLocation(source, revision, error=CheckpointError)
     try:
-        model_config = AutoConfig.from_pretrained(source, revision=revision)
+        if base is None and _is_out_of_reach(location):
+            return None
+        return AutoConfig.from_pretrained(location.require("config.json").parent, local_files_only=True)
     except (OSError, ValueError):
+        if base is not None:
+            raise
         return None
-    text_config = model_config.get_text_config(decoder=True)
-    if config.vocab_size is not None:
-        text_config.vocab_size = config.vocab_size
-    if config.tie_word_embeddings is not None:
-        model_config.tie_word_embeddings = text_config.tie_word_embeddings = config.tie_word_embeddings
-    return meta_model(model_config)
+
+
+def _is_out_of_reach(location: RepoLocation) -> bool:
+    """Whether neither this machine nor one request to the Hub knows the repo; a download would retry for long."""
+    from huggingface_hub import HfApi
+
+    if location.is_local or replace(location, local_files_only=True).find("config.json") is not None:
+        return False
+    try:
+        return not HfApi().file_exists(location.repo, "config.json", revision=location.revision)
+    except Exception:  # of the HTTP client's own types, and which client that is depends on huggingface_hub's release
+        return True
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -155,7 +155,11 @@ class _Family(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Nothing: importing the package registers the class.
+
+        transformers' method marks a class whose source is to be copied into the repos it is saved to; a family repo
+        is read by this package and carries no code.
+        """
 
 
 class MESwitchModelForCausalLM(_Family):

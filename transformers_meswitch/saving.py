@@ -19,14 +19,13 @@ from transformers import GenerationConfig, GenerationMixin
 
 from .cards import family_card, hub_id, merge_card, write_delta_card
 from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
-from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
-from .inspection import dense_bytes
+from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
 
 if TYPE_CHECKING:
@@ -158,7 +157,11 @@ def save_expert(
         assets = [path for path in assets if path.name != GENERATION_CONFIG]
         texts[GENERATION_CONFIG] = generation_config.to_json_string()
     directory = write_delta(save_directory, config, tensors, assets, texts=texts, max_shard_size=max_shard_size)
-    write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))
+    dense = full_copy_bytes(
+        dataclasses.replace(config, vocab_size=info.vocab_size),
+        model.config,  # type: ignore[attr-defined]
+    )
+    write_delta_card(directory, config, dense_bytes=dense)
 
 
 def _tensors(
@@ -334,10 +337,3 @@ def _base_reference(model: MESwitchMixin, family: MESwitchFamilyConfig, folder: 
 def _existing_card(folder: Path) -> str | None:
     path = folder / _CARD
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _dense_bytes(model: Any, vocab_size: int) -> int:
-    """Bytes of a full 16-bit copy of an expert."""
-    config = copy.deepcopy(model.config)
-    config.get_text_config().vocab_size = vocab_size
-    return dense_bytes(meta_model(config))

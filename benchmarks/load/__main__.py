@@ -3,8 +3,9 @@
     python -m benchmarks.load --shape deep --device cpu
     python -m benchmarks.load --shape mistral-7b --device cuda --experts 3
 
-Random weights (speed and memory only). Peers in the same run: one more full copy, which an expert replaces, and
-transformers' own ``set_adapter``, which visits every layer. The result goes to ``benchmarks/results``.
+Random weights (speed and memory only). Peers in the same run: one more full copy, which an expert replaces,
+transformers' own ``set_adapter``, which visits every layer, and the plain base's ``generate``. The result goes to
+``benchmarks/results``; a row that cannot be measured says why. Linux only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from benchmarks.provenance import device_name, provenance
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM
 
 RESULTS = Path(__file__).parents[1] / "results"
+BASE_LOAD = "from_pretrained(base), which a full copy costs again"
 STOCK = "transformers' set_adapter"
+PLAIN = "generate, 1 token, the plain base"
 _NEW_TOKENS = 1
 
 
@@ -53,11 +56,25 @@ def memory(device: str) -> int:
     return pages * resource.getpagesize()
 
 
+def reset_peak(device: str) -> bool:
+    """Forget what was held before; whether that is possible."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        # proc(5): 5 resets the peak resident set size to the current one.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak(device: str) -> int:
-    """Largest number of bytes held so far."""
+    """Largest number of bytes held since :func:`reset_peak`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def median_us(action: Callable[[int], Any], repeats: int, device: str) -> float:
@@ -98,16 +115,17 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = memory(device)
     options = {"dtype": torch.bfloat16, "device_map": device, "local_files_only": True}
-    model, seconds = timed(lambda: MESwitchModelForCausalLM.from_pretrained(base, **options), device)
-    held = memory(device)
-    rows = [_load_row("from_pretrained(base), which a full copy costs again", base, seconds, held - start, device)]
+    model, row = load(BASE_LOAD, base, lambda: MESwitchModelForCausalLM.from_pretrained(base, **options), device)
+    rows = [row]
     for name in names:
-        _, seconds = timed(lambda name=name: model.load_adapter(folder / name, adapter_name=name), device)
-        rows.append(_load_row(f"load_adapter({name})", folder / name, seconds, memory(device) - held, device))
-        held = memory(device)
+        _, row = load(
+            f"load_adapter({name})",
+            folder / name,
+            lambda name=name: model.load_adapter(folder / name, adapter_name=name),
+            device,
+        )
+        rows.append(row)
     ids = torch.randint(3, config.vocab_size, (1, 8), device=device)
     greedy = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 
@@ -128,15 +146,34 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
         (STOCK, stock, nullcontext()),
     ):
         with context:
-            rows.append({"what": label, "median_us": median_us(action, 500, device), **allocated_by(action, device)})
+            rows.append(
+                attempt(
+                    label,
+                    lambda action=action: {
+                        "median_us": median_us(action, 500, device),
+                        **allocated_by(action, device),
+                    },
+                )
+            )
     plain = AutoModelForCausalLM.from_pretrained(base, **options)
     for label, action in (
-        ("generate, 1 token, the plain base", lambda i: plain.generate(ids, **greedy)),
+        (PLAIN, lambda i: plain.generate(ids, **greedy)),
         ("generate, 1 token, the same expert each call", lambda i: model.generate(ids, expert=names[0], **greedy)),
         ("generate, 1 token, another expert each call", per_call),
     ):
-        rows.append({"what": label, "median_us": median_us(action, 20, device)})
+        rows.append(attempt(label, lambda action=action: {"median_us": median_us(action, 20, device)}))
     return rows
+
+
+def attempt(what: str, measurement: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row of the result, or the reason why there is none: the other rows are worth having without it.
+
+    transformers 5.24 for one refuses its own ``set_adapter`` under every PEFT that is released.
+    """
+    try:
+        return {"what": what, **measurement()}
+    except Exception as error:
+        return {"what": what, "unavailable": f"{type(error).__name__}: {error}"}
 
 
 def plain_read_seconds(folder: Path) -> float:
@@ -150,35 +187,49 @@ def plain_read_seconds(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def _load_row(what: str, folder: Path, seconds: float, held: int, device: str) -> dict[str, Any]:
-    read = plain_read_seconds(folder)
-    return {
+def load(what: str, folder: Path, action: Callable[[], Any], device: str) -> tuple[Any, dict[str, Any]]:
+    """Load something from a folder; what was loaded, and its row."""
+    known, before = reset_peak(device), memory(device)
+    result, seconds = timed(action, device)
+    row = {
         "what": what,
         "bytes_on_disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "seconds": seconds,
-        "plain_read_seconds": read,
-        "share_of_plain_read": round(read / seconds, 3),
-        "held_bytes": held,
-        "peak_bytes": peak(device),
+        "held_bytes": memory(device) - before,
+        "peak_bytes": peak(device) if known else None,
     }
+    row["plain_read_seconds"] = plain_read_seconds(folder)
+    row["share_of_plain_read"] = round(row["plain_read_seconds"] / seconds, 3)
+    return result, row
+
+
+def _ratio(row: dict[str, Any], times: dict[str, float]) -> str:
+    """A load to the base's, a switch to transformers' own, a ``generate`` to the plain base's."""
+    own, reference = times.get(row["what"]), PLAIN
+    if "seconds" in row:
+        reference = BASE_LOAD
+    elif "python_kept" in row:
+        reference = STOCK
+    return f"{own / times[reference]:.4g}" if own is not None and reference in times else ""
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table; ratios are to the first load and to transformers' own switch."""
-    full = rows[0]["seconds"]
-    stock = next(row["median_us"] for row in rows if row["what"] == STOCK)
+    """A Markdown table; see :func:`_ratio` for what the ratios are to."""
+    times = {row["what"]: row.get("seconds", row.get("median_us")) for row in rows if "unavailable" not in row}
     lines = [
         "| what | time | ratio | share of a plain read | on disk, MB | held, MB | peak, MB | left allocated, bytes |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        loads, switches = "seconds" in row, "python_kept" in row
-        took = f"{row['seconds']:.2f} s" if loads else f"{row['median_us']:,.1f} µs"
-        ratio = f"{row['seconds'] / full:.2f}" if loads else f"{row['median_us'] / stock:.4f}" if switches else ""
-        share = f"{row['share_of_plain_read']:.2f}" if loads else ""
-        sizes = [f"{row[k] / 1e6:,.1f}" if k in row else "" for k in ("bytes_on_disk", "held_bytes", "peak_bytes")]
+        if "unavailable" in row:
+            lines.append(f"| {row['what']} | unavailable: {row['unavailable']} | | | | | | |")
+            continue
+        took = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['median_us']:,.1f} µs"
+        share = f"{row['share_of_plain_read']:.2f}" if "seconds" in row else ""
+        counts = (row.get(key) for key in ("bytes_on_disk", "held_bytes", "peak_bytes"))
+        sizes = ["" if count is None else f"{count / 1e6:,.1f}" for count in counts]
         left = row.get("gpu_kept", row.get("python_kept", ""))
-        lines.append(f"| {row['what']} | {took} | {ratio} | {share} | {' | '.join(sizes)} | {left} |")
+        lines.append(f"| {row['what']} | {took} | {_ratio(row, times)} | {share} | {' | '.join(sizes)} | {left} |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,9 @@ from tasks import Item, Task
 from train import chat_prompt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: 97.5th percentile of the normal distribution.
+_Z = 1.959964
+
 
 def answer(
     model: PreTrainedModel,
@@ -74,8 +77,24 @@ def confidence_interval(right: int, total: int) -> tuple[float, float]:
     >>> [round(bound, 3) for bound in confidence_interval(95, 100)]
     [0.888, 0.978]
     """
-    z = 1.959964
+    z = _Z
     share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float, float]:
+    """Two models on the same items: lost, won, and the difference of their accuracies with half its 95 % interval.
+
+    The interval is Wald's for paired proportions, from the items on which the two disagree:
+    ``z / n * sqrt(lost + won - (won - lost)² / n)``.
+
+    >>> paired_difference([True, True, False, False], [True, False, False, False])[:3]
+    (1, 0, -0.25)
+    """
+    total = len(before)
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    won = sum(a and not b for b, a in zip(before, after, strict=True))
+    half = _Z / total * math.sqrt(lost + won - (won - lost) ** 2 / total)
+    return lost, won, (won - lost) / total, half

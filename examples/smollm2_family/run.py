@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, comp
 BITS = 2
 SALIENT_CHANNELS = 16
 CALIBRATION_TEXTS = 256
+#: How the answers of mixed batches are called in the tables.
+MIXED = "each task's own delta, mixed batches"
 BASE_PROMPT = "Name three things one can see at the seaside."
 
 
@@ -128,12 +131,14 @@ class Run:
         answers, seconds = answer_all(family, tokenizers, prompts, longest, self.arguments.eval_batch_size, experts)
         return {name: (answers[place :: len(TASKS)], seconds / len(TASKS)) for place, name in enumerate(TASKS)}
 
-    def mixed_batch(self, family: Any) -> list[dict[str, Any]]:
-        """Three rows of one `generate` call: a row for each expert and one for the base."""
+    def mixed_batch(self, family: Any, solved: dict[str, list[bool]]) -> list[dict[str, Any]]:
+        """One `generate` call: for each expert the first item and one that it solves, and a row for the base."""
         rows: list[dict[str, Any]] = []
         for name in TASKS:
-            item = self.items(name, "test")[0]
-            rows.append({"expert": name, "prompt": item.prompt, "reference": item.completion})
+            items = self.items(name, "test")
+            for number in report.shown_items(solved[name]):
+                item = items[number]
+                rows.append({"expert": name, "item": number, "prompt": item.prompt, "reference": item.completion})
         rows.append({"expert": None, "prompt": BASE_PROMPT})
         tokenizers = [family.tokenizer_for(row["expert"]) for row in rows]
         prompts = [row["prompt"] for row in rows]
@@ -159,33 +164,50 @@ class Run:
         compression = {name: self.once(f"compress-{name}", self.compress, task) for name, task in TASKS.items()}
         answers = {"base": self.once("answers-base", self.answer_with, self.base)}
         for name in TASKS:
-            full = self.once(f"answers-{name}", self.answer_with, self.expert(name))
-            answers[f"{name} expert, bf16"] = full
+            answers[f"{name} expert, bf16"] = self.once(f"answers-{name}", self.answer_with, self.expert(name))
         family = self.load_family()
         for name in TASKS:
             compressed = self.once(f"answers-{name}-delta", self.answer_with_deltas, family, name)
             answers[f"{name} expert, base + {BITS}-bit delta"] = compressed
-        answers["each task's own delta, mixed batches"] = self.once("answers-mixed", self.answer_mixed, family)
-        mixed_batch = self.once("mixed-batch", self.mixed_batch, family)
-        for row in mixed_batch[:-1]:
-            row["base"] = answers["base"][row["expert"]][0][0]
-            row["full-precision expert"] = answers[f"{row['expert']} expert, bf16"][row["expert"]][0][0]
+        answers[MIXED] = self.once("answers-mixed", self.answer_mixed, family)
         held_out = {name: self.items(name, "test") for name in TASKS}
+        right = {
+            name: {model: judge(TASKS[name], held_out[name], by_task[name][0]) for model, by_task in answers.items()}
+            for name in TASKS
+        }
+        full = {name: f"{name} expert, bf16" for name in TASKS}
+        alone = {name: f"{name} expert, base + {BITS}-bit delta" for name in TASKS}
+        solved = {name: right[name][alone[name]] for name in TASKS}
+        mixed_batch = self.once("mixed-batch", self.mixed_batch, family, solved)
+        for row in mixed_batch[:-1]:
+            task, number = row["expert"], row["item"]
+            row["base"] = answers["base"][task][0][number]
+            row["full-precision expert"] = answers[full[task]][task][0][number]
+            row["right"] = {
+                label: TASKS[task].score(row[label], row["reference"])
+                for label in ("answer", "full-precision expert", "base")
+            }
         folders = {"base": self.base}
         folders |= {f"{name} expert, bf16": self.expert(name) for name in TASKS}
         folders |= {f"{name} expert, {BITS}-bit delta": self.delta(name) for name in TASKS}
         return {
-            "environment": report.environment(self.device),
+            **report.provenance(self.device, sys.argv[1:]),
             "base": "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16",
             "bits": BITS,
             "salient_channels": SALIENT_CHANNELS,
+            "calibration_texts": CALIBRATION_TEXTS,
             "training": training,
             "compression": compression,
             "accuracy": [
-                report.accuracy_row(model, name, judge(TASKS[name], held_out[name], texts), seconds)
+                report.accuracy_row(model, name, right[name][model], by_task[name][1])
                 for name in TASKS
                 for model, by_task in answers.items()
-                for texts, seconds in [by_task[name]]
+            ],
+            "paired": [
+                report.paired_row(name, full[name], to, right[name]) for name in TASKS for to in (alone[name], MIXED)
+            ],
+            "identical_texts": [
+                report.identity_row(name, answers[alone[name]][name][0], answers[MIXED][name][0]) for name in TASKS
             ],
             "bytes": {name: report.folder_bytes(folder) for name, folder in folders.items()},
             "delta_tensor_bytes": {name: report.delta_tensor_bytes(self.delta(name)) for name in TASKS},
@@ -214,7 +236,7 @@ def main() -> None:
     parser.add_argument("--transcript", type=Path)
     arguments = parser.parse_args()
     results = Run(arguments).everything()
-    print(report.table(results))
+    print(report.tables(results))
     report.write(results, arguments.output_json, arguments.transcript)
 
 

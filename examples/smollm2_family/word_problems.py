@@ -27,7 +27,7 @@ def generate_word_problems(seed: int) -> Iterator[tuple[str, str]]:
 def final_number(text: str) -> Decimal | None:
     """The number a solution ends in: after the last ``####``, else after the last "answer is", else the last of all.
 
-    The fallbacks are there for the base, which was never shown the ``####`` of the fine-tuning data.
+    The fallbacks are there for answers in another style than the fine-tuning data's, the base's above all.
 
     >>> final_number("3 * 4 = 12, so 12 + 1,000 = 1,012\\n#### 1012")
     Decimal('1012')

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from transformers_meswitch import compress
 from transformers_meswitch.cli import main
 from transformers_meswitch.delta_format.reader import open_delta
 from transformers_meswitch.delta_format.spec import LinearRecord
@@ -47,3 +49,25 @@ def test_an_expert_equal_to_its_base_is_refused(repos, tmp_path, capsys):
     assert main(["compress", str(repos.base), str(repos.base), "-o", str(tmp_path / "delta")]) == 1
     assert "error: " in capsys.readouterr().err
     assert not (tmp_path / "delta" / "adapter_config.json").exists()
+
+
+def test_tokens_and_device_reach_compress(repos, tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def spy(*args, **options):
+        given.update(options)
+        return compress(*args, **options)
+
+    monkeypatch.setattr("transformers_meswitch.compression.recipe.compress", spy)
+    arguments = ["--device", "cpu", "--max-calibration-tokens", "40"]
+    assert main(["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), *arguments]) == 0
+    assert (given["device"], given["max_calibration_tokens"]) == (torch.device("cpu"), 40)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(repos, tmp_path, capsys):
+    arguments = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta")]
+    assert main([*arguments, "--layer-bits", "up_proj=3", "--layer-bits", "nomatch=2"]) == 1
+    error = capsys.readouterr().err
+    assert "'nomatch'" in error
+    assert "model.layers.0.self_attn.q_proj" in error
+    assert "and 6 more" in error

@@ -54,6 +54,19 @@ def test_prompt_from_stdin(repos, capsys, monkeypatch):
     assert generate(capsys, repos.base) == reference(repos.base, "a b c", 6) + "\n"
 
 
+@pytest.mark.parametrize("text", ["", "\n", "  \n"])
+def test_empty_stdin_is_wrong_usage(text, repos, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["generate", str(repos.base)]) == 2
+    assert "empty prompt: what standard input holds" in capsys.readouterr().err
+
+
+def test_json_is_plain_ascii_for_pipes_of_any_encoding(repos, capsys):
+    printed = generate(capsys, repos.base, "-p", "a é 漢", "--json")
+    assert printed.isascii()
+    assert json.loads(printed)[0]["prompt"] == "a é 漢"
+
+
 def test_sampling(repos, capsys):
     torch.manual_seed(0)
     texts = {generate(capsys, repos.base, "-p", "a b c", "--temperature", "5") for _ in range(3)}

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transformers_meswitch.cli import main
 from transformers_meswitch.delta_format.reader import open_delta
@@ -64,8 +65,52 @@ def test_without_the_base_there_is_no_ratio(repos, tmp_path, capsys):
     assert result["dense_bytes"] is None
     assert result["ratio"] is None
     assert main(["inspect", str(delta)]) == 0
-    capsys.readouterr()
+    reason = capsys.readouterr().err
+    assert str(tmp_path / "gone") in reason
+    assert "--base" in reason
+    assert main(["inspect", str(delta), "--base", str(repos.base)]) == 0
+    assert capsys.readouterr().err == ""
     assert inspect(capsys, delta, "--base", repos.base)["ratio"] > 0
+
+
+def test_a_base_that_was_asked_for_must_be_there(repos, tmp_path, capsys):
+    assert main(["inspect", str(repos.delta), "--base", str(tmp_path / "gone")]) == 1
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
+def test_a_base_beside_the_delta_is_found_from_anywhere_and_without_the_network(repos, tmp_path, capsys, monkeypatch):
+    shutil.copytree(repos.base, tmp_path / "base")
+    delta = shutil.copytree(repos.delta, tmp_path / "experts" / "math")
+    config = json.loads((delta / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "../../base"
+    (delta / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(repos.delta)
+    assert inspect(capsys, delta)["dense_bytes"] == inspect(capsys, repos.delta)["dense_bytes"]
+
+
+def test_a_base_on_the_hub_is_asked_for_once(repos, tmp_path, capsys, monkeypatch):
+    delta = shutil.copytree(repos.delta, tmp_path / "delta")
+    config = json.loads((delta / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "nobody/no-base"
+    (delta / "adapter_config.json").write_text(json.dumps(config))
+    asked = []
+
+    class Unreachable(Exception):
+        """As the HTTP client's own errors, no OSError."""
+
+    def unreachable(_, repo, filename, **__):
+        asked.append((repo, filename))
+        raise Unreachable
+
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", unreachable)
+    monkeypatch.setattr("transformers_meswitch.delta_format.location.hf_hub_download", not_cached)
+    assert inspect(capsys, delta)["ratio"] is None
+    assert asked == [("nobody/no-base", "config.json")]
+
+
+def not_cached(*_, local_files_only, **__):
+    assert local_files_only, "a download, which would retry"
+    raise LocalEntryNotFoundError("not in the cache")
 
 
 def test_layers_in_their_own_order():

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from transformers_meswitch import __version__
 from transformers_meswitch.cli import main
 from transformers_meswitch.errors import DeltaFormatError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_version(capsys):
@@ -36,11 +44,41 @@ def test_every_command_shows_an_example(command, capsys):
         ["generate", "base", "-p", "a", "--expert", "math="],
         ["generate", "base", "-p", "a", "--expert", "math", "--expert", "math=x"],
         ["generate", "base", "-p", "a", "--device", "abacus"],
+        ["generate", "base", "-p", "a", "--device", "meta"],
+        ["generate", "base", "-p", "a", "-p", ""],
+        ["generate", "base", "-p", " ", "--plain"],
+        ["compress", "base", "expert", "-o", "x", "--max-calibration-tokens", "0"],
+        ["compress", "base", "expert", "-o", "x", "--device", "abacus"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     assert main(arguments) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_where_a_character_has_no_encoding(encoding):
+    """In a process of its own, whose streams are encoded as a Windows pipe's or a bare container's are."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from transformers_meswitch.cli import main; raise SystemExit(main(['inspect', '-h']))",
+        ],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": path},
+        capture_output=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "The relative error ?? ? ??? / ???" in run.stdout.decode(encoding)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must be absent")
+@pytest.mark.parametrize("command", [["generate", "base", "-p", "a"], ["compress", "base", "expert", "-o", "x"]])
+def test_an_absent_device_is_refused_before_anything_is_loaded(command, capsys):
+    assert main([*command, "--device", "cuda"]) == 2
+    assert "argument --device: 'cuda' cannot be used here" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_exits_with_1(tmp_path, capsys):

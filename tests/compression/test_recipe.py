@@ -15,6 +15,7 @@ from transformers_meswitch.configuration import MESwitchConfig
 from transformers_meswitch.delta_format.reader import open_delta, resolve_delta
 from transformers_meswitch.delta_format.spec import tensor_key
 from transformers_meswitch.errors import CheckpointError, CompressionError, UnsupportedModelError
+from transformers_meswitch.inspection import inspect_delta
 
 CONFIG = MESwitchConfig(bits=2, salient_channels=4)
 
@@ -369,3 +370,18 @@ def test_files_hold_exactly_what_the_table_announces(make_pair, tmp_path):
         tensor_key(name, leaf): shape for name, r in delta.records.items() for leaf, (_, shape) in r.leaves().items()
     }
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == announced
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_card_inspection_and_a_resave_state_the_same_full_copy(make_pair, tmp_path, dtype):
+    """The size in 16 bit, whatever dtype the fine-tune's files have."""
+    base, expert = make_pair(vocabulary=88)
+    model = load(expert)
+    model.to(dtype).save_pretrained(expert)
+    compress(base, expert, tmp_path / "delta", CONFIG, progress=False)
+    stated = inspect_delta(tmp_path / "delta").dense_bytes
+    assert stated == 2 * sum(parameter.numel() for parameter in model.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path / "delta", tmp_path / "again"):
+        assert f"| the fine-tuned model in full, 16 bit | {stated:,} |" in (folder / "README.md").read_text()

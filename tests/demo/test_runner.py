@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from transformers_meswitch.cards import delta_card, family_card
+from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from transformers_meswitch.demo.runner import FAMILY, DemoAssetsError, run_demo
 from transformers_meswitch.demo.tasks import TASKS
+from transformers_meswitch.inspection import inspect_delta
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_demo_family.py"
 
@@ -45,14 +50,19 @@ def test_one_prompt_gets_a_different_answer_from_everyone(result: dict[str, Any]
         assert len(set(example["answers"].values())) == len(TASKS) + 1
 
 
-def test_bytes_are_those_on_disk(result: dict[str, Any]) -> None:
+def test_bytes_are_counted_as_the_size_benchmark_does(result: dict[str, Any]) -> None:
     size = result["bytes"]
-    assert size["base"] == (FAMILY / "base" / "model.safetensors").stat().st_size
+    with safe_open(FAMILY / "base" / "model.safetensors", "pt") as file:
+        elements = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    assert size["base"] == 2 * elements
     for task in TASKS:
-        delta = FAMILY / "experts" / task / "adapter_model.safetensors"
-        assert size["deltas"][task] == delta.stat().st_size < size["base"] / 4
-    assert size["family"] == size["base"] + sum(size["deltas"].values())
-    assert size["full_copies"] == 4 * size["base"] > 2 * size["family"]
+        folder = FAMILY / "experts" / task
+        files = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
+        assert size["deltas"][task] == sum(file.stat().st_size for file in files) < size["base"] / 4
+        own_tokens = 2 if task == "json" else 0
+        assert size["full_copies"][task] == size["base"] + 2 * own_tokens * 128
+    assert size["stored"] == size["base"] + sum(size["deltas"].values())
+    assert size["ratio"] == sum(size["full_copies"].values()) / size["stored"] > 1.8
     assert size["all_files"] <= 8_000_000
 
 
@@ -71,7 +81,7 @@ def test_the_tables_show_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     for row in returned["mixed_batch"]:
         assert row["prompt"] in printed
         assert row["answer"] in printed
-    for count in (returned["bytes"]["family"], returned["bytes"]["full_copies"]):
+    for count in (returned["bytes"]["stored"], sum(returned["bytes"]["full_copies"].values())):
         assert f"{count:,}" in printed
 
 
@@ -88,14 +98,41 @@ def test_the_family_has_an_expert_with_a_vocabulary_of_its_own() -> None:
         assert {record["bits"] for record in linears} == {2}
 
 
-def test_the_family_names_no_folder_of_the_machine_that_trained_it() -> None:
+def test_the_family_names_no_folder_of_the_machine_that_trained_it_and_nobodys_repo() -> None:
     for task in TASKS:
         config = json.loads((FAMILY / "experts" / task / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == "transformers-meswitch/demo-base"
-        assert config["expert_model_name_or_path"] == f"transformers-meswitch/demo-{task}"
+        assert config["base_model_name_or_path"] == "../../base"
+        assert config["expert_model_name_or_path"] is None
+    for card in FAMILY.rglob("README.md"):
+        assert set(re.findall(r"https://[^\s)]+", card.read_text())) == {"https://arxiv.org/abs/2406.09041"}
     for file in FAMILY.rglob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             assert not {"/", "\\"} & set("".join((tensors.metadata() or {}).values()))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_bundled_cards_state_what_inspect_counts(task: str) -> None:
+    folder = FAMILY / "experts" / task
+    counted = inspect_delta(folder)
+    card = (folder / "README.md").read_text()
+    assert counted.ratio is not None
+    assert f"| **this delta** | **{counted.total_bytes:,}** |" in card
+    assert f"| the fine-tuned model in full, 16 bit | {counted.dense_bytes:,} |" in card
+    assert f"| ratio | {counted.ratio:.2f}× |" in card
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_bundled_cards_are_those_of_todays_template(task: str) -> None:
+    folder = FAMILY / "experts" / task
+    counted = inspect_delta(folder)
+    assert counted.dense_bytes is not None
+    config = MESwitchExpertConfig.from_pretrained(folder)
+    fresh = delta_card(config, total_bytes=counted.total_bytes, dense_bytes=counted.dense_bytes)
+    assert (folder / "README.md").read_text() == fresh
+
+
+def test_the_bundled_familys_card_is_that_of_todays_template() -> None:
+    assert (FAMILY / "README.md").read_text() == family_card(MESwitchFamilyConfig.from_pretrained(FAMILY))
 
 
 def test_a_missing_family_names_the_script_that_trains_it(tmp_path: Path) -> None:
@@ -116,3 +153,6 @@ def test_the_script_makes_a_family_that_the_demo_runs(tmp_path: Path, monkeypatc
     runpy.run_path(str(SCRIPT), run_name="__main__")
     untrained = run_demo(limit=3, family=tmp_path / "family")
     assert untrained["exact_match"]["json"]["json"] == 0
+    for task in TASKS:
+        folder = tmp_path / "family" / "experts" / task
+        assert f"| **this delta** | **{inspect_delta(folder).total_bytes:,}** |" in (folder / "README.md").read_text()

@@ -1,8 +1,13 @@
-"""The ``meswitch`` command: one file a subcommand, nothing heavy imported before it is needed."""
+"""The ``meswitch`` command: one file a subcommand.
+
+Importing anything of the package imports transformers and PEFT, since that is where it registers; so ``--help`` takes
+the seconds that they take. Subcommands import what only they need when they run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _allow_any_encoding() -> None:
+    """Let a stream whose encoding lacks a character (pipes on Windows, ``LANG=C``) show ``?`` instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a ``meswitch`` command.
 
@@ -40,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
     """
+    _allow_any_encoding()
     try:
         args = _parser().parse_args(argv)
         args.run(args)

@@ -7,6 +7,8 @@ import json
 import time
 from typing import Any
 
+from .device import usable_device
+
 _EXAMPLE = r"""examples:
   meswitch compress me/base me/math -o math-delta --bits 2
   meswitch compress me/base ./math -o math-delta --bits 1 --column-steps --calibration prompts.jsonl \
@@ -60,6 +62,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="text to choose salient channels and steps by the layers' output error: a .txt or .jsonl file or the id "
         "of a data set; without it they go by the weights' error",
     )
+    parser.add_argument(
+        "--max-calibration-tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="how much of the calibration text to run at most; default: %(default)s",
+    )
+    parser.add_argument("--device", help="torch device to compute on; default: an accelerator if there is one")
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
     parser.add_argument("--expert-revision", metavar="REV", help="branch, tag or commit of the expert")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the totals")
@@ -70,6 +80,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.salient_channels < 0:
         args.parser.error(f"argument --salient-channels: {args.salient_channels} is below 0")
+    if args.max_calibration_tokens < 1:
+        args.parser.error(f"argument --max-calibration-tokens: {args.max_calibration_tokens} is below 1")
+    device = usable_device(args)
 
     from ..compression.recipe import compress
     from ..configuration import MESwitchConfig
@@ -85,7 +98,14 @@ def run(args: argparse.Namespace) -> None:
     )
     started = time.perf_counter()
     directory = compress(
-        args.base, args.expert, args.output, config, args.calibration, expert_revision=args.expert_revision
+        args.base,
+        args.expert,
+        args.output,
+        config,
+        args.calibration,
+        expert_revision=args.expert_revision,
+        device=device,
+        max_calibration_tokens=args.max_calibration_tokens,
     )
     seconds = time.perf_counter() - started
     inspection = inspect_delta(directory)

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from .device import usable_device
+
 _EXAMPLE = """examples:
   meswitch generate me/family --expert math -p "What is 17 times 23?"
   meswitch generate me/base --expert math=me/math-delta --expert code=./code-delta -p "Sort a list." --json
@@ -66,8 +68,12 @@ def run(args: argparse.Namespace) -> None:
         args.parser.error("argument --expert: a name is given twice")
     if args.prompts is None and sys.stdin.isatty():
         args.parser.error("no prompt: give -p TEXT, or pipe one in")
-    device = _device(args)
-    prompts = args.prompts or [sys.stdin.read().rstrip("\n")]
+    device = usable_device(args)
+    prompts = args.prompts if args.prompts is not None else [sys.stdin.read().rstrip("\n")]
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            which = "what standard input holds" if args.prompts is None else f"-p number {number}"
+            args.parser.error(f"an empty prompt: {which}. Give -p TEXT, or pipe text in")
 
     from tqdm import tqdm
 
@@ -81,20 +87,10 @@ def run(args: argparse.Namespace) -> None:
         for prompt, expert in watched
     ]
     if args.json:
-        print(json.dumps(answers, indent=2, ensure_ascii=False))
+        print(json.dumps(answers, indent=2))
         return
     for answer in answers:
         print(answer["text"] if len(answers) == 1 else f"[{answer['expert']}] {answer['text']}")
-
-
-def _device(args: argparse.Namespace) -> Any:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        return torch.device(args.device) if args.device else accelerator or torch.device("cpu")
-    except RuntimeError as error:
-        args.parser.error(f"argument --device: {error}")
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,11 @@ def run(args: argparse.Namespace) -> None:
         return tqdm(names, desc="Measuring", unit="layer", disable=None)
 
     inspection = inspect_delta(args.delta, revision=args.revision, base=args.base, expert=args.expert, progress=bar)
+    if inspection.dense_bytes is None:
+        print(
+            f"The base {inspection.base} cannot be reached, so there is no full copy to compare with; give --base.",
+            file=sys.stderr,
+        )
     print(json.dumps(as_json(inspection), indent=2) if args.json else _render(inspection))
 
 

@@ -17,6 +17,7 @@ from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
 from .expert_config import expert_config
 from .modules import check_shapes, compress_module
+from .request import check_layer_bits
 from .sources import Parameters, Source, output_head
 
 __all__ = ["check_model_type", "compress_expert", "compress_modules"]
@@ -131,9 +132,11 @@ def compress_modules(
 
     Raises:
         UnsupportedModelError: a layer that the format has no place for.
-        CompressionError: base and expert of different architectures; NaN or infinite weights. The tensor is named.
+        CompressionError: base and expert of different architectures; NaN or infinite weights (the tensor is named);
+            a pattern of ``layer_bits`` that matches no linear layer.
     """
     kinds = module_kinds(model)
+    check_layer_bits(config, [name for name, kind in kinds.items() if kind == "linear"])
     _check_architecture(kinds, base, expert)
     head = output_head(model)
     for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):

@@ -16,10 +16,12 @@ from ..delta_format.checkpoint import Checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
+from ..inspection import full_copy_bytes
+from ..module_kinds import module_kinds
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .calibration import Calibration, collect_second_moments, read_samples
 from .driver import check_model_type, compress_expert
-from .expert_config import portable_name
+from .request import check_layer_bits, check_request
 from .sources import CheckpointParameters, Source, locate, meta_model
 
 __all__ = ["compress"]
@@ -67,11 +69,12 @@ def compress(
     Raises:
         CheckpointError: a missing, truncated or unreadable checkpoint.
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
-            infinite weights; calibration text that cannot be used; an output folder that holds a model.
+            infinite weights; calibration text that cannot be used; an output folder that holds a model or cannot be
+            written to; a pattern of ``layer_bits`` that matches no linear layer.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
-    _check_request(base, expert, output_dir, config)
+    check_request(base, expert, output_dir, config, calibration)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def located(repo: str | os.PathLike[str], revision: str | None) -> Source:
@@ -84,6 +87,8 @@ def compress(
     expert_location, model_config = expert_source.location, expert_source.config
     check_model_type(base_source, expert_location, model_config)
     model = meta_model(model_config)
+    # Before calibration, which may take long; for the other producers, the loop over the modules checks it.
+    check_layer_bits(config, [name for name, kind in module_kinds(model).items() if kind == "linear"])
     base_parameters = CheckpointParameters(meta_model(base_source.config), base_source.checkpoint)
     expert_parameters = CheckpointParameters(model, expert_source.checkpoint)
     _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)
@@ -111,30 +116,10 @@ def compress(
     write_delta_card(
         directory,
         delta_config,
-        dense_bytes=sum(path.stat().st_size for path in expert_source.checkpoint.paths),
+        dense_bytes=full_copy_bytes(delta_config, model_config),
         license=license_of(expert_location, base_source.location),
     )
     return directory
-
-
-def _check_request(
-    base: str | os.PathLike[str],
-    expert: str | os.PathLike[str],
-    output_dir: str | os.PathLike[str],
-    config: MESwitchConfig,
-) -> None:
-    stated = config.base_model_name_or_path
-    if stated is not None and portable_name(stated) != portable_name(base):
-        raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
-    output = Path(output_dir).resolve()
-    for what, repo in (("base", base), ("expert", expert)):
-        if output == Path(repo).resolve():
-            raise CompressionError(f"output_dir is the {what}'s own folder {output}; give another.")
-    if (output / "config.json").exists():
-        raise CompressionError(
-            f"{output} holds a config.json, so transformers would take it for a full model and not for a delta; "
-            "give another output_dir."
-        )
 
 
 def _check_unknown(

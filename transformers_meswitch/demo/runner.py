@@ -148,18 +148,26 @@ def _mixed_batch(asker: _Asker, held_out: list[str], answers: dict[str, list[str
 
 
 def _count_bytes(family: Path) -> dict[str, Any]:
-    """Bytes on disk: of the base's checkpoint, of each delta, and of as many full copies as there are experts."""
+    """Bytes as ``benchmarks.size`` counts them: a full copy of each expert against the base, once, and the deltas.
 
-    def weights(folder: Path) -> int:
-        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    Full copies and the base are 2 bytes a parameter; a delta is every byte of its weights' file and configuration.
+    """
+    from transformers import AutoConfig
 
-    base = weights(family / "base")
-    deltas = {name: weights(family / "experts" / name) for name in TASKS}
+    from ..compression.sources import meta_model
+    from ..inspection import dense_bytes, inspect_delta
+
+    base = dense_bytes(meta_model(AutoConfig.from_pretrained(family / "base")))
+    counted = {name: inspect_delta(family / "experts" / name, base=str(family / "base")) for name in TASKS}
+    deltas = {name: delta.total_bytes for name, delta in counted.items()}
+    full_copies = {name: delta.dense_bytes for name, delta in counted.items()}
+    stored, full = base + sum(deltas.values()), sum(size for size in full_copies.values() if size is not None)
     return {
         "base": base,
         "deltas": deltas,
-        "family": base + sum(deltas.values()),
-        "full_copies": base * (1 + len(deltas)),
+        "stored": stored,
+        "full_copies": full_copies,
+        "ratio": full / stored,
         "all_files": sum(file.stat().st_size for file in family.rglob("*") if file.is_file()),
     }
 
@@ -208,12 +216,13 @@ def _render(result: dict[str, Any]) -> str:
     )
 
     size = result["bytes"]
-    kept = [["base", f"{size['base']:,}", f"{size['base']:,}"]]
-    kept += [[f"expert {name}", f"{delta:,}", f"{size['base']:,}"] for name, delta in size["deltas"].items()]
-    kept.append(["all", f"{size['family']:,}", f"{size['full_copies']:,}"])
+    full = size["full_copies"]
+    kept = [["base", f"{size['base']:,}", "-"]]
+    kept += [[f"expert {name}", f"{delta:,}", f"{full[name]:,}"] for name, delta in size["deltas"].items()]
+    kept.append(["all", f"{size['stored']:,}", f"{sum(full.values()):,}"])
     blocks.append(
-        f"Bytes of weights kept, {size['full_copies'] / size['family']:.2f} times fewer than full copies "
-        f"(with tokenizers and configs the family is {size['all_files']:,} bytes):\n"
+        f"Bytes kept, {size['ratio']:.2f} times fewer than a full copy of each expert in 16 bit "
+        f"(with tokenizers and cards the family is {size['all_files']:,} bytes):\n"
         + _table(["", "base + deltas", "full copies"], kept, right=True)
     )
     seconds = result["seconds"]

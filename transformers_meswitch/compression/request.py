@@ -1,0 +1,104 @@
+"""What is wrong with a request to compress, as far as it can be known before hours of work."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..configuration import MESwitchConfig
+from ..errors import CompressionError
+from .calibration import Calibration
+from .expert_config import portable_name
+
+__all__ = ["check_layer_bits", "check_request"]
+
+#: Enough names to see how a model spells them.
+_NAMES_SHOWN = 8
+
+
+def check_request(
+    base: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    config: MESwitchConfig,
+    calibration: Calibration | None,
+) -> None:
+    """Check the arguments of :func:`~transformers_meswitch.compress` without reading a model; leaves no trace on disk.
+
+    Raises:
+        CompressionError: the config names another base; the output folder is one of the inputs, holds a model, or
+            cannot be written; the calibration file cannot be read or is of no known kind; a data set needs a package
+            that is not installed.
+    """
+    stated = config.base_model_name_or_path
+    if stated is not None and portable_name(stated) != portable_name(base):
+        raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
+    output = Path(output_dir).resolve()
+    for what, repo in (("base", base), ("expert", expert)):
+        if output == Path(repo).resolve():
+            raise CompressionError(f"output_dir is the {what}'s own folder {output}; give another.")
+    if (output / "config.json").exists():
+        raise CompressionError(
+            f"{output} holds a config.json, so transformers would take it for a full model and not for a delta; "
+            "give another output_dir."
+        )
+    _check_writable(output)
+    if isinstance(calibration, str | os.PathLike):
+        _check_calibration(Path(calibration))
+
+
+def check_layer_bits(config: MESwitchConfig, linears: Iterable[str]) -> None:
+    """Refuse a ``layer_bits`` pattern that would do nothing.
+
+    Args:
+        config: the config.
+        linears: canonical names of the model's linear layers.
+
+    Raises:
+        CompressionError: a pattern is found in none of the names.
+
+    >>> check_layer_bits(MESwitchConfig(layer_bits={"up_proj$": 3}), ["model.layers.0.mlp.up_proj"])
+    """
+    names = list(linears)
+    for pattern in config.layer_bits:
+        if not any(re.search(pattern, name) for name in names):
+            more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            raise CompressionError(
+                f"layer_bits: {pattern!r} is found in the name of no linear layer. They are called "
+                f"{', '.join(names[:_NAMES_SHOWN])}{more}."
+            )
+
+
+def _check_writable(output: Path) -> None:
+    """Only writing tells: permissions say little on network drives, in containers, and to root."""
+    made: list[Path] = []
+    try:
+        for folder in [*reversed(output.parents), output]:
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise CompressionError(f"output_dir {output} cannot be written to: {error}. Give another.") from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def _check_calibration(path: Path) -> None:
+    if path.suffix in (".txt", ".jsonl"):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise CompressionError(f"The calibration file {path} cannot be read: {error}") from error
+    elif path.exists():
+        raise CompressionError(f"The calibration file {path} is neither .txt nor .jsonl.")
+    elif importlib.util.find_spec("datasets") is None:
+        raise CompressionError(
+            f"calibration={os.fspath(path)!r} is not a .txt or .jsonl file, so it is taken for the id of a data set, "
+            "which needs the datasets package: pip install datasets"
+        )
