@@ -21,7 +21,7 @@ from .compression.assets import ASSETS, find_assets
 from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import resolve_delta
-from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
+from .delta_format.spec import ADAPTER_CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
@@ -162,8 +162,12 @@ def save_expert(
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
-    """The expert's config without the name of a folder, where the base's Hub id is known."""
-    changes: dict[str, Any] = {"expert_model_name_or_path": hub_id(config.expert_model_name_or_path)}
+    """The expert's config in today's format version, without the name of a folder where the base's Hub id is known."""
+    changes: dict[str, Any] = {
+        "expert_model_name_or_path": hub_id(config.expert_model_name_or_path),
+        # What an earlier version can hold means the same in this one.
+        "format_version": FORMAT_VERSION,
+    }
     name = str(model.name_or_path)
     if hub_id(config.base_model_name_or_path) is None and hub_id(name) and not _download(model).get("subfolder"):
         changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}
