@@ -41,7 +41,7 @@ def no_grad() -> Iterator[None]:
 def make(
     base: torch.Tensor, coded: set[int], exact: set[int], num_rows: int, bits: int = 2, salient: int = 0
 ) -> tuple[QuantizedRowsDelta, torch.Tensor]:
-    """A delta of random contents, and the matrix that it makes of ``base``; added rows are exact, whatever is asked."""
+    """A delta of random contents, and the matrix that it makes of ``base``; added rows are always exact."""
     width, shared = base.shape[1], min(num_rows, len(base))
     exact = {row for row in exact if row < num_rows} | set(range(shared, num_rows))
     coded = {row for row in coded if row < shared} - exact
