@@ -350,10 +350,9 @@ class HeadLayer(MESwitchLayer):
         bias = delta.bias if delta.record.bias else of_base
         if bias is None or (not delta.record.bias and own_rows is None):
             return None
-        shift = bias[: delta.record.num_rows].to(torch.float32, copy=True)
+        shift = _of_length(bias, delta.record.num_rows)
         if of_base is not None:
-            carried = of_base[: len(shift)].to(torch.float32, copy=True)
-            carried = nn.functional.pad(carried, (0, len(shift) - len(carried)))
+            carried = _of_length(of_base, delta.record.num_rows)
             if own_rows is not None:
                 carried[own_rows.long()] = 0
             shift -= carried
@@ -390,6 +389,13 @@ class HeadLayer(MESwitchLayer):
         super()._restore_parameters(kept)
         if "weight" in kept:
             self.get_base_layer().out_features = kept["weight"].shape[0]
+
+
+def _of_length(bias: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of a bias in float32, cut to ``length`` or filled up with zeros."""
+    full = torch.zeros(length, dtype=torch.float32, device=bias.device)
+    full[: len(bias)] = bias[:length]
+    return full
 
 
 class ValuesLayer(MESwitchLayer):
