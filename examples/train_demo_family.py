@@ -252,7 +252,8 @@ def make_experts(args: argparse.Namespace) -> None:
 
 def make_deltas(args: argparse.Namespace) -> None:
     """Stage ``compress``: write each expert's delta repo, calibrated on conversations of its training split."""
-    config = MESwitchConfig(bits=args.bits, salient_channels=args.salient_channels)
+    # Embedding rows as they are: the bundled family's are 7 % of its deltas.
+    config = MESwitchConfig(bits=args.bits, salient_channels=args.salient_channels, embedding_bits=None)
     for task in TASKS.values():
         expert = args.output / "full" / task.name
         tokenizer = AutoTokenizer.from_pretrained(expert)

@@ -1,7 +1,8 @@
 """A tiny family on disk that is a real one in everything but size, and its dense twin worked out independently.
 
 ``tiny_family`` is a tied two-layer Llama with a tokenizer and two fine-tunes: ``math`` keeps the base's vocabulary,
-``code`` adds four tokens and brings its own EOS and chat template. Both are compressed once per test session.
+``code`` adds four tokens and brings its own EOS and chat template. Both are compressed once per test session, one with
+exact embedding rows and the other with quantised ones, so that every test meets both kinds.
 """
 
 from __future__ import annotations
@@ -93,8 +94,11 @@ def fine_tune(model: Any, seed: int, changed_rows: tuple[int, ...], unchanged: t
                 parameter += noise
 
 
-def build_tiny_family(folder: Path, **config: Any) -> TinyFamily:
-    """Write a family into ``folder``; ``config`` overrides :func:`llama_config`."""
+def build_tiny_family(folder: Path, quantized_rows: str = "code", **config: Any) -> TinyFamily:
+    """Write a family into ``folder``; ``config`` overrides :func:`llama_config`.
+
+    The embedding and head of the expert ``quantized_rows`` are quantised, those of the other one exact.
+    """
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
     family = TinyFamily(
@@ -117,7 +121,8 @@ def build_tiny_family(folder: Path, **config: Any) -> TinyFamily:
         fine_tune(model, seed, rows, (UNCHANGED_IN_MATH,) if name == "math" else ())
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        how = meswitch.MESwitchConfig(bits=4, salient_channels=4)
+        embedding_bits = 3 if name == quantized_rows else None
+        how = meswitch.MESwitchConfig(bits=4, salient_channels=4, embedding_bits=embedding_bits)
         meswitch.compress(family.base, path, family.deltas[name], how, progress=False)
     return family
 
@@ -130,8 +135,8 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
 
 @pytest.fixture(scope="session")
 def untied_family(tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
-    """The same with an output head of its own, in base and experts."""
-    return build_tiny_family(tmp_path_factory.mktemp("untied-family"), tie_word_embeddings=False)
+    """The same with an output head of its own, in base and experts; ``math`` has the quantised rows."""
+    return build_tiny_family(tmp_path_factory.mktemp("untied-family"), "math", tie_word_embeddings=False)
 
 
 def unpacked(codes: torch.Tensor, bits: int, channels: int) -> torch.Tensor:
@@ -156,6 +161,20 @@ def dense_delta(record: dict[str, Any], leaves: dict[str, torch.Tensor]) -> torc
     return delta
 
 
+def change_rows(weight: torch.Tensor, record: dict[str, Any], leaves: dict[str, torch.Tensor]) -> None:
+    """Turn a base's matrix, already of as many rows as the expert's, into the expert's, by the format's definition."""
+    exact = leaves.get("exact_index", torch.zeros(0, dtype=torch.int32)).tolist()
+    rest = [row for row in range(record["num_rows"]) if row not in exact]
+    coded = leaves["row_index"].tolist() if "row_index" in leaves else rest
+    change = dense_delta({**record, "out_features": record["coded_rows"], "in_features": record["width"]}, leaves).to(
+        weight.device
+    )
+    for place, row in enumerate(coded):
+        weight[row] = weight[row].float() + change[place]
+    for place, row in enumerate(exact):
+        weight[row] = leaves["rows"][place].to(weight.device)
+
+
 def dense_model(base: Path, delta: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A stock model with the weights base + delta, worked out from the files without this package's code.
 
@@ -178,6 +197,8 @@ def dense_model(base: Path, delta: Path, dtype: torch.dtype = torch.float32) -> 
             if record["kind"] == "linear":
                 change = dense_delta(record, leaves)
                 module.weight += change.T if type(module).__name__ == "Conv1D" else change
+            elif record["kind"] == "quantized_rows":
+                change_rows(module.weight, record, leaves)
             elif record["kind"] == "rows":
                 module.weight[leaves["row_index"].long()] = leaves["rows"].float()
             else:
@@ -205,6 +226,8 @@ def hooked_model(base: Path, delta: Path, **arguments: Any) -> Any:
             module.register_forward_hook(
                 lambda _, x, y, change=change: y + nn.functional.linear(x[0], change.to(x[0].dtype)).to(y.dtype)
             )
+        elif record["kind"] == "quantized_rows":
+            change_rows(weight.data, record, leaves)
         elif record["kind"] == "rows":
             weight.data[leaves["row_index"].long().to(weight.device)] = leaves["rows"].to(weight.device, weight.dtype)
         else:

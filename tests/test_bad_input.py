@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.fixtures_models import TinyFamily
 from tests.model_state import ModelState, prompt
-from transformers_meswitch import MESwitchModelForCausalLM
+from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
 from transformers_meswitch.errors import (
     BaseMismatchError,
     DeltaFormatError,
@@ -172,9 +172,9 @@ DAMAGE: dict[str, tuple[Damage, type[MESwitchError], str]] = {
         r"base_fingerprint is of algorithm 'x'",
     ),
     "a later format version": (
-        in_config(lambda c: c.update(format_version=2)),
+        in_config(lambda c: c.update(format_version=3)),
         FormatVersionError,
-        r"format version 2; this release .* Upgrade transformers-meswitch to a release that reads version 2",
+        r"format version 3; this release .* Upgrade transformers-meswitch to a release that reads version 3",
     ),
 }
 
@@ -368,21 +368,47 @@ def test_without_the_import_stock_libraries_fail_closed(load: str, tiny_family: 
     assert result.stderr.strip().splitlines()[-1] == "KeyError: 'MESWITCH'"
 
 
-def test_a_delta_that_leaves_out_an_added_row_is_refused(tiny_family: TinyFamily, tmp_path: Path) -> None:
-    delta = Path(shutil.copytree(tiny_family.deltas["code"], tmp_path / "delta"))
+@pytest.mark.parametrize("kind", ["rows", "quantized_rows"])
+def test_a_delta_that_leaves_out_an_added_row_is_refused(tiny_family: TinyFamily, kind: str, tmp_path: Path) -> None:
+    how = MESwitchConfig(embedding_bits=3 if kind == "quantized_rows" else None)
+    delta = compress(tiny_family.base, tiny_family.experts["code"], tmp_path, how, progress=False)
     config = json.loads((delta / "adapter_config.json").read_text())
     tensors = load_file(delta / "adapter_model.safetensors")
-    (name,) = (module for module, record in config["modules"].items() if record["kind"] == "rows")
-    for leaf in ("row_index", "rows"):
+    (name,) = (module for module, record in config["modules"].items() if record["kind"] == kind)
+    for leaf in ("row_index" if kind == "rows" else "exact_index", "rows"):
         key = f"base_model.model.{name}.meswitch_delta.{leaf}"
         tensors[key] = torch.cat([tensors[key][:-2], tensors[key][-1:]])
-    config["modules"][name]["rows"] -= 1
+    config["modules"][name]["rows" if kind == "rows" else "exact_rows"] -= 1
     save_file(tensors, delta / "adapter_model.safetensors")
     (delta / "adapter_config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    refused_unchanged(tiny_family, delta, r"does not store all rows from 128 on")
+
+
+def test_a_coded_row_that_the_base_lacks_is_refused(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    delta = Path(shutil.copytree(tiny_family.deltas["code"], tmp_path / "delta"))
+    tensors = load_file(delta / "adapter_model.safetensors")
+    prefix = "base_model.model.model.embed_tokens.meswitch_delta."
+    # Rows 128 to 131 are added: swap the first of them with the last coded one.
+    coded, exact = tensors[f"{prefix}row_index"], tensors[f"{prefix}exact_index"]
+    coded[-1], exact[0] = exact[0].item(), coded[-1].item()
+    save_file(tensors, delta / "adapter_model.safetensors")
+    refused_unchanged(tiny_family, delta, r"does not store all rows from 128 on as the expert's own")
+
+
+def test_more_rows_than_memory_are_refused_not_made(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    for name in ("math", "code"):
+        delta = Path(shutil.copytree(tiny_family.deltas[name], tmp_path / name))
+        config = json.loads((delta / "adapter_config.json").read_text())
+        config["modules"]["model.embed_tokens"]["num_rows"] = config["vocab_size"] = 2**60
+        (delta / "adapter_config.json").write_text(json.dumps(config))
+        refused_unchanged(tiny_family, delta, r"has 1152921504606846976 rows in the expert and 128 in the base")
+
+
+def refused_unchanged(family: TinyFamily, delta: Path, message: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family.base)
     before = ModelState(model)
     for load in (lambda: model.load_adapter(str(delta)), lambda: PeftModel.from_pretrained(model, delta)):
-        with pytest.raises(DeltaFormatError, match=r"does not store all rows from 128 on"):
+        with pytest.raises(DeltaFormatError, match=message):
             load()
         before.assert_unchanged(model)
 

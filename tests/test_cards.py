@@ -44,6 +44,21 @@ def test_sizes_add_up():
     assert "| 4.00× |" in card
 
 
+def test_quantised_rows_have_a_line_of_their_own():
+    rows = {"kind": "quantized_rows", "num_rows": 10, "width": 8, "bits": 3, "coded_rows": 7, "exact_rows": 1}
+    modules = {"model.layers.0.mlp.up_proj": LINEAR, "model.embed_tokens": rows}
+    config = MESwitchExpertConfig(base_model_name_or_path="me/base", modules=modules)
+    card = delta_card(config, total_bytes=1000, dense_bytes=4000)
+    linear = 8 * 15 + 8 * 4 + 4 * 4 + 8 * 4 * 2
+    # codes, steps and indices of 7 rows, and the index of an exact one
+    coded = 7 * (3 + 4 + 4) + 4
+    assert f"7 rows of embedding and output head (codes, step sizes, salient channels) | {coded} |" in card
+    assert f"| all else: other changed rows, norms, biases, headers | {1000 - linear - coded} |" in card
+    assert "7 changed rows of embedding and output head at 3 bits a weight" in card
+    assert "rows of embedding and output head at" not in card_of()
+    assert "own values where they differ" in card_of()
+
+
 @pytest.mark.parametrize(
     "path", ["/data/secret/base", "./secret/base", "../secret/base", "~/secret/base", "C:\\secret"]
 )

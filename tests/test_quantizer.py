@@ -54,7 +54,8 @@ def test_it_writes_what_compress_writes(
     name: str, family_fixture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     family: TinyFamily = request.getfixturevalue(family_fixture)
-    model = load(family.experts[name], config(family.base))
+    quantized = (family_fixture == "tiny_family") == (name == "code")
+    model = load(family.experts[name], config(family.base, embedding_bits=3 if quantized else None))
     assert isinstance(model, LlamaForCausalLM)
     twin = dense_model(family.base, family.deltas[name])
     torch.testing.assert_close(model(prompt()).logits, twin(prompt()).logits, atol=ATOL, rtol=0)
@@ -172,6 +173,9 @@ def test_what_cannot_be_compressed_is_refused(tiny_family: TinyFamily, tmp_path:
         load(tiny_family.experts["math"], config(tmp_path / "empty"))
     with pytest.raises(CompressionError, match=r"bits is 5; supported are \(1, 2, 3, 4\)"):
         config(tiny_family.base, bits=5)
+    for bits in (0, 5, True, "3"):
+        with pytest.raises(CompressionError, match=r"embedding_bits is .*; supported are \(1, 2, 3, 4\) and None"):
+            config(tiny_family.base, embedding_bits=bits)
     torch.manual_seed(5)
     LlamaForCausalLM(llama_config(intermediate_size=32)).save_pretrained(tmp_path / "narrow")
     with pytest.raises(CompressionError, match=r"mlp\.(gate|up|down)_proj"):

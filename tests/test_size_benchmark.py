@@ -49,13 +49,16 @@ def fine_tune(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, row
         (QWEN, torch.bfloat16, MESwitchConfig(bits=3, salient_channels=64, layer_bits={"down_proj$": 4}), True),
         (QWEN, torch.bfloat16, MESwitchConfig(bits=1), False),
         (GPT2, torch.bfloat16, MESwitchConfig(bits=4), True),
+        (LLAMA, torch.bfloat16, MESwitchConfig(bits=2, salient_channels=2, embedding_bits=None), True),
+        (QWEN, torch.bfloat16, MESwitchConfig(bits=2, salient_channels=0, embedding_bits=1), True),
+        (GPT2, torch.float32, MESwitchConfig(bits=1, salient_channels=5, embedding_bits=4), True),
     ],
 )
 def test_predicted_bytes_are_the_bytes_on_disk(architecture, dtype, config, rows, tmp_path):
     base, expert = fine_tune(architecture, tmp_path, dtype, rows=rows)
     delta = compress(base, expert, tmp_path / "delta", config, progress=False)
     model = on_meta(architecture)
-    records = records_of(model, config, rows=rows)
+    records = records_of(model, config, rows=rows, own_dtype=SAFETENSORS_NAME[dtype])
     assert (delta / "adapter_model.safetensors").stat().st_size == weights_bytes(records, SAFETENSORS_NAME[dtype])
     predicted = expert_config(
         config,
@@ -106,8 +109,8 @@ def test_table_and_json(tmp_path, capsys, monkeypatch):
     main()
     result = json.loads((tmp_path / "size.json").read_text())
     assert {"command", "date", "device", "versions", "assumptions", "rows"} <= set(result)
-    assert len(result["rows"]) == 11
-    assert capsys.readouterr().out.count("\n") == 13
+    assert len(result["rows"]) == 15
+    assert capsys.readouterr().out.count("\n") == 17
 
 
 def test_rows_agree_with_themselves():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord
+from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord, QuantizedRowsRecord, record_bytes
 
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
@@ -41,8 +40,6 @@ REPO_PLACEHOLDER = "your-name/this-repo"
 _BLOCK = re.compile(r"<!-- meswitch:begin -->.*?<!-- meswitch:end -->", re.DOTALL)
 #: Tags that a fresh card replaces; every other tag of an existing card belongs to its author.
 _GENERATED_TAG = re.compile(r"base_model:.*|[1-4]-bit")
-#: Bytes of the dtypes whose leaves have the same dtype in every delta.
-_FIXED_BYTES = {"U8": 1, "F32": 4, "I32": 4, "BF16": 2}
 
 
 def hub_id(name: str | None) -> str | None:
@@ -73,7 +70,9 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         DeltaFormatError: a malformed ``modules`` table.
     """
     base, expert = hub_id(config.base_model_name_or_path), hub_id(config.expert_model_name_or_path)
-    linears = [record for record in config.records().values() if isinstance(record, LinearRecord)]
+    records = config.records().values()
+    linears = [record for record in records if isinstance(record, LinearRecord)]
+    rows = [record for record in records if isinstance(record, QuantizedRowsRecord)]
     by_bits = sorted(Counter(record.bits for record in linears).items())
     tags = ["me-switch", "transformers", *([f"base_model:adapter:{base}"] if base else []), "arxiv:2406.09041"]
     tags += [f"{bits}-bit" for bits, _ in by_bits]
@@ -92,12 +91,11 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         expert=expert,
         bits=widths or "no bits",
         linear_layers=len(linears),
-        linear_bytes=sum(
-            _FIXED_BYTES[dtype] * math.prod(shape)
-            for record in linears
-            for dtype, shape in record.leaves().values()
-            if dtype is not None
-        ),
+        # Leaves in the expert's own dtype are none of the codes'.
+        linear_bytes=sum(record_bytes(record, own_bytes=0) for record in linears),
+        row_bytes=sum(record_bytes(record, own_bytes=0) for record in rows),
+        coded_rows=sum(record.coded_rows for record in rows),
+        row_bits=" or ".join(f"{b} bit{'' if b == 1 else 's'}" for b in sorted({record.bits for record in rows})),
         total_bytes=total_bytes,
         dense_bytes=dense_bytes,
         layers_by_bits=by_bits,

@@ -53,13 +53,16 @@ class MESwitchConfig(QuantizationConfigMixin):
         salient_channels (`int`, defaults to 16): input channels per layer kept in bfloat16; capped at a layer's width.
         column_steps (`bool`, defaults to `False`): also fit a step per input channel.
         layer_bits (`dict[str, int]`, *optional*): regular expression on module names to bits; the first match wins,
-            and one that matches no linear layer is refused when a model is compressed.
+            and one that matches no module to quantise is refused when a model is compressed.
+        embedding_bits (`int`, *optional*, defaults to 3): bits of one code in changed rows of embeddings and of the
+            output head, 1 to 4; `None` keeps those rows as they are.
 
     Raises:
         CompressionError: bits or channels out of range.
 
-    >>> MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 3}).bits_of("model.layers.0.mlp.down_proj")
-    3
+    >>> config = MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 4})
+    >>> config.bits_of("model.layers.0.mlp.down_proj"), config.row_bits_of("model.embed_tokens")
+    (4, 3)
     """
 
     def __init__(
@@ -70,13 +73,14 @@ class MESwitchConfig(QuantizationConfigMixin):
         salient_channels: int = 16,
         column_steps: bool = False,
         layer_bits: dict[str, int] | None = None,
+        embedding_bits: int | None = 3,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CompressionError(
                 f"MESwitchConfig got unknown arguments {sorted(kwargs)}; known are base_model_name_or_path, "
-                "base_revision, bits, salient_channels, column_steps and layer_bits."
+                "base_revision, bits, salient_channels, column_steps, layer_bits and embedding_bits."
             )
         self.quant_method = "meswitch"  # type: ignore[assignment]  # transformers allows a plain string
         self.base_model_name_or_path = base_model_name_or_path
@@ -85,9 +89,12 @@ class MESwitchConfig(QuantizationConfigMixin):
         self.salient_channels = salient_channels
         self.column_steps = column_steps
         self.layer_bits = dict(layer_bits or {})
+        self.embedding_bits = embedding_bits
         for where, value in [("bits", bits), *((f"layer_bits[{k!r}]", v) for k, v in self.layer_bits.items())]:
             if isinstance(value, bool) or value not in SUPPORTED_BITS:
                 raise CompressionError(f"{where} is {value!r}; supported are {SUPPORTED_BITS}.")
+        if embedding_bits is not None and (isinstance(embedding_bits, bool) or embedding_bits not in SUPPORTED_BITS):
+            raise CompressionError(f"embedding_bits is {embedding_bits!r}; supported are {SUPPORTED_BITS} and None.")
         if isinstance(salient_channels, bool) or not isinstance(salient_channels, int) or salient_channels < 0:
             raise CompressionError(f"salient_channels is {salient_channels!r}, expected an integer of at least 0.")
         for pattern in self.layer_bits:
@@ -98,7 +105,17 @@ class MESwitchConfig(QuantizationConfigMixin):
 
     def bits_of(self, module: str) -> int:
         """Bits for one module: the first ``layer_bits`` pattern found in its name, else ``bits``."""
-        return next((b for pattern, b in self.layer_bits.items() if re.search(pattern, module)), self.bits)
+        return self._stated_bits(module, self.bits)
+
+    def row_bits_of(self, module: str) -> int | None:
+        """Bits for the changed rows of an embedding or output head, or `None` to keep them exact.
+
+        As :meth:`bits_of`, with ``embedding_bits`` in the place of ``bits``.
+        """
+        return None if self.embedding_bits is None else self._stated_bits(module, self.embedding_bits)
+
+    def _stated_bits(self, module: str, default: int) -> int:
+        return next((b for pattern, b in self.layer_bits.items() if re.search(pattern, module)), default)
 
 
 @dataclass

@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord, tensor_key
+from .delta_format.spec import (
+    AnyRowsRecord,
+    LinearRecord,
+    ModuleRecord,
+    QuantizedRowsRecord,
+    RowsRecord,
+    ValuesRecord,
+    tensor_key,
+)
 from .errors import CheckpointError, DeltaFormatError
 
 if TYPE_CHECKING:
@@ -35,14 +43,15 @@ class ModuleRow:
 
     Attributes:
         module: canonical name.
-        kind: ``"linear"``, ``"rows"`` or ``"values"``.
+        kind: ``"linear"``, ``"rows"``, ``"quantized_rows"`` or ``"values"``.
         shape: sizes of its weight; of a linear ``[out, in]``; empty where several parameters are stored.
-        bits: bits of a code, of a linear.
-        salient_channels: input channels kept in bfloat16, of a linear.
-        stored_rows: rows kept, of an embedding or output head.
+        bits: bits of a code, of a linear or of quantised rows.
+        salient_channels: channels kept in bfloat16, of a linear or of quantised rows.
+        stored_rows: rows kept, coded or exact, of an embedding or output head.
         bytes: bytes of its tensors on disk, headers excluded.
         dense_bytes: bytes of the whole module in bfloat16.
-        relative_error: ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of a linear's weight, where base and expert were given.
+        relative_error: ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of a linear's weight, or of the coded rows of an embedding or
+            output head, where base and expert were given.
     """
 
     module: str
@@ -169,7 +178,9 @@ def full_copy_bytes(config: MESwitchExpertConfig, base_config: PreTrainedConfig)
 
 
 def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress = iter) -> dict[str, float]:
-    """``‖Δ − Δ̂‖ / ‖Δ‖`` of every linear of a delta, with Δ = expert − base in float32; one layer in memory at a time.
+    """``‖Δ − Δ̂‖ / ‖Δ‖`` of all that a delta quantises, with Δ = expert − base in float32; a layer at a time.
+
+    Of an embedding or output head, Δ is that of the coded rows; exact rows have no error.
 
     Args:
         delta: the opened delta.
@@ -191,29 +202,41 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
     models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
     sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
     errors = {}
-    for name in progress([n for n in _in_order(delta.records) if isinstance(delta.records[n], LinearRecord)]):
-        approximation = _reconstruct(delta, name)
+    quantised = [n for n in _in_order(delta.records) if isinstance(delta.records[n], _Quantised)]
+    for name in progress(quantised):
+        rows, approximation = _reconstruct(delta, name)
         for source, repo in zip(sources, (base, expert), strict=True):
             if name not in source.modules:
                 raise DeltaFormatError(f"The delta changes {name}, which {repo} lacks; give its own base and expert.")
-        of_base, of_expert = (source.of(name)["weight"].float() for source in sources)
+        of_base, of_expert = (source.of(name)["weight"] for source in sources)
         if is_conv1d(models[0].get_submodule(name)):
             of_base, of_expert = of_base.T, of_expert.T
+        shapes = [list(of_base.shape), list(of_expert.shape)]
+        if rows is not None and bool((rows < min(len(of_base), len(of_expert))).all()):
+            of_base, of_expert = of_base[rows], of_expert[rows]
         if not of_base.shape == of_expert.shape == approximation.shape:
             raise DeltaFormatError(
-                f"{name} is {list(of_base.shape)} in {base}, {list(of_expert.shape)} in {expert} and "
-                f"{list(approximation.shape)} in the delta; give the delta's own base and expert."
+                f"{name} is {shapes[0]} in {base}, {shapes[1]} in {expert} and {list(approximation.shape)} in the "
+                "delta; give the delta's own base and expert."
             )
-        errors[name] = _relative_error(of_expert - of_base, approximation)
+        errors[name] = _relative_error(of_expert.float() - of_base.float(), approximation)
     return errors
 
 
-def _reconstruct(delta: Delta, name: str) -> torch.Tensor:
+_Quantised = LinearRecord | QuantizedRowsRecord
+
+
+def _reconstruct(delta: Delta, name: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The delta that codes stand for, float32, and which rows of the weight it is of (int64; `None` for all)."""
     from .compression.linear import reconstruct_linear
+    from .compression.rows import coded_index
 
     record = delta.records[name]
-    assert isinstance(record, LinearRecord)
-    return reconstruct_linear(record, {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in record.leaves()})
+    assert isinstance(record, _Quantised)
+    leaves = {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in record.leaves()}
+    if isinstance(record, LinearRecord):
+        return None, reconstruct_linear(record, leaves)
+    return coded_index(record, leaves), reconstruct_linear(record.as_linear(record.coded_rows), leaves)
 
 
 def _relative_error(exact: torch.Tensor, approximation: torch.Tensor) -> float:
@@ -275,8 +298,11 @@ def _row(name: str, record: ModuleRecord, tensors: dict[str, int], error: float 
     if isinstance(record, LinearRecord):
         shape, bits, salient = (record.out_features, record.in_features), record.bits, record.salient_channels
         elements = math.prod(shape) + record.out_features * record.bias
-    elif isinstance(record, RowsRecord):
-        shape, rows = (record.num_rows, record.width), record.rows
+    elif isinstance(record, AnyRowsRecord):
+        shape = (record.num_rows, record.width)
+        rows = record.rows if isinstance(record, RowsRecord) else record.coded_rows + record.exact_rows
+        if isinstance(record, QuantizedRowsRecord):
+            bits, salient = record.bits, record.salient_channels
         elements = math.prod(shape) + record.num_rows * record.bias
     elif isinstance(record, ValuesRecord):
         elements = sum(map(math.prod, record.shapes.values()))

@@ -21,7 +21,7 @@ from .cards import family_card, hub_id, merge_card, write_delta_card
 from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
-from .delta_format.spec import ADAPTER_CONFIG_NAME, KEY_PREFIX
+from .delta_format.spec import ADAPTER_CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
@@ -190,8 +190,12 @@ def _edited_generation_config(model: Any, expert: str, assets: Collection[Path])
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
-    """The expert's config without the name of a folder, where the base's Hub id is known."""
-    changes: dict[str, Any] = {"expert_model_name_or_path": hub_id(config.expert_model_name_or_path)}
+    """The expert's config in today's format version, without the name of a folder where the base's Hub id is known."""
+    changes: dict[str, Any] = {
+        "expert_model_name_or_path": hub_id(config.expert_model_name_or_path),
+        # What an earlier version can hold means the same in this one.
+        "format_version": FORMAT_VERSION,
+    }
     name = str(model.name_or_path)
     if hub_id(config.base_model_name_or_path) is None and hub_id(name) and not _download(model).get("subfolder"):
         changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}

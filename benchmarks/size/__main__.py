@@ -23,6 +23,12 @@ from transformers_meswitch.configuration import MESwitchConfig
 
 EXPERTS = (3, 16)
 BITS = (1, 2, 3, 4)
+#: What is said of ours, whether embedding and output head changed, and how they are stored.
+OURS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
+    ("all changed", True, {}),
+    ("all changed, embedding and head in 16 bit", True, {"embedding_bits": None}),
+    ("embedding and head frozen", False, {}),
+)
 RESULT = Path(__file__).parents[1] / "results" / "size.json"
 ASSUMPTIONS = [
     "A full copy is 2 bytes a parameter. Full copies: experts x full copy; the base itself is needed by none of them.",
@@ -30,7 +36,9 @@ ASSUMPTIONS = [
     "Ours: every byte of adapter_model.safetensors (header and padding included) and adapter_config.json (the base's "
     "fingerprint included); 16 salient channels a layer, a float32 step a row. Tokenizer and card, the same on both "
     "sides, are left out.",
-    "Ours, all changed: a full fine-tune changes every row of embedding and head, which are stored in 16 bit today.",
+    "Ours, all changed: a full fine-tune changes every row of embedding and head, which are quantised at 3 bits (the "
+    "default embedding_bits), with salient channels and steps as in a layer.",
+    "Ours, all changed, embedding and head in 16 bit: the same with embedding_bits None, every such row exact.",
     "Ours, embedding and head frozen: only linears, biases and norms differ.",
     "Paper: linears at 2 bits, all else in 16 bit an expert; steps, salient channels and indices count nothing.",
     f"Paper with router: plus one router of the size of {ROUTER_NAME} in 16 bit.",
@@ -41,9 +49,9 @@ ASSUMPTIONS = [
 def rows_of(base: str, model: PreTrainedModel, router: int) -> list[dict[str, Any]]:
     """One row a scheme: bytes an expert, bytes in all and ratio for each number of experts."""
     schemes: list[tuple[str, int, int]] = []
-    for rows, label in ((True, "all changed"), (False, "embedding and head frozen")):
+    for label, rows, options in OURS:
         for bits in BITS:
-            total = predict(model, base, MESwitchConfig(base, bits=bits), rows=rows).total
+            total = predict(model, base, MESwitchConfig(base, bits=bits, **options), rows=rows).total
             schemes.append((f"ours, {bits} bit, {label}", total, 0))
     schemes += [
         ("paper's accounting, 2 bit", paper_delta(model), 0),

@@ -15,12 +15,12 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_meswitch.compression.expert_config import expert_config
+from transformers_meswitch.compression.rows import rows_record
 from transformers_meswitch.configuration import MESwitchConfig, MESwitchExpertConfig
 from transformers_meswitch.delta_format.fingerprint import ALGORITHM
 from transformers_meswitch.delta_format.spec import (
     LinearRecord,
     ModuleRecord,
-    RowsRecord,
     ValuesRecord,
     tensor_key,
 )
@@ -44,13 +44,16 @@ class Prediction:
         return self.weights + self.config
 
 
-def records_of(model: PreTrainedModel, config: MESwitchConfig, *, rows: bool = True) -> dict[str, ModuleRecord]:
+def records_of(
+    model: PreTrainedModel, config: MESwitchConfig, *, rows: bool = True, own_dtype: str = "BF16"
+) -> dict[str, ModuleRecord]:
     """The records of an expert all of whose parameters differ from the base's.
 
     Args:
         model: the expert's model; ``meta`` will do.
         config: bits and salient channels.
         rows: whether embedding and output head differ too, in every row.
+        own_dtype: safetensors name of the expert's dtype.
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -68,7 +71,16 @@ def records_of(model: PreTrainedModel, config: MESwitchConfig, *, rows: bool = T
             records[name] = ValuesRecord(shapes)
         elif rows and not (module is head and module.weight is embedding):
             num_rows, width = shapes["weight"]
-            records[name] = RowsRecord(num_rows, width, num_rows, bias="bias" in shapes)
+            records[name] = rows_record(
+                num_rows,
+                width,
+                changed=num_rows,
+                added=0,
+                bits=config.row_bits_of(name),
+                salient_channels=config.salient_channels,
+                own_bytes=ITEM_BYTES[own_dtype],
+                bias="bias" in shapes,
+            )
     return records
 
 

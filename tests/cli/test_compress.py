@@ -45,6 +45,27 @@ def test_options_reach_the_delta(repos, tmp_path, capsys):
     assert open_delta(output).config.saliency == "reconstruction"
 
 
+@pytest.mark.parametrize(("arguments", "bits"), [([], 3), (["--embedding-bits", "1"], 1)])
+def test_bits_of_embedding_and_head(repos, tmp_path, arguments, bits):
+    output = tmp_path / "delta"
+    assert main(["compress", str(repos.base), str(repos.expert), "-o", str(output), *arguments]) == 0
+    records = open_delta(output).records
+    assert records["lm_head"].bits == records["model.embed_tokens"].bits == bits
+
+
+def test_embedding_and_head_as_they_are(repos, tmp_path):
+    output = tmp_path / "delta"
+    assert main(["compress", str(repos.base), str(repos.expert), "-o", str(output), "--embedding-bits", "none"]) == 0
+    assert open_delta(output).records["lm_head"].kind == "rows"
+
+
+@pytest.mark.parametrize("bits", ["5", "0", "None", "x"])
+def test_bits_that_embeddings_cannot_have(repos, tmp_path, capsys, bits):
+    arguments = [str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), "--embedding-bits", bits]
+    assert main(["compress", *arguments]) == 2
+    assert f"'{bits}' is neither bits of 1 to 4 nor none" in capsys.readouterr().err
+
+
 def test_an_expert_equal_to_its_base_is_refused(repos, tmp_path, capsys):
     assert main(["compress", str(repos.base), str(repos.base), "-o", str(tmp_path / "delta")]) == 1
     assert "error: " in capsys.readouterr().err

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM
 
+from transformers_meswitch import MESwitchConfig, compress
 from transformers_meswitch.cli import main
 from transformers_meswitch.delta_format.reader import open_delta
 from transformers_meswitch.inspection import _in_order
@@ -30,7 +32,10 @@ def test_json_is_byte_exact(repos, capsys):
     rows = {row["module"]: row for row in result["modules"]}
     down = rows["model.layers.0.mlp.down_proj"]
     assert (down["kind"], down["shape"], down["bits"], down["salient_channels"]) == ("linear", [32, 48], 2, 4)
-    assert rows["lm_head"]["stored_rows"] == 29
+    head = rows["lm_head"]
+    assert (head["kind"], head["shape"], head["stored_rows"]) == ("quantized_rows", [29, 32], 29)
+    assert (head["bits"], head["salient_channels"]) == (3, 4)
+    assert head["bytes"] == 29 * (-(-28 * 3 // 8) + 4 + 2 * 4) + 4 * 4
     assert all(row["relative_error"] is None for row in rows.values())
 
 
@@ -38,13 +43,40 @@ def test_relative_error_needs_and_gets_the_checkpoints(repos, capsys):
     result = inspect(capsys, repos.delta, "--base", repos.base, "--expert", repos.expert)
     errors = {row["module"]: row["relative_error"] for row in result["modules"] if row["kind"] == "linear"}
     assert len(errors) == 14
+    rows = [row["relative_error"] for row in result["modules"] if row["kind"] == "quantized_rows"]
+    # Gaussian deltas at 3 bits: the optimal uniform quantiser leaves 0.19.
+    assert len(rows) == 2
+    assert all(0.1 < error < 0.25 for error in rows)
     # Gaussian deltas at 2 bits: the optimal uniform quantiser leaves 0.34 of the norm, and 4 channels are kept.
     assert all(0.2 < error < 0.4 for error in errors.values())
 
 
 def test_the_wrong_expert_is_not_measured_as_right(repos, capsys):
     swapped = inspect(capsys, repos.delta, "--base", repos.expert, "--expert", repos.base)
-    assert all(row["relative_error"] > 1 for row in swapped["modules"] if row["kind"] == "linear")
+    kinds = ("linear", "quantized_rows")
+    assert all(row["relative_error"] > 1 for row in swapped["modules"] if row["kind"] in kinds)
+
+
+def test_rows_that_base_and_expert_do_not_both_have_are_left_out(repos, tmp_path, capsys):
+    """An expert with more tokens than its base: the error is that of the rows that are quantised."""
+    expert = AutoModelForCausalLM.from_pretrained(repos.expert)
+    expert.resize_token_embeddings(33, mean_resizing=False)
+    expert.save_pretrained(tmp_path / "expert")
+    delta = compress(
+        repos.base, tmp_path / "expert", tmp_path / "delta", MESwitchConfig(salient_channels=4), progress=False
+    )
+    result = inspect(capsys, delta, "--base", repos.base, "--expert", tmp_path / "expert")
+    row = {row["module"]: row for row in result["modules"]}["model.embed_tokens"]
+    assert (row["kind"], row["shape"], row["stored_rows"]) == ("quantized_rows", [33, 32], 33)
+    assert 0 < row["relative_error"] < 0.25
+
+
+def test_a_base_of_fewer_rows_is_refused(repos, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(repos.base)
+    base.resize_token_embeddings(20)
+    base.save_pretrained(tmp_path / "base")
+    assert main(["inspect", str(repos.delta), "--base", str(tmp_path / "base"), "--expert", str(repos.expert)]) == 1
+    assert "is [20, 32] in" in capsys.readouterr().err
 
 
 def test_table(repos, capsys):

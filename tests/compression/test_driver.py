@@ -54,6 +54,43 @@ def test_second_moments_reach_their_linear(make_pair):
     assert changed == {name}
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_second_moment_of_the_heads_inputs_goes_to_its_rows(make_pair, tie):
+    folders = make_pair(tie_word_embeddings=tie)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+    moment = torch.zeros(64)
+    moment[[5, 20, 40]] = 1.0
+    found = modules(models[1], *map(LiveParameters, models), second_moments={"lm_head": moment})
+    plain = modules(models[1], *map(LiveParameters, models))
+    # A tied matrix is stored as the embedding, and loses most as the head; an untied embedding has no inputs to weigh.
+    name = "model.embed_tokens" if tie else "lm_head"
+    assert found[name][1]["salient_index"].tolist() == [5, 20, 40]
+    changed = {
+        key for key in plain if not torch.equal(*(m[key][1].get("codes", torch.zeros(1)) for m in (plain, found)))
+    }
+    assert changed == {name}
+
+
+@pytest.mark.parametrize(
+    ("options", "embedding", "head"),
+    [
+        ({}, 3, 3),
+        ({"embedding_bits": 2}, 2, 2),
+        ({"embedding_bits": 1, "layer_bits": {"^lm_head$": 4}}, 1, 4),
+        ({"embedding_bits": None, "layer_bits": {"lm_head": 4}}, None, None),
+    ],
+)
+def test_bits_of_embedding_and_head(make_pair, options, embedding, head):
+    folders = make_pair(tie_word_embeddings=False)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+    how = MESwitchConfig(bits=2, salient_channels=3, **options)
+    found = {name: r for name, r, _ in compress_modules(models[1], *map(LiveParameters, models), how, progress=False)}
+    for name, bits in (("model.embed_tokens", embedding), ("lm_head", head)):
+        assert found[name].kind == ("rows" if bits is None else "quantized_rows")
+        assert getattr(found[name], "bits", None) == bits
+    assert found["model.layers.0.mlp.up_proj"].bits == 2
+
+
 def test_a_bias_of_a_tied_head_has_no_place(make_model):
     base, expert = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=True)
     for model, value in ((base, 0.0), (expert, 1.0)):

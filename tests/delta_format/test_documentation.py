@@ -13,7 +13,13 @@ import torch
 
 from transformers_meswitch.compression.packing import pack, unpack
 from transformers_meswitch.configuration import MESwitchExpertConfig
-from transformers_meswitch.delta_format.spec import FORMAT_VERSION, LinearRecord, RowsRecord, parse_record
+from transformers_meswitch.delta_format.spec import (
+    FORMAT_VERSION,
+    LinearRecord,
+    QuantizedRowsRecord,
+    RowsRecord,
+    parse_record,
+)
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "delta_format.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^\| ([1-4]) \| ([\d ]+) \| `([0-9a-f ]+)` \|$", PAGE, re.MULTILINE)
@@ -72,3 +78,16 @@ def test_size_formula():
         expected = out * -(-n * bits // 8) + 4 * out + 4 * n + salient * (4 + 2 * out) + 2 * out
         assert stored_bytes(record) == expected
     assert stored_bytes(RowsRecord(9, 4, 3, bias=True)) == 3 * (4 + 2 * 4) + 2 * 9
+
+
+def test_size_formula_of_quantised_rows():
+    example = QuantizedRowsRecord(32000, 4096, bits=3, coded_rows=32000, salient_channels=16)
+    assert f"= {stored_bytes(example)} bytes" in PAGE.replace("\n", " ")
+    assert f"{2 * 32000 * 4096 / stored_bytes(example):.1f} times less.\n" in PAGE
+    for bits in (1, 2, 3, 4):
+        for coded, exact in ((5, 4), (5, 2)):
+            width, salient = 11, 3
+            record = QuantizedRowsRecord(9, width, bits, coded, exact, salient, bias=True)
+            expected = coded * (-(-(width - salient) * bits // 8) + 4 + 2 * salient) + 4 * salient
+            expected += exact * (4 + 2 * width) + 2 * 9
+            assert stored_bytes(record) == expected + (4 * coded if coded + exact < 9 else 0)

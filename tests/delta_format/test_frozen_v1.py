@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import runpy
@@ -13,8 +14,9 @@ import torch
 
 from transformers_meswitch.compression.linear import reconstruct_linear
 from transformers_meswitch.delta_format.reader import check_delta, open_delta
-from transformers_meswitch.delta_format.spec import LinearRecord, tensor_key
+from transformers_meswitch.delta_format.spec import FORMAT_VERSION, LinearRecord, tensor_key
 from transformers_meswitch.delta_format.writer import write_delta
+from transformers_meswitch.errors import DeltaFormatError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SHA256 = {
@@ -105,8 +107,12 @@ def test_biases(delta):
 
 
 def test_todays_writer_keeps_everything(delta, tmp_path):
-    again = open_delta(write_delta(tmp_path, delta.config, delta.tensors()))
-    assert again.config.to_dict() == delta.config.to_dict()
+    # All that version 1 can hold means the same in later versions, and only the latest is written.
+    config = dataclasses.replace(delta.config, format_version=FORMAT_VERSION)
+    again = open_delta(write_delta(tmp_path, config, delta.tensors()))
+    assert again.config.to_dict() == delta.config.to_dict() | {"format_version": FORMAT_VERSION}
+    with pytest.raises(DeltaFormatError, match=f"format_version is 1; this release writes {FORMAT_VERSION} only"):
+        write_delta(tmp_path, delta.config, delta.tensors())
     for key, tensor in delta.tensors().items():
         assert tensor.dtype == again.tensor(key).dtype
         assert torch.equal(tensor, again.tensor(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers_meswitch.delta_format.reader import check_delta, open_delta
 from transformers_meswitch.delta_format.validate import check_config
 from transformers_meswitch.errors import DeltaFormatError
 
-FROZEN = Path(__file__).parent.parent / "fixtures" / "delta_v1"
+FROZEN = Path(__file__).parent.parent / "fixtures" / "delta_v2"
 CONFIG = json.loads((FROZEN / "adapter_config.json").read_text(encoding="utf-8"))
 WEIGHTS = (FROZEN / "adapter_model.safetensors").read_bytes()
 HEADER_BYTES = struct.unpack("<Q", WEIGHTS[:8])[0]
@@ -30,7 +31,7 @@ JSON = st.recursive(
     | st.sampled_from([0, 1, -1, 2**31, 2**63, 10**400])
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["linear", "rows", "values", "MESWITCH", "U8", "F32", "..", "model.norm"]),
+    | st.sampled_from(["linear", "rows", "quantized_rows", "values", "MESWITCH", "U8", "F32", "..", "model.norm"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
@@ -62,6 +63,12 @@ def changed(draw, document):
     return document
 
 
+@pytest.fixture
+def frozen(tmp_path):
+    """A copy of a delta with every kind of module in every form, to be damaged at will."""
+    return Path(shutil.copytree(FROZEN, tmp_path / "frozen"))
+
+
 def open_or_refuse(folder):
     with contextlib.suppress(DeltaFormatError):
         delta = open_delta(folder)
@@ -79,7 +86,7 @@ def test_configs(frozen, document):
 @given(document=JSON)
 def test_configs_of_any_json(document):
     with contextlib.suppress(DeltaFormatError):
-        check_config({"peft_type": "MESWITCH", "format_version": 1, "modules": document})
+        check_config({"peft_type": "MESWITCH", "format_version": 2, "modules": document})
     with contextlib.suppress(DeltaFormatError):
         check_config({**CONFIG, "modules": {"lm_head": document}})
     if isinstance(document, dict):

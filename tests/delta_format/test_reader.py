@@ -85,7 +85,7 @@ def test_later_version_names_what_to_install(frozen):
     edit(frozen, format_version=7, modules=[])
     with pytest.raises(
         FormatVersionError,
-        match=r"version 7.*up to version 1.*Upgrade transformers-meswitch to a release that reads version 7",
+        match=r"version 7.*up to version 2.*Upgrade transformers-meswitch to a release that reads version 7",
     ):
         open_delta(frozen)
 

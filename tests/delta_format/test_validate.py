@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transformers_meswitch.delta_format.spec import LinearRecord, RowsRecord, ValuesRecord, tensor_key
+from transformers_meswitch.delta_format.spec import (
+    LinearRecord,
+    QuantizedRowsRecord,
+    RowsRecord,
+    ValuesRecord,
+    tensor_key,
+)
 from transformers_meswitch.delta_format.validate import (
     check_config,
     check_headers,
@@ -15,6 +21,7 @@ from transformers_meswitch.errors import DeltaFormatError, FormatVersionError
 RECORDS = {
     "up": LinearRecord(3, 8, bits=3, salient_channels=2, column_step=True, bias=True),
     "embed": RowsRecord(num_rows=6, width=2, rows=2),
+    "wte": QuantizedRowsRecord(9, 4, bits=3, coded_rows=3, exact_rows=2, salient_channels=1),
     "norm": ValuesRecord({"weight": (2,)}),
 }
 
@@ -29,6 +36,13 @@ def tensors():
         tensor_key("up", "bias"): torch.ones(3, dtype=torch.float16),
         tensor_key("embed", "row_index"): torch.tensor([0, 5], dtype=torch.int32),
         tensor_key("embed", "rows"): torch.ones(2, 2),
+        tensor_key("wte", "row_index"): torch.tensor([0, 3, 6], dtype=torch.int32),
+        tensor_key("wte", "codes"): torch.tensor([[255, 1]] * 3, dtype=torch.uint8),
+        tensor_key("wte", "step"): torch.tensor([0.0, 1.0, 2.0]),
+        tensor_key("wte", "salient_index"): torch.tensor([2], dtype=torch.int32),
+        tensor_key("wte", "salient"): torch.ones(3, 1, dtype=torch.bfloat16),
+        tensor_key("wte", "exact_index"): torch.tensor([1, 8], dtype=torch.int32),
+        tensor_key("wte", "rows"): torch.ones(2, 4),
         tensor_key("norm", "values.weight"): torch.ones(2),
     }
 
@@ -67,6 +81,22 @@ NAN, INF = float("nan"), float("inf")
         ("up", "salient_index", 1, 0, "salient_index goes from 0 to 0 at 0, expected strictly ascending"),
         ("embed", "row_index", 0, 5, "row_index goes from 5 to 5 at 0, expected strictly"),
         ("embed", "row_index", 1, 6, "row_index holds 6, expected indices from 0 to 5"),
+        ("wte", "row_index", 1, 0, "row_index goes from 0 to 0 at 0, expected strictly"),
+        ("wte", "row_index", 2, 9, "row_index holds 9, expected indices from 0 to 8"),
+        (
+            "wte",
+            "row_index",
+            2,
+            8,
+            r"row_index and .*wte.*exact_index both hold 8, expected a row to be coded or exact",
+        ),
+        ("wte", "exact_index", 0, 8, "exact_index goes from 8 to 8 at 0, expected strictly"),
+        ("wte", "exact_index", 1, -1, "exact_index holds -1, expected indices from 0 to 8"),
+        ("wte", "salient_index", 0, 4, "salient_index holds 4, expected indices from 0 to 3"),
+        ("wte", "step", 2, -1.0, r"wte.*step is -1\.0 at \[2\], expected step sizes of at least 0"),
+        ("wte", "salient", (1, 0), NAN, r"wte.*salient is nan at \[1, 0\]"),
+        ("wte", "rows", (1, 3), INF, r"wte.*rows is inf at \[1, 3\]"),
+        ("wte", "codes", (2, 1), 2, "codes has bits set past bit 9 of row 2, expected zeros"),
         ("up", "codes", (1, 2), 7, "codes has bits set past bit 18 of row 1, expected zeros"),
     ],
 )
@@ -83,12 +113,14 @@ def test_values_are_checked_past_the_first_chunk(monkeypatch):
 
 def test_empty_tensors_are_valid():
     records = {"a": LinearRecord(0, 4, 2), "b": LinearRecord(2, 2, 1, salient_channels=2), "c": RowsRecord(4, 2, 0)}
+    records |= {"d": QuantizedRowsRecord(4, 2, 3, 0), "e": QuantizedRowsRecord(2, 2, 3, 0, 2)}
     given = {}
     dtypes = {"U8": torch.uint8, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16, None: torch.float16}
     for module, record in records.items():
         for leaf, (dtype, shape) in record.leaves().items():
             given[tensor_key(module, leaf)] = torch.zeros(shape, dtype=dtypes[dtype])
-    given[tensor_key("b", "salient_index")] = torch.tensor([0, 1], dtype=torch.int32)
+    for key in (tensor_key("b", "salient_index"), tensor_key("e", "exact_index")):
+        given[key] = torch.tensor([0, 1], dtype=torch.int32)
     check_headers(records, tensor_headers(given))
     check_values(records, given.__getitem__)
 
@@ -118,10 +150,13 @@ def test_long_lists_are_cut():
         check_headers({}, {f"t{i}": ("F32", ()) for i in range(100)})
 
 
+ROWS = {"kind": "quantized_rows", "num_rows": 4, "width": 2, "bits": 3, "coded_rows": 2}
+
+
 def config(**changes):
     good = {
         "peft_type": "MESWITCH",
-        "format_version": 1,
+        "format_version": 2,
         "base_model_name_or_path": "me/base",
         "modules": {"lm_head": {"kind": "rows", "num_rows": 4, "width": 2, "rows": 1}},
         "a_field_of_a_later_release": {"x": 1},
@@ -130,7 +165,8 @@ def config(**changes):
 
 
 def test_config_gives_the_records():
-    assert check_config(config()) == {"lm_head": RowsRecord(4, 2, 1)}
+    assert check_config(config()) == check_config(config(format_version=1)) == {"lm_head": RowsRecord(4, 2, 1)}
+    assert check_config(config(modules={"m": ROWS})) == {"m": QuantizedRowsRecord(4, 2, 3, 2)}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +186,12 @@ def test_config_gives_the_records():
         ({"modules": {"norm": {"kind": "values", "shapes": {}}}}, r"modules\['norm'\] announces no tensors"),
         ({"modules": {"norm": {"kind": "values", "shapes": {"../w": [1]}}}}, "expected plain names"),
         ({"modules": {"norm": {"kind": "other"}}}, "of kind 'other'"),
+        ({"modules": {"m": ROWS}, "format_version": 1}, r"modules\['m'\] is of kind 'quantized_rows', which format v"),
+        ({"modules": {"m": {**ROWS, "bits": 5}}}, "bits=5; supported are"),
+        ({"modules": {"m": {**ROWS, "bits": True}}}, r"\['bits'\] is True"),
+        ({"modules": {"m": {**ROWS, "coded_rows": -1}}}, r"\['coded_rows'\] is -1"),
+        ({"modules": {"m": {**ROWS, "exact_rows": 3}}}, "stores 2 coded and 3 exact rows of a matrix of 4"),
+        ({"modules": {"m": {**ROWS, "salient_channels": 3}}}, "3 salient channels but only 2 input channels"),
         ({"vocab_size": -1}, "vocab_size is -1, expected at least 0"),
         ({"vocab_size": "7"}, "vocab_size is '7', expected int or null"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected bool"),
@@ -165,8 +207,8 @@ def test_bad_configs(changes, message):
 
 
 def test_later_version_is_told_before_anything_else():
-    with pytest.raises(FormatVersionError, match="format version 2"):
-        check_config({"peft_type": "MESWITCH", "format_version": 2, "modules": "changed in version 2"})
+    with pytest.raises(FormatVersionError, match="format version 3"):
+        check_config({"peft_type": "MESWITCH", "format_version": 3, "modules": "changed in version 3"})
 
 
 @pytest.mark.parametrize(

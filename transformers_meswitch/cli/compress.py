@@ -25,6 +25,12 @@ def _layer_bits(text: str) -> tuple[str, int]:
     return pattern, int(bits)
 
 
+def _embedding_bits(text: str) -> int | None:
+    if text != "none" and text not in map(str, _BITS):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither bits of 1 to 4 nor none")
+    return None if text == "none" else int(text)
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
@@ -46,6 +52,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=16,
         metavar="N",
         help="input channels a layer kept in bfloat16; default: %(default)s",
+    )
+    parser.add_argument(
+        "--embedding-bits",
+        type=_embedding_bits,
+        default=3,
+        metavar="{1,2,3,4,none}",
+        help="bits a weight in changed rows of embeddings and output head; none keeps them as they are; "
+        "default: %(default)s",
     )
     parser.add_argument("--column-steps", action="store_true", help="also fit a step size per input channel")
     parser.add_argument(
@@ -95,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         salient_channels=args.salient_channels,
         column_steps=args.column_steps,
         layer_bits=dict(args.layer_bits),
+        embedding_bits=args.embedding_bits,
     )
     started = time.perf_counter()
     directory = compress(

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "inspect",
         help="table of a delta: bits, salient channels, bytes and error of each layer",
-        description="Count a delta to the byte. The relative error ‖Δ − Δ̂‖ / ‖Δ‖ of each linear layer needs the "
+        description="Count a delta to the byte. The relative error ‖Δ − Δ̂‖ / ‖Δ‖ of what is quantised needs the "
         "checkpoints of base and expert. The ratio is against a full copy of the expert in bfloat16.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -71,8 +71,6 @@ def compress_expert(
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
         )
-    embedding = model.get_input_embeddings()
-    embedding_name = next(name for name, module in model.named_modules() if module is embedding)
     delta_config = expert_config(
         config,
         records,
@@ -82,7 +80,7 @@ def compress_expert(
         expert=expert.repo,
         model_config=model.config,
         generation_config=generation_config,
-        vocab_size=expert_parameters.shapes(embedding_name)["weight"][0],
+        vocab_size=expert_parameters.shapes(_input_embedding(model))["weight"][0],
         tied=expert_parameters.tied,
         calibrated=second_moments is not None,
     )
@@ -122,8 +120,9 @@ def compress_modules(
         base: the base's parameters.
         expert: the expert's parameters.
         config: bits, salient channels and column steps.
-        second_moments: linear's name to float32 ``[in]``, mean square of each input channel, see
-            :mod:`.calibration`; a linear that is not named is weighed evenly.
+        second_moments: name of a linear or of the output head to the second moment of its inputs, see
+            :mod:`.calibration`; one that is not named is weighed evenly. An embedding whose rows the output head
+            shares goes by the head's.
         device: where to compute; `None` is where the expert's parameters are.
         progress: whether to show a progress bar.
 
@@ -133,12 +132,17 @@ def compress_modules(
     Raises:
         UnsupportedModelError: a layer that the format has no place for.
         CompressionError: base and expert of different architectures; NaN or infinite weights (the tensor is named);
-            a pattern of ``layer_bits`` that matches no linear layer.
+            a pattern of ``layer_bits`` that matches no linear layer or embedding.
     """
     kinds = module_kinds(model)
-    check_layer_bits(config, [name for name, kind in kinds.items() if kind == "linear"])
+    check_layer_bits(config, [name for name, kind in kinds.items() if kind in ("linear", "rows")])
     _check_architecture(kinds, base, expert)
-    head = output_head(model)
+    head, embedding = output_head(model), _input_embedding(model)
+    # The two are one matrix and must stay so, but each would be quantised against a matrix of its own.
+    kept_equal = (head, embedding) if expert.tied and not base.tied else ()
+    moments = dict(second_moments or {})
+    if base.tied and expert.tied and head in moments:
+        moments[embedding] = moments[head]
     for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):
         if name == head and base.tied and expert.tied:
             _check_tied_head(name, base, expert)
@@ -151,11 +155,17 @@ def compress_modules(
             {key: value.to(where) for key, value in ours.items()},
             name=name,
             config=config,
-            second_moment=(second_moments or {}).get(name),
+            second_moment=moments.get(name),
             is_conv1d=is_conv1d(model.get_submodule(name)),
+            exact_rows=name in kept_equal,
         )
         if result is not None:
             yield name, *result
+
+
+def _input_embedding(model: PreTrainedModel) -> str:
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
 
 
 def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Parameters) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..configuration import MESwitchConfig
-from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
+from ..delta_format.spec import LinearRecord, ModuleRecord, ValuesRecord
 from ..errors import CompressionError
+from .differences import differs
 from .linear import compress_linear
+from .rows import compress_rows
 
 __all__ = ["check_shapes", "compress_module"]
 
@@ -26,6 +28,7 @@ def compress_module(
     config: MESwitchConfig,
     second_moment: Tensor | None = None,
     is_conv1d: bool = False,
+    exact_rows: bool = False,
 ) -> tuple[ModuleRecord, dict[str, Tensor]] | None:
     """The difference of one module.
 
@@ -35,8 +38,9 @@ def compress_module(
         expert: the expert's, floating; may be of another dtype than the base's.
         name: canonical module name, for ``config.layer_bits`` and for messages.
         config: bits, salient channels and column steps.
-        second_moment: float32 ``[in]``, mean square of each input channel of a linear.
+        second_moment: of the inputs of a linear or an output head, see :func:`~.linear.compress_linear`.
         is_conv1d: whether a linear's weight is a GPT-2 ``Conv1D``'s ``[in, out]``.
+        exact_rows: whether rows stay exact whatever ``config.embedding_bits`` says.
 
     Returns:
         The record and its leaves by name, or `None` where the expert's module equals the base's.
@@ -56,8 +60,14 @@ def compress_module(
     if kind == "linear":
         return _compress_linear(base, expert, name, config, second_moment, is_conv1d)
     if kind == "rows":
-        return _compress_rows(base, expert)
-    changed = {key: value.contiguous() for key, value in expert.items() if _differs(base[key], value)}
+        bits = None if exact_rows else config.row_bits_of(name)
+        try:
+            return compress_rows(
+                base, expert, bits=bits, salient_channels=config.salient_channels, second_moment=second_moment
+            )
+        except CompressionError as error:
+            raise CompressionError(f"{name}: {error}") from error
+    changed = {key: value.contiguous() for key, value in expert.items() if differs(base[key], value)}
     if not changed:
         return None
     shapes = {key: tuple(value.shape) for key, value in changed.items()}
@@ -112,16 +122,6 @@ def _check_values(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name
                 )
 
 
-def _bits_of(tensor: Tensor) -> Tensor:
-    """The tensor's bit patterns as integers: ``-0.0`` and ``0.0`` differ."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
-
-
-def _differs(base: Tensor, expert: Tensor) -> bool:
-    """Whether any element differs bitwise once the base has the expert's dtype."""
-    return base.shape != expert.shape or not torch.equal(_bits_of(base.to(expert)), _bits_of(expert))
-
-
 def _compress_linear(
     base: Mapping[str, Tensor],
     expert: Mapping[str, Tensor],
@@ -130,7 +130,7 @@ def _compress_linear(
     second_moment: Tensor | None,
     is_conv1d: bool,
 ) -> tuple[LinearRecord, dict[str, Tensor]] | None:
-    own_bias = "bias" in expert and _differs(base["bias"], expert["bias"])
+    own_bias = "bias" in expert and differs(base["bias"], expert["bias"])
     delta = expert["weight"].float() - base["weight"].to(expert["weight"].device).float()
     if is_conv1d:
         delta = delta.T.contiguous()
@@ -152,21 +152,3 @@ def _compress_linear(
         )
         tensors["bias"] = expert["bias"].contiguous()
     return record, tensors
-
-
-def _compress_rows(
-    base: Mapping[str, Tensor], expert: Mapping[str, Tensor]
-) -> tuple[RowsRecord, dict[str, Tensor]] | None:
-    weight = expert["weight"]
-    num_rows, width = weight.shape
-    shared = min(num_rows, base["weight"].shape[0])
-    stored = torch.ones(num_rows, dtype=torch.bool, device=weight.device)
-    stored[:shared] = (_bits_of(base["weight"][:shared].to(weight)) != _bits_of(weight[:shared])).any(dim=1)
-    index = stored.nonzero().squeeze(1)
-    own_bias = "bias" in expert and _differs(base["bias"], expert["bias"])
-    if not (len(index) or own_bias or num_rows != base["weight"].shape[0]):
-        return None
-    tensors = {"row_index": index.to(torch.int32), "rows": weight[index]}
-    if own_bias:
-        tensors["bias"] = expert["bias"].contiguous()
-    return RowsRecord(num_rows, width, len(index), bias=own_bias), tensors

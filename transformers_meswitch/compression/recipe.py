@@ -70,7 +70,7 @@ def compress(
         CheckpointError: a missing, truncated or unreadable checkpoint.
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
             infinite weights; calibration text that cannot be used; an output folder that holds a model or cannot be
-            written to; a pattern of ``layer_bits`` that matches no linear layer.
+            written to; a pattern of ``layer_bits`` that matches no linear layer or embedding.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
@@ -88,7 +88,7 @@ def compress(
     check_model_type(base_source, expert_location, model_config)
     model = meta_model(model_config)
     # Before calibration, which may take long; for the other producers, the loop over the modules checks it.
-    check_layer_bits(config, [name for name, kind in module_kinds(model).items() if kind == "linear"])
+    check_layer_bits(config, [name for name, kind in module_kinds(model).items() if kind in ("linear", "rows")])
     base_parameters = CheckpointParameters(meta_model(base_source.config), base_source.checkpoint)
     expert_parameters = CheckpointParameters(model, expert_source.checkpoint)
     _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)

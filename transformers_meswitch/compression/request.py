@@ -51,24 +51,24 @@ def check_request(
         _check_calibration(Path(calibration))
 
 
-def check_layer_bits(config: MESwitchConfig, linears: Iterable[str]) -> None:
+def check_layer_bits(config: MESwitchConfig, quantised: Iterable[str]) -> None:
     """Refuse a ``layer_bits`` pattern that would do nothing.
 
     Args:
         config: the config.
-        linears: canonical names of the model's linear layers.
+        quantised: canonical names of the model's linear layers, embeddings and output head.
 
     Raises:
         CompressionError: a pattern is found in none of the names.
 
     >>> check_layer_bits(MESwitchConfig(layer_bits={"up_proj$": 3}), ["model.layers.0.mlp.up_proj"])
     """
-    names = list(linears)
+    names = list(quantised)
     for pattern in config.layer_bits:
         if not any(re.search(pattern, name) for name in names):
             more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             raise CompressionError(
-                f"layer_bits: {pattern!r} is found in the name of no linear layer. They are called "
+                f"layer_bits: {pattern!r} is found in the name of no linear layer or embedding. They are called "
                 f"{', '.join(names[:_NAMES_SHOWN])}{more}."
             )
 

@@ -1,22 +1,26 @@
-"""The constants and records of the delta format, version 1. The prose is in ``docs/delta_format.md``.
+"""The constants and records of the delta format, version 2. The prose is in ``docs/delta_format.md``.
 
 A delta repo is a PEFT adapter repo. ``adapter_config.json`` holds a ``modules`` table: canonical module name of the
-causal LM (``model.layers.0.mlp.up_proj``) to one of the three records below; ``adapter_model.safetensors`` holds, for
+causal LM (``model.layers.0.mlp.up_proj``) to one of the four records below; ``adapter_model.safetensors`` holds, for
 each module, the leaves that its record announces, under ``base_model.model.<module>.meswitch_delta.<leaf>``.
 
-========  =====================================================================================================
-kind      what is stored
-========  =====================================================================================================
-linear    the weight's delta, quantised: ``codes``, ``step``, optional ``column_step``, ``salient_index`` and
-          ``salient``; ``bias`` is the expert's own bias where it differs from the base's
-rows      the expert's own rows of an embedding or output head that differ from the base's or are new:
-          ``row_index`` and ``rows``; ``bias`` as above
-values    the expert's own parameters of a small module (a norm): ``values.<parameter>``
-========  =====================================================================================================
+==============  ===============================================================================================
+kind            what is stored
+==============  ===============================================================================================
+linear          the weight's delta, quantised: ``codes``, ``step``, optional ``column_step``, ``salient_index`` and
+                ``salient``; ``bias`` is the expert's own bias where it differs from the base's
+rows            the expert's own rows of an embedding or output head that differ from the base's or are new:
+                ``row_index`` and ``rows``; ``bias`` as above
+quantized_rows  changed rows of an embedding or output head as quantised deltas against the base's rows: ``codes``,
+                ``step``, optional ``row_index``, ``salient_index`` and ``salient``; other rows, added ones among
+                them, as the expert's own: ``exact_index`` and ``rows``; ``bias`` as above. Since version 2
+values          the expert's own parameters of a small module (a norm): ``values.<parameter>``
+==============  ===============================================================================================
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +34,19 @@ __all__ = [
     "LEAF_PREFIX",
     "PEFT_TYPE",
     "SUPPORTED_BITS",
+    "AnyRowsRecord",
     "LinearRecord",
     "ModuleRecord",
+    "QuantizedRowsRecord",
     "RowsRecord",
     "ValuesRecord",
     "packed_width",
     "parse_record",
+    "record_bytes",
     "tensor_key",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PEFT_TYPE = "MESWITCH"
 SUPPORTED_BITS = (1, 2, 3, 4)
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -128,6 +135,56 @@ class RowsRecord:
 
 
 @dataclass(frozen=True)
+class QuantizedRowsRecord:
+    """An embedding or output head whose changed rows are stored as quantised deltas against the base's rows.
+
+    Attributes:
+        num_rows: rows of the expert's matrix (its vocabulary size).
+        width: columns of the matrix.
+        bits: bits of one code, 1 to 4.
+        coded_rows: how many rows are the base's plus a quantised delta.
+        exact_rows: how many are stored as they are; rows at or past the base's number of rows are always among them.
+        salient_channels: how many columns of the coded rows are kept in bfloat16 instead of in the codes.
+        bias: whether the expert's own bias (``[num_rows]``) is stored.
+    """
+
+    num_rows: int
+    width: int
+    bits: int
+    coded_rows: int
+    exact_rows: int = 0
+    salient_channels: int = 0
+    bias: bool = False
+    kind: str = "quantized_rows"
+
+    @property
+    def coded_channels(self) -> int:
+        """Columns held in the codes: all but the salient ones."""
+        return self.width - self.salient_channels
+
+    @property
+    def has_row_index(self) -> bool:
+        """Whether coded rows are listed; where all rows are coded or exact, they are those that are not exact."""
+        return self.coded_rows + self.exact_rows < self.num_rows
+
+    def as_linear(self, rows: int) -> LinearRecord:
+        """The record of a linear whose weight delta is that of ``rows`` coded rows."""
+        return LinearRecord(rows, self.width, self.bits, self.salient_channels)
+
+    def leaves(self) -> LeafTable:
+        """The tensors this record announces."""
+        coded, exact = self.coded_rows, self.exact_rows
+        table: LeafTable = {"row_index": ("I32", (coded,))} if self.has_row_index else {}
+        table |= self.as_linear(coded).leaves()
+        if exact:
+            table["exact_index"] = ("I32", (exact,))
+            table["rows"] = (None, (exact, self.width))
+        if self.bias:
+            table["bias"] = (None, (self.num_rows,))
+        return table
+
+
+@dataclass(frozen=True)
 class ValuesRecord:
     """A small module (a norm) of which the expert's own parameters are stored.
 
@@ -143,7 +200,27 @@ class ValuesRecord:
         return {f"values.{name}": (None, tuple(shape)) for name, shape in self.shapes.items()}
 
 
-ModuleRecord = LinearRecord | RowsRecord | ValuesRecord
+#: Records of an embedding or output head.
+AnyRowsRecord = RowsRecord | QuantizedRowsRecord
+ModuleRecord = LinearRecord | AnyRowsRecord | ValuesRecord
+
+_FIXED_BYTES = {"U8": 1, "I32": 4, "F32": 4, "BF16": 2}
+
+
+def record_bytes(record: ModuleRecord, own_bytes: int) -> int:
+    """Bytes of a module's tensors on disk, headers excluded.
+
+    Args:
+        record: the module's record.
+        own_bytes: bytes of an element of the expert's own dtype, 2 for bfloat16.
+
+    >>> record_bytes(RowsRecord(num_rows=8, width=4, rows=2), own_bytes=2)
+    24
+    """
+    return sum(
+        (own_bytes if dtype is None else _FIXED_BYTES[dtype]) * math.prod(shape)
+        for dtype, shape in record.leaves().values()
+    )
 
 
 def _require(entry: dict[str, Any], module: str, field: str, kind: type, default: Any = None) -> Any:
@@ -183,15 +260,7 @@ def parse_record(module: str, entry: Any) -> ModuleRecord:
             column_step=_require(entry, module, "column_step", bool, False),
             bias=_require(entry, module, "bias", bool, False),
         )
-        if record.bits not in SUPPORTED_BITS:
-            raise DeltaFormatError(
-                f"adapter_config.json: modules[{module!r}] has bits={record.bits}; supported are {SUPPORTED_BITS}."
-            )
-        if record.salient_channels > record.in_features:
-            raise DeltaFormatError(
-                f"adapter_config.json: modules[{module!r}] has {record.salient_channels} salient channels "
-                f"but only {record.in_features} input channels."
-            )
+        _check_codes(module, record)
         return record
     if kind == "rows":
         rows = RowsRecord(
@@ -205,6 +274,23 @@ def parse_record(module: str, entry: Any) -> ModuleRecord:
                 f"adapter_config.json: modules[{module!r}] stores {rows.rows} rows of a matrix of {rows.num_rows}."
             )
         return rows
+    if kind == "quantized_rows":
+        quantized = QuantizedRowsRecord(
+            num_rows=_require(entry, module, "num_rows", int),
+            width=_require(entry, module, "width", int),
+            bits=_require(entry, module, "bits", int),
+            coded_rows=_require(entry, module, "coded_rows", int),
+            exact_rows=_require(entry, module, "exact_rows", int, 0),
+            salient_channels=_require(entry, module, "salient_channels", int, 0),
+            bias=_require(entry, module, "bias", bool, False),
+        )
+        _check_codes(module, quantized.as_linear(quantized.coded_rows))
+        if quantized.coded_rows + quantized.exact_rows > quantized.num_rows:
+            raise DeltaFormatError(
+                f"adapter_config.json: modules[{module!r}] stores {quantized.coded_rows} coded and "
+                f"{quantized.exact_rows} exact rows of a matrix of {quantized.num_rows}."
+            )
+        return quantized
     if kind == "values":
         shapes = _require(entry, module, "shapes", dict)
         for name, shape in shapes.items():
@@ -215,9 +301,21 @@ def parse_record(module: str, entry: Any) -> ModuleRecord:
                 )
         return ValuesRecord(shapes={name: tuple(shape) for name, shape in shapes.items()})
     raise DeltaFormatError(
-        f"adapter_config.json: modules[{module!r}] is of kind {kind!r}; this release knows 'linear', 'rows' and "
-        "'values'."
+        f"adapter_config.json: modules[{module!r}] is of kind {kind!r}; this release knows 'linear', 'rows', "
+        "'quantized_rows' and 'values'."
     )
+
+
+def _check_codes(module: str, record: LinearRecord) -> None:
+    if record.bits not in SUPPORTED_BITS:
+        raise DeltaFormatError(
+            f"adapter_config.json: modules[{module!r}] has bits={record.bits}; supported are {SUPPORTED_BITS}."
+        )
+    if record.salient_channels > record.in_features:
+        raise DeltaFormatError(
+            f"adapter_config.json: modules[{module!r}] has {record.salient_channels} salient channels "
+            f"but only {record.in_features} input channels."
+        )
 
 
 def tensor_key(module: str, leaf: str) -> str:

@@ -18,9 +18,10 @@ from .spec import (
     ADAPTER_CONFIG_NAME,
     LEAF_PREFIX,
     PEFT_TYPE,
+    AnyRowsRecord,
     LinearRecord,
     ModuleRecord,
-    RowsRecord,
+    QuantizedRowsRecord,
     ValuesRecord,
     packed_width,
     parse_record,
@@ -132,6 +133,8 @@ def check_config(config: Mapping[str, Any] | MESwitchExpertConfig) -> dict[str, 
         record = parse_record(name, entry)
         if isinstance(record, ValuesRecord) and not all(map(_COMPONENT.fullmatch, record.shapes)):
             problems.append(f"modules[{name!r}] names the parameters {sorted(record.shapes)}, expected plain names")
+        elif isinstance(record, QuantizedRowsRecord) and version == 1:
+            problems.append(f"modules[{name!r}] is of kind 'quantized_rows', which format version 1 does not have")
         elif not record.leaves():
             problems.append(f"modules[{name!r}] announces no tensors")
         records[name] = record
@@ -203,7 +206,16 @@ def _bad_index(key: str, index: torch.Tensor, limit: int) -> Iterator[str]:
         yield f"{key} holds {low if low < 0 else high}, expected indices from 0 to {limit - 1}"
 
 
-def _bad_padding(key: str, codes: torch.Tensor, record: LinearRecord) -> Iterator[str]:
+def _bad_overlap(module: str, coded: torch.Tensor, exact: torch.Tensor) -> Iterator[str]:
+    both = coded[torch.isin(coded, exact)]
+    if both.numel():
+        yield (
+            f"{tensor_key(module, 'row_index')} and {tensor_key(module, 'exact_index')} both hold {int(both[0])}, "
+            "expected a row to be coded or exact"
+        )
+
+
+def _bad_padding(key: str, codes: torch.Tensor, record: LinearRecord | QuantizedRowsRecord) -> Iterator[str]:
     used = record.coded_channels * record.bits
     pad = packed_width(record.coded_channels, record.bits) * 8 - used
     if pad and codes.numel():
@@ -217,24 +229,27 @@ def _bad_values(module: str, record: ModuleRecord, get: Callable[[str], torch.Te
     for leaf in record.leaves():
         key = tensor_key(module, leaf)
         tensor = get(key)
-        if leaf == "codes" and isinstance(record, LinearRecord):
+        if leaf == "codes" and isinstance(record, LinearRecord | QuantizedRowsRecord):
             yield from _bad_padding(key, tensor, record)
-        elif leaf == "salient_index" and isinstance(record, LinearRecord):
-            yield from _bad_index(key, tensor, record.in_features)
-        elif leaf == "row_index" and isinstance(record, RowsRecord):
+        elif leaf == "salient_index" and isinstance(record, LinearRecord | QuantizedRowsRecord):
+            yield from _bad_index(key, tensor, record.coded_channels + record.salient_channels)
+        elif leaf in ("row_index", "exact_index") and isinstance(record, AnyRowsRecord):
             yield from _bad_index(key, tensor, record.num_rows)
         else:
             yield from _not_finite(key, tensor)
         if leaf == "step" and tensor.numel() and float(tensor.min()) < 0:
             row = int(tensor.argmin())
             yield f"{key} is {float(tensor[row])} at [{row}], expected step sizes of at least 0"
+    if isinstance(record, QuantizedRowsRecord) and record.has_row_index and record.exact_rows:
+        yield from _bad_overlap(module, *(get(tensor_key(module, leaf)) for leaf in ("row_index", "exact_index")))
 
 
 def check_values(records: Mapping[str, ModuleRecord], get: Callable[[str], torch.Tensor]) -> None:
     """Check the data of tensors that passed :func:`check_headers`.
 
     Step sizes are finite and not negative; step sizes per column, salient columns and the expert's own values are
-    finite; indices ascend strictly within range; the bits that fill up a row of codes are zero.
+    finite; indices ascend strictly within range; no row is both coded and exact; the bits that fill up a row of codes
+    are zero.
 
     Args:
         records: the modules table.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
+from ..compression.rows import coded_index
+from ..delta_format.spec import LinearRecord, ModuleRecord, QuantizedRowsRecord, RowsRecord, ValuesRecord
 
-__all__ = ["LinearDelta", "RowsDelta", "StoredDelta", "ValuesDelta", "make_delta"]
+__all__ = [
+    "AnyRowsDelta",
+    "LinearDelta",
+    "QuantizedRowsDelta",
+    "RowsDelta",
+    "StoredDelta",
+    "ValuesDelta",
+    "make_delta",
+]
 
+#: Elements of a head's delta that are dense at once.
+_BLOCK = 2**25
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16}
 
 
@@ -81,23 +92,25 @@ class RowsDelta(StoredDelta):
     rows: torch.Tensor
     bias: torch.Tensor
 
-    def embed(self, ids: torch.Tensor, base: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    @property
+    def own_rows(self) -> torch.Tensor | None:
+        """Rows that take nothing from the base's matrix, int32 ``[rows]``; `None` if there are none."""
+        return self.row_index if self.record.rows else None
+
+    def embed(
+        self, ids: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
         """Replace the embeddings of changed ids.
 
         Args:
             ids: int ``[...]``.
             base: the base's embeddings ``[..., width]``; anything where the id is new.
+            weight: the base's matrix ``[base rows, width]``, not scaled.
             scale: factor that the base's module applies to its rows (Gemma), if it does.
         """
         if self.record.rows == 0:
             return base
-        index = self.row_index.to(ids.dtype)
-        position = torch.searchsorted(index, ids).clamp_max_(self.record.rows - 1)
-        changed = index[position] == ids
-        rows = self.rows[position].to(base.dtype)
-        if scale is not None:
-            rows = rows * scale.to(rows)
-        return torch.where(changed.unsqueeze(-1), rows, base)
+        return _replace(base, ids, self.row_index, self.rows, scale)
 
     def logits(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Replace the logits of changed rows: ``hidden`` ``[..., width]``, ``base`` ``[..., at least num_rows]``."""
@@ -108,10 +121,126 @@ class RowsDelta(StoredDelta):
 
     def dense(self, base: torch.Tensor) -> torch.Tensor:
         """The expert's whole matrix ``[num_rows, width]`` in the dtype of ``base`` (``[base rows, width]``)."""
-        kept = min(base.shape[0], self.record.num_rows)
-        full = base.new_zeros(self.record.num_rows, self.record.width)
-        full[:kept] = base[:kept]
+        full = _resized(base, self.record.num_rows)
         return full.index_copy_(0, self.row_index.long(), self.rows.to(base.dtype))
+
+
+class QuantizedRowsDelta(StoredDelta):
+    """Changed rows as quantised deltas against the base's rows, others as the expert's own.
+
+    ``codes`` uint8 ``[coded, bytes]`` and ``step`` float32 ``[coded]`` are those of a linear with an output channel a
+    row; ``row_index`` int32 ``[coded]``, ``exact_index`` int32 ``[exact]`` and ``rows`` ``[exact, width]`` are there
+    where the record announces them.
+    """
+
+    record: QuantizedRowsRecord
+    codes: torch.Tensor
+    step: torch.Tensor
+    row_index: torch.Tensor
+    exact_index: torch.Tensor
+    rows: torch.Tensor
+    bias: torch.Tensor
+
+    @property
+    def own_rows(self) -> torch.Tensor | None:
+        """Rows that take nothing from the base's matrix, int32 ``[exact]``; `None` if there are none."""
+        return self.exact_index if self.record.exact_rows else None
+
+    def embed(
+        self, ids: torch.Tensor, base: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As :meth:`RowsDelta.embed`; only the deltas of the ids asked for are made dense."""
+        if self.record.coded_rows:
+            position, coded = self._positions(ids)
+            known = ids.clamp_max(weight.shape[0] - 1)
+            delta = self._dense_delta(position.reshape(-1), torch.float32).view(*ids.shape, self.record.width)
+            rows = (F.embedding(known, weight).float() + delta).to(base.dtype)
+            base = torch.where(coded.unsqueeze(-1), _scaled(rows, scale), base)
+        if self.record.exact_rows:
+            base = _replace(base, ids, self.exact_index, self.rows, scale)
+        return base
+
+    def logits(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Correct the logits of coded rows and replace those of exact ones; shapes as of :meth:`RowsDelta.logits`."""
+        if self.record.coded_rows:
+            base = base.clone()
+            for rows, index in self._blocks():
+                part = F.linear(hidden, self._dense_delta(rows, hidden.dtype))
+                base.index_add_(-1, index, part.to(base.dtype))
+        if self.record.exact_rows:
+            own = F.linear(hidden, self.rows.to(hidden.dtype)).to(base.dtype)
+            base = base.index_copy(-1, self.exact_index.long(), own)
+        return base
+
+    def dense(self, base: torch.Tensor) -> torch.Tensor:
+        """As :meth:`RowsDelta.dense`; coded rows are added in float32 and rounded once."""
+        full = _resized(base, self.record.num_rows)
+        for rows, index in self._blocks():
+            added = full.index_select(0, index).float() + self._dense_delta(rows, torch.float32)
+            full.index_copy_(0, index, added.to(base.dtype))
+        if self.record.exact_rows:
+            full.index_copy_(0, self.exact_index.long(), self.rows.to(base.dtype))
+        return full
+
+    def _positions(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each id is among the coded rows (anywhere if it is not), and whether it is; both as ``ids``."""
+        record = self.record
+        if record.has_row_index:
+            return _look_up(ids, self.row_index)
+        position, coded = ids, ids < record.num_rows
+        if record.exact_rows:
+            exact = _look_up(ids, self.exact_index)[1]
+            position, coded = ids - torch.searchsorted(self.exact_index.to(ids.dtype), ids), coded & ~exact
+        return position.clamp_max(record.coded_rows - 1), coded
+
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Coded rows a block at a time, as places among them and as int64 rows of the matrix.
+
+        The delta of a large vocabulary takes gigabytes when it is dense.
+        """
+        index = coded_index(self.record, cast(dict[str, torch.Tensor], self._parameters))
+        rows = max(1, _BLOCK // max(1, self.record.width))
+        for start in range(0, self.record.coded_rows, rows):
+            yield slice(start, start + rows), index[start : start + rows]
+
+    def _dense_delta(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Deltas of coded rows, by their place among them: ``[rows, width]`` of ``dtype``."""
+        leaves = {"codes": self.codes[rows], "step": self.step[rows]}
+        if self.record.salient_channels:
+            leaves |= {"salient_index": cast(torch.Tensor, self._parameters["salient_index"])}
+            leaves |= {"salient": cast(torch.Tensor, self._parameters["salient"])[rows]}
+        return ops.dequantize_delta(self.record.as_linear(len(leaves["step"])), leaves, dtype)
+
+
+#: Deltas of an embedding or output head.
+AnyRowsDelta = RowsDelta | QuantizedRowsDelta
+
+
+def _look_up(ids: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Place of each id in an ascending, not empty index (anywhere if it is not in it), and whether it is there."""
+    index = index.to(ids.dtype)
+    place = torch.searchsorted(index, ids).clamp_max_(len(index) - 1)
+    return place, index[place] == ids
+
+
+def _scaled(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return rows if scale is None else rows * scale.to(rows)
+
+
+def _replace(
+    base: torch.Tensor, ids: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Embeddings ``[..., width]`` with those of the ids in ``index`` replaced by the rows that belong to them."""
+    place, found = _look_up(ids, index)
+    return torch.where(found.unsqueeze(-1), _scaled(rows[place].to(base.dtype), scale), base)
+
+
+def _resized(base: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """A copy of a matrix with ``num_rows`` rows: cut, or filled up with zeros."""
+    kept = min(base.shape[0], num_rows)
+    full = base.new_zeros(num_rows, base.shape[1])
+    full[:kept] = base[:kept]
+    return full
 
 
 class ValuesDelta(StoredDelta):
@@ -123,5 +252,10 @@ class ValuesDelta(StoredDelta):
 
 def make_delta(record: ModuleRecord, dtype: torch.dtype, device: torch.device) -> StoredDelta:
     """An empty delta module for a record; ``dtype`` is that of leaves stored in the expert's own dtype."""
-    kinds = {LinearRecord: LinearDelta, RowsRecord: RowsDelta, ValuesRecord: ValuesDelta}
+    kinds: dict[type, type[StoredDelta]] = {
+        LinearRecord: LinearDelta,
+        RowsRecord: RowsDelta,
+        QuantizedRowsRecord: QuantizedRowsDelta,
+        ValuesRecord: ValuesDelta,
+    }
     return kinds[type(record)](record, dtype, device)

@@ -16,7 +16,7 @@ from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
-from ..delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
+from ..delta_format.spec import AnyRowsRecord, LinearRecord, ModuleRecord, ValuesRecord
 from ..delta_format.validate import check_config
 from ..errors import (
     BaseMismatchError,
@@ -178,7 +178,7 @@ def _match_modules(
     for stored, record in records.items():
         local = _local_name(stored, modules, model)
         if local is None:
-            is_head = isinstance(record, RowsRecord) and not stored.startswith(f"{model.base_model_prefix}.")
+            is_head = isinstance(record, AnyRowsRecord) and not stored.startswith(f"{model.base_model_prefix}.")
             if head is None and is_head:
                 continue
             raise BaseMismatchError(
@@ -197,7 +197,7 @@ def _match_modules(
 def _check_vocabulary(model: PreTrainedModel, config: MESwitchExpertConfig, targets: Targets) -> None:
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     record = targets.get(embedding)
-    rows = record.num_rows if isinstance(record, RowsRecord) else base_vocab_size(model)
+    rows = record.num_rows if isinstance(record, AnyRowsRecord) else base_vocab_size(model)
     if config.vocab_size not in (None, rows):
         raise DeltaFormatError(
             f"adapter_config.json: vocab_size is {config.vocab_size}, but the expert's {embedding} has {rows} rows. "
@@ -233,7 +233,7 @@ def _check_shape(name: str, record: ModuleRecord, module: nn.Module) -> None:
     if isinstance(record, LinearRecord):
         found = linear_sizes(base) if is_linear(base) else None
         expected = (record.out_features, record.in_features)
-    elif isinstance(record, RowsRecord):
+    elif isinstance(record, AnyRowsRecord):
         is_rows = isinstance(base, nn.Embedding) or is_linear(base)
         weight = getattr(base, "weight", None)
         found = weight.shape[-1] if is_rows and weight is not None else None

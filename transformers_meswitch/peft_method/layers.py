@@ -17,7 +17,7 @@ from torch import nn
 from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, linear_sizes
-from .deltas import LinearDelta, RowsDelta, StoredDelta, ValuesDelta, make_delta
+from .deltas import AnyRowsDelta, LinearDelta, StoredDelta, ValuesDelta, make_delta
 from .naming import module_key
 from .switch import ExpertSwitch
 
@@ -269,12 +269,13 @@ class RowsLayer(MESwitchLayer):
         base_rows = int(self.get_base_layer().num_embeddings)  # type: ignore[arg-type]
         known = ids.clamp_max(base_rows - 1) if delta.record.num_rows > base_rows else ids
         base = self.base_layer(known, *args, **kwargs)
-        return delta.embed(ids, base.to(ids.device), self._get_embed_scale())
+        weight = self.get_base_layer().weight
+        return delta.embed(ids, base.to(ids.device), weight, self._get_embed_scale())
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
         """The expert's whole embedding."""
         delta = self.stored_delta(expert)
-        assert isinstance(delta, RowsDelta)
+        assert isinstance(delta, AnyRowsDelta)
         return {"weight": delta.dense(self.get_base_layer().weight)}  # type: ignore[arg-type]
 
     def _swap_parameters(self, merged: dict[str, torch.Tensor]) -> None:
@@ -330,22 +331,32 @@ class HeadLayer(MESwitchLayer):
         delta = self.delta_of(expert)
         if delta is not None:
             base = delta.logits(hidden, base)
-            if delta.record.bias:
-                bias, own = getattr(self.get_base_layer(), "bias", None), delta.bias.float()
-                if bias is not None:
-                    kept = min(own.shape[0], bias.shape[0])
-                    # Only logits that came from the base's rows carry the base's bias.
-                    untouched = torch.ones(own.shape[0], dtype=torch.bool, device=own.device)
-                    untouched[delta.row_index.long()] = False
-                    own = own.clone()
-                    own[:kept] -= torch.where(untouched[:kept], bias.float()[:kept], 0.0)
+            shift = self._bias_shift(delta)
+            if shift is not None:
                 base = base.clone()
-                base[..., : own.shape[0]] += own.to(base.dtype)
+                base[..., : len(shift)] += shift.to(base.dtype)
         known = self.switch.vocab_size(expert)
         if known < base.shape[-1]:
             base = base.clone()
             base[..., known:] = float("-inf")
         return base
+
+    def _bias_shift(self, delta: AnyRowsDelta) -> torch.Tensor | None:
+        """What the expert's logits lack in bias, float32 ``[num_rows]``; `None` if nothing.
+
+        Only logits that came from the base's rows carry the base's bias.
+        """
+        of_base, own_rows = getattr(self.get_base_layer(), "bias", None), delta.own_rows
+        bias = delta.bias if delta.record.bias else of_base
+        if bias is None or (not delta.record.bias and own_rows is None):
+            return None
+        shift = _of_length(bias, delta.record.num_rows)
+        if of_base is not None:
+            carried = _of_length(of_base, delta.record.num_rows)
+            if own_rows is not None:
+                carried[own_rows.long()] = 0
+            shift -= carried
+        return shift
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
         """The expert's whole output head."""
@@ -378,6 +389,13 @@ class HeadLayer(MESwitchLayer):
         super()._restore_parameters(kept)
         if "weight" in kept:
             self.get_base_layer().out_features = kept["weight"].shape[0]
+
+
+def _of_length(bias: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of a bias in float32, cut to ``length`` or filled up with zeros."""
+    full = torch.zeros(length, dtype=torch.float32, device=bias.device)
+    full[: len(bias)] = bias[:length]
+    return full
 
 
 class ValuesLayer(MESwitchLayer):
@@ -426,6 +444,6 @@ def wrap(module: nn.Module, kind: str, switch: ExpertSwitch) -> MESwitchLayer:
     """Wrap a base module for a record of ``kind``."""
     if kind == "linear":
         return LinearLayer(module, switch)
-    if kind == "rows":
+    if kind in ("rows", "quantized_rows"):
         return RowsLayer(module, switch) if isinstance(module, nn.Embedding) else HeadLayer(module, switch)
     return ValuesLayer(module, switch)

@@ -15,7 +15,7 @@ from torch import nn
 from ..configuration import MESWITCH, MESwitchExpertConfig
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
-from ..delta_format.spec import KEY_PREFIX, LEAF_PREFIX, RowsRecord, tensor_key
+from ..delta_format.spec import LEAF_PREFIX, AnyRowsRecord, RowsRecord, tensor_key
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert, set_vocab_capacity
@@ -267,25 +267,31 @@ def _placed(
     for stored, record in config.records().items():
         local = stored if stored in layers else stored.removeprefix(prefix)
         if local in layers:
-            if isinstance(record, RowsRecord):
-                _check_added_rows(
-                    stored, record, layers[local], tensors[f"{KEY_PREFIX}{stored}.{LEAF_PREFIX}.row_index"]
-                )
+            if isinstance(record, AnyRowsRecord):
+                _check_added_rows(stored, record, layers[local], tensors)
             for leaf in record.leaves():
                 key = f"{local}.{LEAF_PREFIX}.{module_key(expert)}.{leaf}"
                 placed[key] = tensors[tensor_key(stored, leaf)]
     return placed
 
 
-def _check_added_rows(name: str, record: RowsRecord, layer: MESwitchLayer, row_index: torch.Tensor) -> None:
-    """Rows that the base lacks must all be stored; only here is the base's number of rows known."""
+def _check_added_rows(
+    name: str, record: AnyRowsRecord, layer: MESwitchLayer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Rows that the base lacks must all be the expert's own; only here is the base's number of rows known.
+
+    Indices are in range and strictly ascending (:func:`check_tensors`), so it is enough that there are as many of them
+    as added rows. No row is coded and exact, so none that is coded is beyond the base's either.
+    """
     weight: torch.Tensor = layer.get_base_layer().weight  # type: ignore[assignment]
     base_rows = weight.shape[0]
-    added = torch.arange(base_rows, max(base_rows, record.num_rows))
-    if len(added) and not torch.equal(row_index[-len(added) :].cpu().long(), added):
+    added = record.num_rows - base_rows
+    stored, leaf = (record.rows, "row_index") if isinstance(record, RowsRecord) else (record.exact_rows, "exact_index")
+    if added > 0 and (stored < added or int(tensors[tensor_key(name, leaf)][-added]) < base_rows):
         raise DeltaFormatError(
             f"{name} has {record.num_rows} rows in the expert and {base_rows} in the base, but the delta does not "
-            f"store all rows from {base_rows} on. The delta repo is damaged; download or compress it again."
+            f"store all rows from {base_rows} on as the expert's own. The delta repo is damaged; download or compress "
+            "it again."
         )
 
 
