@@ -91,4 +91,4 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(repo
     error = capsys.readouterr().err
     assert "'nomatch'" in error
     assert "model.layers.0.self_attn.q_proj" in error
-    assert "and 6 more" in error
+    assert "and 8 more" in error
