@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .delta_format.reader import Delta
 
-__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "inspect_delta", "relative_errors"]
+__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "exact_deltas", "inspect_delta", "relative_errors"]
 
 #: Bytes of a parameter of the full copy that deltas are compared with, in bfloat16.
 _DENSE_ITEM = 2
@@ -160,6 +160,13 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
         CompressionError: a checkpoint does not fit its configuration.
         DeltaFormatError: the delta changes a layer that the checkpoints lack, or whose sizes are others.
     """
+    names = [name for name in _in_order(delta.records) if isinstance(delta.records[name], LinearRecord)]
+    exact = exact_deltas(delta, progress(names), base, expert)
+    return {name: _relative_error(weight, _reconstruct(delta, name)) for name, weight in exact}
+
+
+def exact_deltas(delta: Delta, names: Iterable[str], base: str, expert: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Linears of a delta one by one, each with expert − base: float32 ``[out, in]``; see :func:`relative_errors`."""
     from transformers import AutoConfig
 
     from .compression.sources import CheckpointParameters, meta_model
@@ -168,22 +175,21 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
 
     models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
     sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
-    errors = {}
-    for name in progress([n for n in _in_order(delta.records) if isinstance(delta.records[n], LinearRecord)]):
-        approximation = _reconstruct(delta, name)
+    for name in names:
+        record = delta.records[name]
+        assert isinstance(record, LinearRecord)
         for source, repo in zip(sources, (base, expert), strict=True):
             if name not in source.modules:
                 raise DeltaFormatError(f"The delta changes {name}, which {repo} lacks; give its own base and expert.")
         of_base, of_expert = (source.of(name)["weight"].float() for source in sources)
         if is_conv1d(models[0].get_submodule(name)):
             of_base, of_expert = of_base.T, of_expert.T
-        if not of_base.shape == of_expert.shape == approximation.shape:
+        if not of_base.shape == of_expert.shape == (record.out_features, record.in_features):
             raise DeltaFormatError(
                 f"{name} is {list(of_base.shape)} in {base}, {list(of_expert.shape)} in {expert} and "
-                f"{list(approximation.shape)} in the delta; give the delta's own base and expert."
+                f"{[record.out_features, record.in_features]} in the delta; give the delta's own base and expert."
             )
-        errors[name] = _relative_error(of_expert - of_base, approximation)
-    return errors
+        yield name, of_expert - of_base
 
 
 def _reconstruct(delta: Delta, name: str) -> torch.Tensor:
