@@ -68,11 +68,12 @@ def delta_figure(inspection: Inspection, channels: ChannelRanges | None) -> Figu
     """
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     measured = [row for row in inspection.modules if row.relative_error is not None]
     panels = (channels is not None) + bool(measured) + 1
-    figure = Figure(figsize=(_WIDTH, _PANEL_HEIGHT * panels), dpi=_DOTS_PER_INCH, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    figure = Figure(figsize=(_WIDTH, _PANEL_HEIGHT * panels), dpi=_DOTS_PER_INCH)
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     axes = iter(figure.subplots(panels, squeeze=False)[:, 0])
     if channels is not None:
         _draw_channels(next(axes), channels)
@@ -108,11 +109,15 @@ def _draw_channels(axes: Axes, channels: ChannelRanges) -> None:
     axes.set_ylabel("weight of the delta,\nlowest to highest")
     what = "expert − base" if channels.exact else "the delta's reconstruction, not expert − base"
     _plain_axes(axes, f"Range of each input channel: {channels.module}\n({what})")
-    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=9)
+    legend = axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=9)
+    for line in legend.get_lines():
+        line.set_linewidth(2)  # as thin as one of thousands of channels, it would show no colour
 
 
 def _draw_errors(axes: Axes, measured: Sequence[ModuleRow]) -> None:
     """Relative error by layer of the model, one line a kind of module."""
+    from matplotlib.ticker import MaxNLocator
+
     series: dict[str, list[tuple[float, float]]] = {}
     layers = [layer for row in measured if (layer := _layer(row.module)) is not None]
     beyond = max(layers, default=-1) + 1  # for modules outside the layers, such as an output head
@@ -125,7 +130,7 @@ def _draw_errors(axes: Axes, measured: Sequence[ModuleRow]) -> None:
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
         axes.plot(x, y, markersize=5, lw=1, alpha=0.85, label=kind, **style)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer of the model")
     axes.set_ylabel("relative error ‖Δ − Δ̂‖ / ‖Δ‖")
     axes.grid(axis="y", color="#DDDDDD", lw=0.6)
@@ -136,16 +141,23 @@ def _draw_errors(axes: Axes, measured: Sequence[ModuleRow]) -> None:
 def _draw_bytes(axes: Axes, inspection: Inspection) -> None:
     """Bytes on disk by kind of module."""
     sizes = bytes_by_kind(inspection)
-    unit, name = next(
-        ((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if inspection.total_bytes >= u), (10**3, "kB")
-    )
+    unit, name = _unit(max(sizes.values()))
     bars = axes.barh(list(sizes), [size / unit for size in sizes.values()], color=_COLOURS[0], height=0.7)
-    shares = [f"{size / unit:,.2f} {name} ({size / inspection.total_bytes:.1%})" for size in sizes.values()]
+    shares = [f"{_in_unit(size)} ({size / inspection.total_bytes:.1%})" for size in sizes.values()]
     axes.bar_label(bars, shares, padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlabel(f"{name} on disk")
     _plain_axes(axes, f"Bytes by kind of module: {inspection.total_bytes:,} in all")
+
+
+def _unit(size: int) -> tuple[int, str]:
+    return next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= u), (1, "bytes"))
+
+
+def _in_unit(size: int) -> str:
+    unit, name = _unit(size)
+    return f"{size / unit:.3g} {name}"
 
 
 def _layer(module: str) -> int | None:

@@ -21,7 +21,7 @@ def perplexity(negative_log_likelihood: float, tokens: int) -> float:
     8.0...
     """
     mean = negative_log_likelihood / tokens
-    return math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf
+    return math.inf if mean > math.log(torch.finfo(torch.float64).max) else math.exp(mean)
 
 
 @dataclass
