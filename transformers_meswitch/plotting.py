@@ -104,7 +104,8 @@ def _draw_channels(axes: Axes, channels: ChannelRanges) -> None:
     axes.axhline(0, color="black", lw=0.5)
     axes.set_xlim(-1, len(low))
     bottom, top = float(low.min()), float(high.max())
-    axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.3 * (top - bottom))  # room for the legend
+    if bottom < top:
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.3 * (top - bottom))  # room for the legend
     axes.set_xlabel("input channel")
     axes.set_ylabel("weight of the delta,\nlowest to highest")
     what = "expert − base" if channels.exact else "the delta's reconstruction, not expert − base"
