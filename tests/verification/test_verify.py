@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.fixtures_models import ADDED_TOKENS, VOCAB_SIZE, dense_delta, dense_model
+from tests.fixtures_models import ADDED_TOKENS, VOCAB_SIZE, dense_delta, dense_model, fine_tune
 from transformers_meswitch import MESwitchConfig, compress, verify
 from transformers_meswitch.errors import BaseMismatchError, DeltaFormatError, VerificationError
 from transformers_meswitch.verification import verify as module
@@ -113,10 +113,14 @@ def test_weights_and_digest_come_from_the_files(tiny_family):
     assert str(tiny_family.base.parent) not in json.dumps([found.base, found.expert])
 
 
-def test_a_delta_of_another_expert_shows(tiny_family):
+def test_a_delta_of_another_expert_shows(tiny_family, tmp_path):
     math = tiny_family.experts["math"]
+    other = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    fine_tune(other, 7, (5,))
+    other.save_pretrained(tmp_path / "other")
+    compress(tiny_family.base, tmp_path / "other", tmp_path / "delta", MESwitchConfig(bits=4), progress=False)
     right = verify(tiny_family.base, math, tiny_family.deltas["math"], texts_of("math"), progress=False)
-    wrong = verify(tiny_family.base, math, tiny_family.deltas["code"], texts_of("math"), progress=False)
+    wrong = verify(tiny_family.base, math, tmp_path / "delta", texts_of("math"), progress=False)
     assert wrong.text.kl > 10 * right.text.kl
     assert wrong.text.top1_agreement < right.text.top1_agreement
     assert all(error > 1 for error in wrong.weights.relative_errors.values())
@@ -202,6 +206,8 @@ def test_refusals(tiny_family, untied_family, tmp_path):
         verify(base, expert, delta, ["abcd"], progress=False)
     with pytest.raises(DeltaFormatError, match=r"adapter_config\.json"):
         verify(base, expert, expert, progress=False)
+    with pytest.raises(VerificationError, match="132 tokens, and the delta is of one with 128"):
+        verify(base, tiny_family.experts["code"], delta, texts_of("code"), progress=False)
     bare = shutil.copytree(expert, tmp_path / "bare")
     for path in bare.glob("*token*"):
         path.unlink()

@@ -190,6 +190,11 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="meswitch-", ignore_cleanup_errors=True) as folder:
         files = [Path(folder, str(i)) for i in range(len(pieces))]
         vocab_size = _keep_logits(expert, pieces, files, device, dtype, progress)
+        if delta.config.vocab_size not in (None, vocab_size):
+            raise VerificationError(
+                f"The expert has a vocabulary of {vocab_size} tokens, and the delta is of one with "
+                f"{delta.config.vocab_size}: it is not this expert's."
+            )
         gc.collect()  # the expert's memory is wanted for the base
         model: Any = MESwitchModelForCausalLM.from_pretrained(
             _folder(base), experts={_DELTA: str(delta.files.directory)}, dtype=dtype
