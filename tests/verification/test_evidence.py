@@ -57,6 +57,7 @@ def test_fields_of_a_later_release_are_left_out():
         (("weights",), None),
         (("weights", "relative_errors"), {"a": "small"}),
         (("weights", "weights_by_bits"), {"2": 1.5}),
+        (("weights", "weights_by_bits"), {"7": 1}),
         (("text",), []),
         (("text", "kl"), "large"),
         (("text", "tokens"), -1),

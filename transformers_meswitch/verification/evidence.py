@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..delta_format.header import parse_json
-from ..delta_format.spec import EVIDENCE_NAME, KEY_PREFIX
+from ..delta_format.spec import EVIDENCE_NAME, KEY_PREFIX, SUPPORTED_BITS
 from ..errors import DeltaFormatError
 
 __all__ = [
@@ -205,6 +205,11 @@ def parse_evidence(text: bytes, source: str) -> Evidence:
             "transformers-meswitch, or verify the delta again."
         )
     weights = _record(WeightEvidence, raw.get("weights"), f"{source}: weights")
+    if not set(weights.weights_by_bits) <= set(map(str, SUPPORTED_BITS)):
+        raise DeltaFormatError(
+            f"{source}: weights_by_bits has the bits {list(weights.weights_by_bits)}, expected some of "
+            f"{SUPPORTED_BITS}. Verify the delta again."
+        )
     text_evidence = None if raw.get("text") is None else _record(TextEvidence, raw["text"], f"{source}: text")
     return _record(Evidence, {**raw, "weights": weights, "text": text_evidence}, source)
 

@@ -72,11 +72,14 @@ def judge(evidence: Evidence) -> str:
     """A verdict in a sentence or two.
 
     >>> judge(evidence)  # doctest: +SKIP
-    'The delta stands for the expert: it keeps 99.8 % of what the fine-tune changed, and agrees ...'
+    'The delta stands for the expert: it is 0.004 nats a token from the expert (KL), keeps 99.2% of what ...'
     """
     weights, text = evidence.weights, evidence.text
     if not _belongs(evidence):
-        return "The delta brings the base no nearer to this expert: check that base, expert and delta belong together."
+        return (
+            "The delta brings the base no nearer to this expert: check that base, expert and delta belong together; "
+            "if they do, its bits are far too few."
+        )
     if text is None:
         return (
             "Only weights were compared, which says nothing about answers: give text that the expert typically sees."
