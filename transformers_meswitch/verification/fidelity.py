@@ -17,8 +17,8 @@ _CHUNK = 128
 def perplexity(negative_log_likelihood: float, tokens: int) -> float:
     """``exp`` of the mean negative log-likelihood a token in nats; infinite where a float cannot hold it.
 
-    >>> perplexity(math.log(8.0) * 10, 10)
-    8.0...
+    >>> round(perplexity(10 * math.log(8), 10), 6)
+    8.0
     """
     mean = negative_log_likelihood / tokens
     return math.inf if mean > math.log(torch.finfo(torch.float64).max) else math.exp(mean)
