@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.verification.records import evidence
+from transformers_meswitch import Evidence
 from transformers_meswitch.cards import delta_card, family_card, hub_id, merge_card
 from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 
 LINEAR = {"kind": "linear", "out_features": 8, "in_features": 64, "bits": 2, "salient_channels": 4}
 
 
-def card_of(base: str | None = "mistralai/Mistral-7B-v0.1", expert: str | None = None, total: int = 1000) -> str:
+def card_of(
+    base: str | None = "mistralai/Mistral-7B-v0.1",
+    expert: str | None = None,
+    total: int = 1000,
+    evidence: Evidence | None = None,
+) -> str:
     modules = {"model.layers.0.mlp.up_proj": LINEAR, "model.layers.0.mlp.down_proj": LINEAR | {"bits": 1}}
     config = MESwitchExpertConfig(
         base_model_name_or_path=base, expert_model_name_or_path=expert, modules=modules, saliency="weight"
     )
-    return delta_card(config, total_bytes=total, dense_bytes=4000, license="apache-2.0")
+    return delta_card(config, total_bytes=total, dense_bytes=4000, license="apache-2.0", evidence=evidence)
 
 
 def test_metadata_of_a_delta():
@@ -124,3 +133,34 @@ def test_merge_fills_an_empty_card_and_keeps_an_unreadable_one():
 def test_merge_keeps_windows_line_ends():
     merged = merge_card("---\r\nlicense: mit\r\n---\r\n# Mine\r\n", card_of())
     assert "\n" not in merged.replace("\r\n", "")
+
+
+def test_fidelity_is_stated_where_it_was_measured():
+    card = card_of(evidence=evidence())
+    rows = [row for row in card.split("## Fidelity")[1].split("## How")[0].splitlines() if row.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[0] == ["on 4,000 tokens of text, float32", "base", "base + this delta", "fine-tuned model"]
+    assert cells[2:] == [
+        ["KL from the fine-tuned model, nats a token", "0.5", "0.004", "0"],
+        ["same most probable next token", "60.00 %", "98.00 %", "100 %"],
+        ["perplexity", "12.5", "4.375", "4.25"],
+    ]
+    assert evidence().judgement in card
+    assert "The base knows 3,900 of the tokens" in card
+    assert "0.375 in the mean, 0.500 at\nmost (`layers.1`)" in card
+
+
+def test_fidelity_without_text_or_without_evidence():
+    weights_only = card_of(evidence=evidence(text=False))
+    assert evidence(text=False).judgement in weights_only
+    assert "KL from" not in weights_only
+    assert "Fidelity" not in card_of()
+    assert card_of() == merge_card(weights_only, card_of()), "the section goes with the evidence"
+
+
+def test_no_table_runs_into_the_next_paragraph():
+    for card in (card_of(), card_of(evidence=evidence()), card_of(evidence=evidence(text=False))):
+        lines = card.splitlines()
+        for line, following in itertools.pairwise(lines):
+            assert not line.startswith("|") or not following or following.startswith("|"), following
+            assert not following.startswith("## ") or not line, following

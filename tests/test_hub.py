@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.hub_server import HubServer, StoredFile
+from tests.verification.records import evidence
+from transformers_meswitch import verify
 from transformers_meswitch.cards import delta_card
 from transformers_meswitch.configuration import MESwitchExpertConfig
 from transformers_meswitch.errors import DeltaFormatError, UnsupportedOperationError
 from transformers_meswitch.hub import push_folder
+from transformers_meswitch.verification.evidence import dump_evidence, tensors_digest, write_evidence
 
 pytestmark = pytest.mark.integration
 
@@ -249,3 +254,55 @@ def test_what_models_push_loads_by_its_id_and_names_no_folder(hub, run, tiny_fam
     assert 'from_pretrained("alice/made")' in card
     assert "license: apache-2.0" in card
     assert "- mine" in card
+
+
+def test_evidence_is_pushed_with_the_tensors_it_is_of_and_no_others(hub, run, tiny_family, tmp_path):
+    delta = shutil.copytree(tiny_family.deltas["math"], tmp_path / "math")
+    config = json.loads((delta / "adapter_config.json").read_text())
+    (delta / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "alice/base"}))
+    tensors = load_file(delta / "adapter_model.safetensors")
+    write_evidence(delta, evidence(tensors_sha256=tensors_digest(tensors)))
+    name = "meswitch_evidence.json"
+    written = (delta / name).read_bytes()
+    push(run, delta)
+    assert hub.repos["alice/delta"].history()[0].files[name].data == written
+
+    first = min(tensors)
+    save_file({**tensors, first: torch.zeros_like(tensors[first])}, delta / "adapter_model.safetensors")
+    push(run, delta)
+    assert name not in hub.repos["alice/delta"].history()[0].files
+    assert (delta / name).exists(), "the folder itself is not changed"
+
+    save_file(tensors, delta / "adapter_model.safetensors")
+    push(run, delta)
+    assert hub.repos["alice/delta"].history()[0].files[name].data == written
+    (delta / name).unlink()
+    push(run, delta)
+    assert name not in hub.repos["alice/delta"].history()[0].files
+
+
+VERIFIER = """
+import json
+from transformers_meswitch import verify
+from transformers_meswitch.verification.evidence import dump_evidence
+texts = ["What is said here has no meaning at all."] * 3
+print(json.dumps(dump_evidence(verify("alice/base", "alice/expert", "alice/delta", texts, progress=False))))
+"""
+
+
+def test_what_is_on_the_hub_is_verified_at_the_commits_found(hub, run, tiny_family):
+    expert, delta = tiny_family.experts["math"], tiny_family.deltas["math"]
+    repos = {
+        name: hub.add_repo(f"alice/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+        for name, folder in (("base", tiny_family.base), ("expert", expert), ("delta", delta))
+    }
+    found = json.loads(run(VERIFIER))
+    texts = ["What is said here has no meaning at all."] * 3
+    expected = dump_evidence(verify(tiny_family.base, expert, delta, texts, device="cpu", progress=False))
+    assert {**found, "date": expected["date"]} == {
+        **expected,
+        "base": "alice/base",
+        "base_revision": repos["base"].branches["main"],
+        "expert": "alice/expert",
+        "expert_revision": repos["expert"].branches["main"],
+    }

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily
 from tests.model_state import prompt
+from tests.verification.records import evidence
 from transformers_meswitch import MESwitchModelForCausalLM, saving
 from transformers_meswitch.errors import UnsupportedOperationError
 from transformers_meswitch.saving import save_expert
+from transformers_meswitch.verification.evidence import tensors_digest, write_evidence
 
 
 class Cut(Exception):
@@ -182,3 +185,56 @@ def test_no_route_pushes_what_is_on_this_machine_only(tiny_family: TinyFamily, t
         with pytest.raises(UnsupportedOperationError, match="Push the base"):
             model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/model")
     assert delta.peft_config["default"].expert_model_name_or_path is None
+
+
+EVIDENCE = "meswitch_evidence.json"
+
+
+@pytest.fixture
+def verified(tiny_family: TinyFamily, tmp_path: Path) -> Path:
+    """A delta with the evidence of it."""
+    folder = shutil.copytree(tiny_family.deltas["math"], tmp_path / "verified")
+    digest = tensors_digest(load_file(folder / "adapter_model.safetensors"))
+    write_evidence(folder, evidence(tensors_sha256=digest))
+    return folder
+
+
+def test_a_saved_delta_keeps_its_evidence(tiny_family: TinyFamily, verified: Path, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):  # the delta's own tensors are not cast
+        out = tmp_path / dtype
+        AutoModelForCausalLM.from_pretrained(verified, dtype=dtype).save_pretrained(out)
+        assert (out / EVIDENCE).read_bytes() == (verified / EVIDENCE).read_bytes()
+        assert "## Fidelity" in (out / "README.md").read_text()
+    experts = {"math": verified, "code": tiny_family.deltas["code"]}
+    MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=experts).save_pretrained(tmp_path / "family")
+    found = [path.relative_to(tmp_path / "family").as_posix() for path in (tmp_path / "family").rglob(EVIDENCE)]
+    assert found == [f"experts/math/{EVIDENCE}"]
+
+
+def test_changed_tensors_are_saved_without_it(
+    verified: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(verified)
+    step = next(p for name, p in model.named_parameters() if name.endswith(".step"))
+    step.data[0] *= 2
+    model.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / EVIDENCE).exists()
+    assert "## Fidelity" not in (tmp_path / "changed" / "README.md").read_text()
+    assert "evidence of other tensors" in caplog.text
+    (verified / EVIDENCE).write_text("{")
+    AutoModelForCausalLM.from_pretrained(verified).save_pretrained(tmp_path / "malformed")
+    assert not (tmp_path / "malformed" / EVIDENCE).exists()
+
+
+def test_evidence_of_the_delta_that_was_there_before_goes(
+    tiny_family: TinyFamily, verified: Path, tmp_path: Path
+) -> None:
+    family = tmp_path / "family"
+    MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"a": verified}).save_pretrained(family)
+    assert (family / "experts" / "a" / EVIDENCE).is_file()
+    other = {"a": tiny_family.deltas["code"]}
+    MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=other).save_pretrained(family)
+    assert not (family / "experts" / "a" / EVIDENCE).exists()
+    AutoModelForCausalLM.from_pretrained(tiny_family.deltas["code"]).save_pretrained(verified)
+    assert not (verified / EVIDENCE).exists()
+    assert "## Fidelity" not in (verified / "README.md").read_text()

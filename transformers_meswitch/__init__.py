@@ -12,10 +12,13 @@ from .errors import MESwitchError
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
 from .registration import register
+from .verification.evidence import Evidence
+from .verification.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Evidence",
     "MESwitchConfig",
     "MESwitchError",
     "MESwitchExpertConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
     "compress",
+    "verify",
 ]
 
 register()

@@ -17,9 +17,11 @@ from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord, QuantizedRowsRecord, record_bytes
+from .verification.evidence import read_evidence
 
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+    from .verification.evidence import Evidence
 
 __all__ = [
     "REPO_PLACEHOLDER",
@@ -57,7 +59,14 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: int, license: str | None = None) -> str:
+def delta_card(
+    config: MESwitchExpertConfig,
+    *,
+    total_bytes: int,
+    dense_bytes: int,
+    license: str | None = None,
+    evidence: Evidence | None = None,
+) -> str:
     """The ``README.md`` of a delta repo.
 
     Args:
@@ -65,6 +74,7 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         total_bytes: bytes of the delta: its files, or its tensors while there are none.
         dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, inherited from the expert or the base where known.
+        evidence: what ``meswitch verify`` measured of this delta, for the section on fidelity.
 
     Raises:
         DeltaFormatError: a malformed ``modules`` table.
@@ -102,6 +112,7 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         salient=" or ".join(map(str, salient)) + " a layer" if any(salient) else "none",
         saliency=config.saliency if any(salient) else None,
         format_version=config.format_version,
+        evidence=evidence,
     )
 
 
@@ -110,7 +121,8 @@ def write_delta_card(
 ) -> None:
     """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
 
-    It comes last since it states the bytes that were written; what people wrote into an earlier one stays.
+    It comes last since it states the bytes that were written, and what the evidence in the folder says of them; what
+    people wrote into an earlier card stays.
 
     Args:
         directory: the delta repo.
@@ -120,7 +132,8 @@ def write_delta_card(
     """
     weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
     total = sum(path.stat().st_size for path in weights)
-    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license)
+    evidence = read_evidence(directory)
+    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license, evidence=evidence)
     path = directory / "README.md"
     partial = path.with_name(".README.md.meswitch-partial")
     partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")

@@ -15,8 +15,10 @@ __all__ = [
     "ExpertNotFoundError",
     "FormatVersionError",
     "MESwitchError",
+    "MissingDependencyError",
     "UnsupportedModelError",
     "UnsupportedOperationError",
+    "VerificationError",
     "VocabularyError",
 ]
 
@@ -63,3 +65,11 @@ class VocabularyError(MESwitchError, ValueError):
 
 class CompressionError(MESwitchError, ValueError):
     """An expert cannot be compressed against the base as asked."""
+
+
+class VerificationError(MESwitchError, ValueError):
+    """A delta cannot be verified as asked, or was found further from its expert than was allowed."""
+
+
+class MissingDependencyError(MESwitchError, ImportError):
+    """An optional package is needed that is not installed."""

@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import REPO_PLACEHOLDER, hub_id, merge_card, with_license, with_tags
 from .delta_format.location import is_plain_path
-from .delta_format.spec import ADAPTER_CONFIG_NAME
+from .delta_format.reader import open_delta
+from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME
 from .errors import DeltaFormatError, UnsupportedOperationError
+from .verification.evidence import evidence_text_for
 
 __all__ = ["inner_deltas", "push_folder"]
 
@@ -45,9 +47,9 @@ def push_folder(
 
     Cards that are already in the repo are merged with the folder's (:func:`transformers_meswitch.cards.merge_card`),
     against the very commit that they were read from. Weight files of an earlier push that the folder no longer has
-    (other shards), and experts that only the earlier push's family named, are deleted in the same commit. Left
-    out are hidden files, and models that the folder's config does not name (``checkpoint-500/``). The folder itself is
-    not changed.
+    (other shards), evidence of them, and experts that only the earlier push's family named, are deleted in the same
+    commit. Left out are hidden files, models that the folder's config does not name (``checkpoint-500/``), and
+    evidence of other tensors than those beside it. The folder itself is not changed.
 
     Args:
         folder: what ``save_pretrained`` or ``compress`` wrote.
@@ -102,7 +104,7 @@ def push_folder(
 def _operations(
     api: HfApi, folder: Path, repo_id: str, head: str | None, remote: set[str], tags: Sequence[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    local = _files(folder)
+    local = {name: path for name, path in _files(folder).items() if _is_true(path)}
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for name, path in local.items():
         content: Path | bytes = path
@@ -123,7 +125,7 @@ def _operations(
         dropped = _inner_experts(_json(earlier)) - _inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
-        stale = file.parent in deltas and _WEIGHT_FILE.fullmatch(file.name)
+        stale = file.parent in deltas and (file.name == EVIDENCE_NAME or _WEIGHT_FILE.fullmatch(file.name))
         if stale or any(PurePosixPath(path) in file.parents for path in dropped):
             operations.append(CommitOperationDelete(path_in_repo=name))
     return operations
@@ -149,6 +151,13 @@ def _files(folder: Path) -> dict[str, Path]:
         if belongs and path.is_file() and not _is_hidden(str(name)):
             found[str(name)] = path
     return found
+
+
+def _is_true(path: Path) -> bool:
+    """False of evidence alone, where it is not of the delta beside it: other tools may have replaced the weights."""
+    if path.name != EVIDENCE_NAME or not (path.parent / ADAPTER_CONFIG_NAME).is_file():
+        return True
+    return evidence_text_for(path, open_delta(path.parent).tensors()) is not None
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from .delta_format.location import RepoLocation
     from .delta_format.reader import Delta
 
-__all__ = ["Inspection", "ModuleRow", "as_json", "dense_bytes", "full_copy_bytes", "inspect_delta", "relative_errors"]
+__all__ = [
+    "Inspection",
+    "ModuleRow",
+    "as_json",
+    "dense_bytes",
+    "exact_deltas",
+    "full_copy_bytes",
+    "inspect_delta",
+    "relative_errors",
+]
 
 #: Bytes of a parameter of the full copy that deltas are compared with, in bfloat16.
 _DENSE_ITEM = 2
@@ -193,18 +202,32 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
         CompressionError: a checkpoint does not fit its configuration.
         DeltaFormatError: the delta changes a layer that the checkpoints lack, or whose sizes are others.
     """
+    names = [name for name in _in_order(delta.records) if isinstance(delta.records[name], _Quantised)]
+    exact = exact_deltas(delta, progress(names), base, expert)
+    return {name: _relative_error(weight, _reconstruct(delta, name)) for name, weight in exact}
+
+
+_Quantised = LinearRecord | QuantizedRowsRecord
+
+
+def exact_deltas(delta: Delta, names: Iterable[str], base: str, expert: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Quantised modules of a delta one by one, each with expert − base; see :func:`relative_errors`.
+
+    Yields:
+        The name, and float32 ``[out, in]`` of a linear, or ``[coded rows, width]`` of an embedding or output head.
+    """
     from transformers import AutoConfig
 
+    from .compression.rows import coded_index
     from .compression.sources import CheckpointParameters, meta_model
     from .delta_format.checkpoint import resolve_checkpoint
     from .module_kinds import is_conv1d
 
     models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
     sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
-    errors = {}
-    quantised = [n for n in _in_order(delta.records) if isinstance(delta.records[n], _Quantised)]
-    for name in progress(quantised):
-        rows, approximation = _reconstruct(delta, name)
+    for name in names:
+        record = delta.records[name]
+        assert isinstance(record, _Quantised)
         for source, repo in zip(sources, (base, expert), strict=True):
             if name not in source.modules:
                 raise DeltaFormatError(f"The delta changes {name}, which {repo} lacks; give its own base and expert.")
@@ -212,31 +235,33 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
         if is_conv1d(models[0].get_submodule(name)):
             of_base, of_expert = of_base.T, of_expert.T
         shapes = [list(of_base.shape), list(of_expert.shape)]
-        if rows is not None and bool((rows < min(len(of_base), len(of_expert))).all()):
-            of_base, of_expert = of_base[rows], of_expert[rows]
-        if not of_base.shape == of_expert.shape == approximation.shape:
+        if isinstance(record, LinearRecord):
+            expected = [record.out_features, record.in_features]
+        else:
+            expected = [record.coded_rows, record.width]
+            rows = coded_index(record, _leaves(delta, name))
+            if bool((rows < min(len(of_base), len(of_expert))).all()):
+                of_base, of_expert = of_base[rows], of_expert[rows]
+        if not list(of_base.shape) == list(of_expert.shape) == expected:
             raise DeltaFormatError(
-                f"{name} is {shapes[0]} in {base}, {shapes[1]} in {expert} and {list(approximation.shape)} in the "
-                "delta; give the delta's own base and expert."
+                f"{name} is {shapes[0]} in {base}, {shapes[1]} in {expert} and {expected} in the delta; give the "
+                "delta's own base and expert."
             )
-        errors[name] = _relative_error(of_expert.float() - of_base.float(), approximation)
-    return errors
+        yield name, of_expert.float() - of_base.float()
 
 
-_Quantised = LinearRecord | QuantizedRowsRecord
+def _leaves(delta: Delta, name: str) -> dict[str, torch.Tensor]:
+    return {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in delta.records[name].leaves()}
 
 
-def _reconstruct(delta: Delta, name: str) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The delta that codes stand for, float32, and which rows of the weight it is of (int64; `None` for all)."""
+def _reconstruct(delta: Delta, name: str) -> torch.Tensor:
+    """The delta that codes stand for, as :func:`exact_deltas` has the exact one."""
     from .compression.linear import reconstruct_linear
-    from .compression.rows import coded_index
 
     record = delta.records[name]
     assert isinstance(record, _Quantised)
-    leaves = {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in record.leaves()}
-    if isinstance(record, LinearRecord):
-        return None, reconstruct_linear(record, leaves)
-    return coded_index(record, leaves), reconstruct_linear(record.as_linear(record.coded_rows), leaves)
+    linear = record if isinstance(record, LinearRecord) else record.as_linear(record.coded_rows)
+    return reconstruct_linear(linear, _leaves(delta, name))
 
 
 def _relative_error(exact: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -21,12 +21,13 @@ from .cards import family_card, hub_id, merge_card, write_delta_card
 from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
-from .delta_format.spec import ADAPTER_CONFIG_NAME, FORMAT_VERSION, KEY_PREFIX
+from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
+from .verification.evidence import evidence_text_for
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
@@ -132,6 +133,8 @@ def save_expert(
 ) -> None:
     """Write one expert as a delta repo, with its tokenizer, chat template, generation config and card.
 
+    Evidence (``meswitch verify --save``) goes along if it is of the very tensors that are written.
+
     Args:
         model: a model with experts.
         save_directory: the folder.
@@ -151,7 +154,8 @@ def save_expert(
     assets = [] if info.assets is None else find_assets(info.assets)
     own_card = None if info.files is None else info.files.asset(_CARD)
     kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
-    texts = {} if kept is None else {_CARD: kept}
+    evidence = None if info.files is None else evidence_text_for(info.files.asset(EVIDENCE_NAME), tensors)
+    texts = {name: text for name, text in ((_CARD, kept), (EVIDENCE_NAME, evidence)) if text is not None}
     generation_config = _edited_generation_config(model, name, assets)
     if generation_config is not None:
         assets = [path for path in assets if path.name != GENERATION_CONFIG]
@@ -308,7 +312,7 @@ def _folder_name(expert: str, taken: Collection[str]) -> str:
 
 def _written_by_us(_: str, names: list[str]) -> set[str]:
     """Of the files of a delta repo, those that saving replaces, so that none of an earlier expert is left over."""
-    ours = {ADAPTER_CONFIG_NAME, *ASSETS}
+    ours = {ADAPTER_CONFIG_NAME, EVIDENCE_NAME, *ASSETS}
     return {n for n in names if n in ours or n.startswith(("adapter_model", ".")) or n.endswith(".index.json")}
 
 

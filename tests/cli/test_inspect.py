@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -148,3 +149,33 @@ def not_cached(*_, local_files_only, **__):
 def test_layers_in_their_own_order():
     names = [f"model.layers.{i}.mlp" for i in (10, 2, 1)]
     assert _in_order([*names, "lm_head"]) == ["lm_head", *reversed(names)]
+
+
+def test_plot(repos, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    both = ["--base", str(repos.base), "--expert", str(repos.expert)]
+    sizes = []
+    for more in ([], both, [*both, "--layer", "model.layers.0.mlp.down_proj"]):
+        path = tmp_path / "plot.png"
+        assert main(["inspect", str(repos.delta), "--plot", str(path), *more]) == 0
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        sizes.append((int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), len(data)))
+    (width, height, length), (_, higher, _), _ = sizes
+    assert 1200 <= width <= 1500
+    assert higher == height * 3 // 2, "the error of each layer is a third picture"
+    assert 20_000 < length < 500_000
+    assert "delta on disk" in capsys.readouterr().out
+
+
+def test_plot_of_what_is_not_there(repos, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    assert main(["inspect", str(repos.delta), "--plot", str(path), "--layer", "lm_head"]) == 1
+    assert "'lm_head' is no linear layer that the delta changes" in capsys.readouterr().err
+    assert main(["inspect", str(repos.delta), "--plot", str(tmp_path / "plot.abacus")]) == 1
+    assert "abacus" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["inspect", str(repos.delta), "--plot", str(path)]) == 1
+    assert "pip install 'transformers-meswitch[plot]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"meswitch {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "generate", "demo"])
+@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "generate", "demo"])
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"meswitch {command}" in capsys.readouterr().out.split("example")[-1]
@@ -39,6 +39,12 @@ def test_every_command_shows_an_example(command, capsys):
         ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj=7"],
         ["compress", "base", "expert", "-o", "x", "--salient-channels", "-1"],
         ["inspect", "delta", "--expert", "expert"],
+        ["inspect", "delta", "--layer", "model.layers.0.mlp.up_proj"],
+        ["verify", "base", "expert"],
+        ["verify", "base", "expert", "delta", "--max-kl", "0.1"],
+        ["verify", "base", "expert", "delta", "--text", "a.txt", "--max-tokens", "1"],
+        ["verify", "base", "expert", "delta", "--text", "a.txt", "--device", "abacus"],
+        ["verify", "base", "expert", "delta", "--text", "a.txt", "--dtype", "int8"],
         ["generate", "base", "-p", "a", "--max-new-tokens", "0"],
         ["generate", "base", "-p", "a", "--temperature", "-1"],
         ["generate", "base", "-p", "a", "--expert", "math="],

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _EXAMPLE = """examples:
   meswitch inspect me/math-delta
   meswitch inspect ./math-delta --base me/base --expert me/math --json
+  meswitch inspect ./math-delta --base me/base --expert me/math --plot math-delta.png
 """
 _ABSENT = "—"
 
@@ -33,6 +34,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--revision", help="branch, tag or commit of the delta repo")
     parser.add_argument("--base", help="the base, where the delta's own cannot be reached, or for the relative error")
     parser.add_argument("--expert", help="checkpoint of the expert, for the relative error")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also draw the range of each input channel of a layer, with --base and --expert the error of each layer, "
+        "and the bytes by kind of module into FILE (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="linear layer whose channels to draw; default: the one in the middle of those with salient channels",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, parser=parser)
 
@@ -42,9 +54,17 @@ def run(args: argparse.Namespace) -> None:
     if args.expert is not None and args.base is None:
         args.parser.error("the relative error needs --base beside --expert")
 
+    if args.layer is not None and args.plot is None:
+        args.parser.error("argument --layer: it chooses what --plot draws")
+
     from tqdm import tqdm
 
     from ..inspection import as_json, inspect_delta
+
+    if args.plot is not None:
+        from ..plotting import require_matplotlib
+
+        require_matplotlib()
 
     def bar(names: Iterable[str]) -> Iterable[str]:
         return tqdm(names, desc="Measuring", unit="layer", disable=None)
@@ -55,7 +75,20 @@ def run(args: argparse.Namespace) -> None:
             f"The base {inspection.base} cannot be reached, so there is no full copy to compare with; give --base.",
             file=sys.stderr,
         )
+    if args.plot is not None:
+        _plot(args, inspection)
     print(json.dumps(as_json(inspection), indent=2) if args.json else _render(inspection))
+
+
+def _plot(args: argparse.Namespace, inspection: Inspection) -> None:
+    from ..channels import channel_ranges, default_layer
+    from ..delta_format.reader import open_delta, resolve_delta
+    from ..plotting import delta_figure
+
+    layer = args.layer or default_layer(inspection)
+    delta = open_delta(resolve_delta(args.delta, revision=args.revision))
+    channels = None if layer is None else channel_ranges(delta, layer, args.base, args.expert)
+    delta_figure(inspection, channels).savefig(args.plot)
 
 
 def _render(inspection: Inspection) -> str:

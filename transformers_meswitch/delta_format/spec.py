@@ -29,6 +29,7 @@ from ..errors import DeltaFormatError
 __all__ = [
     "ADAPTER_CONFIG_NAME",
     "ADAPTER_WEIGHTS_NAME",
+    "EVIDENCE_NAME",
     "FORMAT_VERSION",
     "KEY_PREFIX",
     "LEAF_PREFIX",
@@ -51,6 +52,8 @@ PEFT_TYPE = "MESWITCH"
 SUPPORTED_BITS = (1, 2, 3, 4)
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+#: What ``meswitch verify`` measured of the very tensors beside it; not part of the delta, and never needed to load it.
+EVIDENCE_NAME = "meswitch_evidence.json"
 #: PEFT prepends this to every module name on disk.
 KEY_PREFIX = "base_model.model."
 #: Attribute of a wrapped layer that holds its deltas; also the PEFT prefix of the method.

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from ..configuration import MESwitchExpertConfig
 from ..errors import DeltaFormatError
 from .location import is_plain_path
-from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, FORMAT_VERSION
+from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EVIDENCE_NAME, FORMAT_VERSION
 from .validate import check_config, check_headers, check_values, tensor_headers
 
 __all__ = ["write_delta"]
@@ -96,9 +96,9 @@ def _sync(path: Path) -> None:
 
 
 def _stale(directory: Path, kept: set[str]) -> Iterator[Path]:
-    """Weight files of an earlier save that the new one does not overwrite."""
+    """Weight files of an earlier save that the new one does not overwrite, and the evidence measured of them."""
     for path in sorted(directory.iterdir()):
-        ours = path.name in (ADAPTER_WEIGHTS_NAME, _INDEX_NAME) or _SHARD.fullmatch(path.name)
+        ours = path.name in (ADAPTER_WEIGHTS_NAME, _INDEX_NAME, EVIDENCE_NAME) or _SHARD.fullmatch(path.name)
         if path.name not in kept and (ours or (path.name == _FOREIGN_INDEX_NAME and _indexes_adapter(path))):
             yield path
 
@@ -140,7 +140,7 @@ def write_delta(
     """Write a delta repo. The same input gives the same bytes.
 
     An interruption at any moment leaves the complete old delta, the complete new one, or a folder that does not load.
-    Other files in the folder are left alone; weight files of an earlier save are removed.
+    Other files in the folder are left alone; weight files of an earlier save, and the evidence of them, are removed.
 
     Args:
         directory: the folder, made if need be.
