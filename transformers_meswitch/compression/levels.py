@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-__all__ = ["code_values", "dequantize", "dequantize_packed", "divisor", "nearest_levels", "quantize"]
+__all__ = ["code_values", "codes_of", "dequantize", "dequantize_packed", "divisor", "nearest_levels", "quantize"]
 
 
 def code_values(bits: int) -> Tensor:
@@ -47,6 +47,22 @@ def nearest_levels(scaled: Tensor, bits: int) -> Tensor:
     return scaled.floor().clamp_(-half, half - 1).add_(0.5)
 
 
+def codes_of(levels: Tensor, bits: int) -> Tensor:
+    """Codes of levels, the inverse of :func:`code_values`.
+
+    Args:
+        levels: float32, any shape, each element a level in units of the step size.
+        bits: bits of one code.
+
+    Returns:
+        uint8 of the same shape.
+
+    >>> codes_of(torch.tensor([-1.5, 0.5]), bits=2).tolist()
+    [0, 2]
+    """
+    return (levels + (2**bits - 1) / 2).to(torch.uint8)
+
+
 def divisor(step: Tensor) -> Tensor:
     """The step where it is positive, else one: ``x / step`` has no meaning at zero, where every value is zero anyway.
 
@@ -77,7 +93,7 @@ def quantize(delta: Tensor, step: Tensor, bits: int, column_step: Tensor | None 
     scaled = delta / divisor(step)[:, None]
     if column_step is not None:
         scaled /= divisor(column_step)
-    codes = (nearest_levels(scaled, bits) + (2**bits - 1) / 2).to(torch.uint8)
+    codes = codes_of(nearest_levels(scaled, bits), bits)
     codes[step == 0] = 0
     if column_step is not None:
         codes[:, column_step == 0] = 0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..delta_format.spec import LinearRecord
 from ..errors import CompressionError
-from .levels import dequantize, dequantize_packed, quantize
+from .covariance import fit_column_steps, fit_levels_and_step, refit_step, salient_absorption
+from .levels import codes_of, dequantize, dequantize_packed, quantize
 from .packing import pack
 from .saliency import reconstruction_error, select_salient
 from .step_size import fit_row_column_steps, fit_step
@@ -36,52 +37,72 @@ def compress_linear(
     """Quantise a weight delta, keeping its salient input channels in bfloat16.
 
     All channels are quantised first; the ``salient_channels`` of largest reconstruction error leave the codes, and the
-    step sizes are fitted again to the rest.
+    step sizes are fitted again to the rest. Given the whole second-moment matrix, steps are fitted to it in closed
+    form, and the salient columns take up what they can of the codes' errors, see :mod:`.covariance`.
 
     Args:
         delta: float32 ``[out, in]``, any device.
         bits: bits of one code, 1 to 4.
         salient_channels: input channels to keep in bfloat16, at most ``in`` of which exist.
-        second_moment: float32 ``[in]``, the diagonal of ``E[x xᵀ]`` of the layer's inputs; `None` weighs all alike.
+        second_moment: of the layer's inputs: float32 ``[in, in]``, ``E[x xᵀ]``; or float32 ``[in]``, its diagonal;
+            `None` weighs all channels alike.
         column_steps: also fit a step per input channel.
 
     Raises:
-        CompressionError: a NaN or infinite element, a second moment of another length or not finite.
+        CompressionError: a NaN or infinite element, a second moment of another shape or not finite.
 
     >>> stored = compress_linear(torch.ones(2, 5), bits=2, salient_channels=1)
     >>> {leaf: tuple(tensor.shape) for leaf, tensor in stored.tensors.items()}
-    {'salient_index': (1,), 'salient': (2, 1), 'codes': (2, 1), 'step': (2,)}
+    {'codes': (2, 1), 'step': (2,), 'salient_index': (1,), 'salient': (2, 1)}
     """
     if delta.ndim != 2:
         raise CompressionError(f"the weight delta has shape {tuple(delta.shape)}, expected [out, in].")
     delta = delta.to(torch.float32)
     _require_finite(delta, "the weight delta")
     out_features, in_features = delta.shape
+    covariance = diagonal = None
     if second_moment is not None:
-        if tuple(second_moment.shape) != (in_features,):
-            raise CompressionError(
-                f"the second moment has shape {tuple(second_moment.shape)}, expected [{in_features}], one per channel."
-            )
-        second_moment = second_moment.to(device=delta.device, dtype=torch.float32)
-        _require_finite(second_moment, "the second moment of the layer's inputs")
+        second_moment = _checked_moment(second_moment.to(device=delta.device, dtype=torch.float32), in_features)
+        diagonal = second_moment if second_moment.ndim == 1 else second_moment.diagonal()
+        if second_moment.ndim == 2 and bool((diagonal > 0).any()):
+            # Scaled to a largest diagonal of one, as the diagonal alone is for its fit: products stay in range.
+            covariance = second_moment / diagonal.max()
     salient_channels = min(salient_channels, in_features)
 
-    coded = torch.ones(in_features, dtype=torch.bool, device=delta.device)
-    tensors: dict[str, Tensor] = {}
+    salient = torch.arange(in_features, device=delta.device)[:salient_channels]
+    if 0 < salient_channels < in_features:
+        approximation = _fit_diagonal(delta, bits, diagonal, column_steps).values(delta, bits)
+        salient = select_salient(reconstruction_error(delta, approximation, diagonal), salient_channels)
+    is_coded = torch.ones(in_features, dtype=torch.bool, device=delta.device)
+    is_coded[salient] = False
+    coded = is_coded.nonzero().squeeze(1)
+
+    rest, columns = delta[:, coded], delta[:, salient]
+    steps = _fit_diagonal(rest, bits, None if diagonal is None else diagonal[coded], column_steps)
+    codes = quantize(rest, steps.row, bits, steps.column)
+    if covariance is not None and len(coded):
+        absorption = salient_absorption(covariance, coded, salient)
+        steps, codes = _fit_covariance(rest, bits, absorption.remaining, steps)
+        columns = columns + (rest - dequantize(codes, steps.row, bits, steps.column)) @ absorption.weights
+
+    tensors = {"codes": pack(codes, bits), "step": steps.row}
+    if steps.column is not None:
+        tensors["column_step"] = steps.column
     if salient_channels:
-        if salient_channels < in_features:
-            approximation = _quantize(delta, bits, second_moment, column_steps)[1]
-            salient = select_salient(reconstruction_error(delta, approximation, second_moment), salient_channels)
-        else:
-            salient = torch.arange(in_features, device=delta.device)
-        coded[salient] = False
-        tensors["salient_index"] = salient.to(torch.int32)
-        tensors["salient"] = delta[:, salient].to(torch.bfloat16)
-    moment = None if second_moment is None else second_moment[coded]
-    tensors |= _quantize(delta[:, coded], bits, moment, column_steps)[0]
+        tensors |= {"salient_index": salient.to(torch.int32), "salient": columns.to(torch.bfloat16)}
     return QuantizedLinear(
         LinearRecord(out_features, in_features, bits, salient_channels, column_step=column_steps), tensors
     )
+
+
+def _checked_moment(second_moment: Tensor, in_features: int) -> Tensor:
+    if tuple(second_moment.shape) not in ((in_features,), (in_features, in_features)):
+        raise CompressionError(
+            f"the second moment has shape {tuple(second_moment.shape)}, expected [{in_features}] or "
+            f"[{in_features}, {in_features}]: one per channel, or one per pair of channels."
+        )
+    _require_finite(second_moment, "the second moment of the layer's inputs")
+    return second_moment
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:
@@ -94,20 +115,33 @@ def _require_finite(tensor: Tensor, what: str) -> None:
         )
 
 
-def _quantize(
-    delta: Tensor, bits: int, second_moment: Tensor | None, column_steps: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves of a delta all of whose channels are coded, and the values they stand for."""
-    column: Tensor | None = None
+@dataclass(frozen=True)
+class _Steps:
+    """Step sizes: float32 ``[out]``, and float32 ``[n]`` where there is one per column."""
+
+    row: Tensor
+    column: Tensor | None
+
+    def values(self, delta: Tensor, bits: int) -> Tensor:
+        """What a delta becomes at these steps, each element rounded to the nearest level."""
+        return dequantize(quantize(delta, self.row, bits, self.column), self.row, bits, self.column)
+
+
+def _fit_diagonal(delta: Tensor, bits: int, diagonal: Tensor | None, column_steps: bool) -> _Steps:
     if column_steps:
-        step, column = fit_row_column_steps(delta, bits, second_moment)
-    else:
-        step = fit_step(delta, bits, second_moment)
-    codes = quantize(delta, step, bits, column)
-    tensors = {"codes": pack(codes, bits), "step": step}
+        return _Steps(*fit_row_column_steps(delta, bits, diagonal))
+    return _Steps(fit_step(delta, bits, diagonal), None)
+
+
+def _fit_covariance(delta: Tensor, bits: int, covariance: Tensor, steps: _Steps) -> tuple[_Steps, Tensor]:
+    """Steps and codes that lose least under a whole covariance, from the steps that a diagonal fit gave."""
+    column = steps.column
+    levels, row = fit_levels_and_step(delta, bits, covariance, steps.row, column)
     if column is not None:
-        tensors["column_step"] = column
-    return tensors, dequantize(codes, step, bits, column)
+        column = fit_column_steps(delta, levels, covariance, row, column)
+        row = refit_step(delta, levels * column, covariance, row)
+    unused = (row == 0)[:, None] if column is None else (row == 0)[:, None] | (column == 0)
+    return _Steps(row, column), codes_of(levels, bits).masked_fill_(unused, 0)
 
 
 def reconstruct_linear(record: LinearRecord, tensors: Mapping[str, Tensor]) -> Tensor:
