@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cards import family_card, hub_id, merge_card, write_delta_card
-from .compression.assets import ASSETS, find_assets
+from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
 from .compression.sources import meta_model
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.reader import resolve_delta
@@ -150,12 +150,15 @@ def save_expert(
     assets = [] if info.assets is None else find_assets(info.assets)
     own_card = None if info.files is None else info.files.asset(_CARD)
     kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
+    texts = {} if kept is None else {_CARD: kept}
+    if info.generation_config is not None and all(path.name != GENERATION_CONFIG for path in assets):
+        texts[GENERATION_CONFIG] = info.generation_config
     directory = write_delta(
         save_directory,
         config,
         tensors,
         assets,
-        texts={} if kept is None else {_CARD: kept},
+        texts=texts,
         max_shard_size=max_shard_size,
     )
     write_delta_card(directory, config, dense_bytes=_dense_bytes(model, info.vocab_size))

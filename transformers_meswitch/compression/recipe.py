@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..cards import write_delta_card
 from ..configuration import MESwitchConfig
-from ..delta_format.checkpoint import Checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
-from ..errors import CheckpointError, CompressionError, UnsupportedModelError
+from ..errors import CheckpointError, CompressionError
+from .architecture import check_same_computation
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .calibration import Calibration, collect_second_moments, read_samples
-from .driver import check_model_type, compress_expert
+from .driver import compress_expert
 from .expert_config import portable_name
-from .sources import CheckpointParameters, Source, locate, meta_model
+from .sources import CheckpointParameters, Source, check_unknown, locate, meta_model
 
 __all__ = ["compress"]
 
@@ -82,11 +82,11 @@ def compress(
     base_source = located(base, config.base_revision)
     expert_source = located(expert, expert_revision)
     expert_location, model_config = expert_source.location, expert_source.config
-    check_model_type(base_source, expert_location, model_config)
+    check_same_computation(base_source, expert_location, model_config)
     model = meta_model(model_config)
     base_parameters = CheckpointParameters(meta_model(base_source.config), base_source.checkpoint)
     expert_parameters = CheckpointParameters(model, expert_source.checkpoint)
-    _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)
+    check_unknown(base_parameters, expert_parameters)
 
     generation_config = generation_config_of(expert_location, model_config)
     moments = None
@@ -135,19 +135,6 @@ def _check_request(
             f"{output} holds a config.json, so transformers would take it for a full model and not for a delta; "
             "give another output_dir."
         )
-
-
-def _check_unknown(
-    base: CheckpointParameters, base_files: Checkpoint, expert: CheckpointParameters, expert_files: Checkpoint
-) -> None:
-    """Tensors that the model has no place for may be left out only if the expert's are the base's."""
-    for name in expert.unknown:
-        if name not in base_files or not torch.equal(base_files.tensor(name), expert_files.tensor(name)):
-            raise UnsupportedModelError(
-                f"{expert_files.repo} has a tensor {name} that is no parameter of the causal LM and differs from the "
-                "base's (or the base has none); a delta would lose it. Remove it from the checkpoint if it is not "
-                "needed."
-            )
 
 
 def _calibrate(

@@ -14,7 +14,16 @@ from ..delta_format.location import RepoLocation
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .names import map_names
 
-__all__ = ["CheckpointParameters", "LiveParameters", "Parameters", "Source", "locate", "meta_model", "output_head"]
+__all__ = [
+    "CheckpointParameters",
+    "LiveParameters",
+    "Parameters",
+    "Source",
+    "check_unknown",
+    "locate",
+    "meta_model",
+    "output_head",
+]
 
 
 @dataclass(frozen=True)
@@ -140,15 +149,16 @@ class CheckpointParameters:
         checkpoint: its files.
 
     Attributes:
+        checkpoint: its files.
         unknown: names of tensors that the model has no place for.
 
     Raises:
-        CompressionError: a parameter of the model is missing from the checkpoint.
+        CompressionError: a parameter of the model is missing from the checkpoint, or has another shape there.
         UnsupportedModelError: a tensor that transformers would fuse or split.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._owned = _own_parameters(model)
         names = map_names(model, checkpoint.names)
         self._names = dict(names.checkpoint_name)
@@ -166,11 +176,18 @@ class CheckpointParameters:
                         f"{checkpoint.repo} has no tensor for {full} of {type(model).__name__}; the checkpoint is "
                         "incomplete or of another architecture than its config.json says."
                     )
+                stored, expected = checkpoint.shape(self._names[full]), tuple(model.get_parameter(full).shape)
+                if stored != expected:
+                    raise CompressionError(
+                        f"{checkpoint.repo} has {full} of {type(model).__name__} with shape {stored}, but its "
+                        f"config.json makes it {expected}. Correct the config.json, or give the checkpoint that it "
+                        "belongs to."
+                    )
 
     def _tie(self, target: str, source: str) -> bool:
         """Read two tied parameters from the one tensor stored; as in transformers, unless both are and differ."""
         if target in self._names and source in self._names:
-            one, other = (self._checkpoint.tensor(self._names[name]) for name in (target, source))
+            one, other = (self.checkpoint.tensor(self._names[name]) for name in (target, source))
             return torch.equal(one, other)
         stored = self._names.get(source, self._names.get(target))
         if stored is not None:
@@ -179,8 +196,23 @@ class CheckpointParameters:
 
     def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a module's own parameters by name, from the files' headers."""
-        return {name: self._checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
+        return {name: self.checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
 
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, on the CPU in the checkpoint's dtype, mapped from the files."""
-        return {name: self._checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+        return {name: self.checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+
+
+def check_unknown(base: CheckpointParameters, expert: CheckpointParameters) -> None:
+    """Tensors that the model has no place for may be left out only if the expert's are the base's.
+
+    Raises:
+        UnsupportedModelError: naming the tensor.
+    """
+    ours, theirs = expert.checkpoint, base.checkpoint
+    for name in expert.unknown:
+        if name not in theirs or not torch.equal(theirs.tensor(name), ours.tensor(name)):
+            raise UnsupportedModelError(
+                f"{ours.repo} has a tensor {name} that is no parameter of the causal LM and differs from the base's "
+                "(or the base has none); a delta would lose it. Remove it from the checkpoint if it is not needed."
+            )
