@@ -47,7 +47,7 @@ class MESwitchConfig(QuantizationConfigMixin):
     :func:`transformers_meswitch.compress`.
 
     Args:
-        base_model_name_or_path (`str`): the base that the expert was fine-tuned from.
+        base_model_name_or_path (`str` or `os.PathLike`): the base that the expert was fine-tuned from.
         base_revision (`str`, *optional*): branch, tag or commit of the base.
         bits (`int`, defaults to 2): bits of one code, 1 to 4.
         salient_channels (`int`, defaults to 16): input channels per layer kept in bfloat16; capped at a layer's width.
@@ -55,7 +55,7 @@ class MESwitchConfig(QuantizationConfigMixin):
         layer_bits (`dict[str, int]`, *optional*): regular expression on module names to bits; the first match wins.
 
     Raises:
-        CompressionError: bits or channels out of range.
+        CompressionError: bits or channels out of range, an argument of another type, an unknown one.
 
     >>> MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 3}).bits_of("model.layers.0.mlp.down_proj")
     3
@@ -63,7 +63,7 @@ class MESwitchConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        base_model_name_or_path: str | None = None,
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         bits: int = 2,
         salient_channels: int = 16,
@@ -78,6 +78,18 @@ class MESwitchConfig(QuantizationConfigMixin):
                 "base_revision, bits, salient_channels, column_steps and layer_bits."
             )
         self.quant_method = "meswitch"  # type: ignore[assignment]  # transformers allows a plain string
+        if isinstance(base_model_name_or_path, os.PathLike):  # a path is no JSON
+            base_model_name_or_path = os.fspath(base_model_name_or_path)
+        for where, text in (("base_model_name_or_path", base_model_name_or_path), ("base_revision", base_revision)):
+            if text is not None and not isinstance(text, str):
+                raise CompressionError(f"{where} is {text!r}, expected a text or None.")
+        if not isinstance(column_steps, bool):
+            raise CompressionError(f"column_steps is {column_steps!r}, expected True or False.")
+        if layer_bits is not None and not isinstance(layer_bits, Mapping):
+            raise CompressionError(
+                f"layer_bits is {layer_bits!r}, expected a mapping from regular expressions on module names to bits, "
+                'such as {"down_proj$": 3}.'
+            )
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.bits = bits
@@ -85,14 +97,14 @@ class MESwitchConfig(QuantizationConfigMixin):
         self.column_steps = column_steps
         self.layer_bits = dict(layer_bits or {})
         for where, value in [("bits", bits), *((f"layer_bits[{k!r}]", v) for k, v in self.layer_bits.items())]:
-            if isinstance(value, bool) or value not in SUPPORTED_BITS:
+            if isinstance(value, bool) or not isinstance(value, int) or value not in SUPPORTED_BITS:
                 raise CompressionError(f"{where} is {value!r}; supported are {SUPPORTED_BITS}.")
         if isinstance(salient_channels, bool) or not isinstance(salient_channels, int) or salient_channels < 0:
             raise CompressionError(f"salient_channels is {salient_channels!r}, expected an integer of at least 0.")
         for pattern in self.layer_bits:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression ({error}).") from error
 
     def bits_of(self, module: str) -> int:
