@@ -102,9 +102,11 @@ class MESwitchConfig(QuantizationConfigMixin):
         if isinstance(salient_channels, bool) or not isinstance(salient_channels, int) or salient_channels < 0:
             raise CompressionError(f"salient_channels is {salient_channels!r}, expected an integer of at least 0.")
         for pattern in self.layer_bits:
+            if not isinstance(pattern, str):
+                raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression, which is a text.")
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as error:
+            except re.error as error:
                 raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression ({error}).") from error
 
     def bits_of(self, module: str) -> int:

@@ -67,12 +67,13 @@ def compress(
     Raises:
         CheckpointError: a missing, truncated or unreadable checkpoint.
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
-            infinite weights; calibration text that cannot be used; an output folder that holds a model.
+            infinite weights, or differs from it in more than weights; calibration text or a device that cannot be
+            used; an output folder that holds a model.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
     _check_request(base, expert, output_dir, config)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _usable(device)
 
     def located(repo: str | os.PathLike[str], revision: str | None) -> Source:
         return locate(
@@ -123,6 +124,11 @@ def _check_request(
     output_dir: str | os.PathLike[str],
     config: MESwitchConfig,
 ) -> None:
+    if not isinstance(config, MESwitchConfig):
+        raise CompressionError(f"config is a {type(config).__name__}, expected a MESwitchConfig.")
+    for what, repo in (("base", base), ("expert", expert)):
+        if not isinstance(repo, str | os.PathLike) or not os.fspath(repo):
+            raise CompressionError(f"The {what} is {repo!r}, expected a Hub id or a folder.")
     stated = config.base_model_name_or_path
     if stated is not None and portable_name(stated) != portable_name(base):
         raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
@@ -137,6 +143,17 @@ def _check_request(
         )
 
 
+def _usable(device: torch.device | str | None) -> torch.device:
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise CompressionError(
+            f"device is {device!r}, which cannot be used here: {error}. Leave it out to take what there is."
+        ) from error
+    return where
+
+
 def _calibrate(
     expert: RepoLocation, calibration: Calibration, device: torch.device, max_tokens: int, progress: bool
 ) -> dict[str, Tensor]:
@@ -147,13 +164,13 @@ def _calibrate(
         "local_files_only": expert.local_files_only,
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(expert.repo, **where)
+        tokenizer = AutoTokenizer.from_pretrained(expert.repo, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:
         raise CompressionError(
             f"Calibration needs the tokenizer of {expert}, which cannot be read: {error}"
         ) from error
     samples = read_samples(calibration, tokenizer)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).eval()
+    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, trust_remote_code=False, **where).eval()
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to() hides its signature
     return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)

@@ -7,10 +7,19 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
+from ..delta_format.header import parse_json
 from ..delta_format.location import RepoLocation
+from ..delta_format.spec import ADAPTER_CONFIG_NAME, PEFT_TYPE
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .names import map_names
 
@@ -45,15 +54,27 @@ def locate(location: RepoLocation) -> Source:
     """Find a checkpoint's configuration and safetensors files, all of one commit.
 
     Raises:
-        CheckpointError: a missing, truncated or unreadable file.
+        CheckpointError: a missing, truncated or unreadable file; the repo is an adapter or a delta.
         CompressionError: the checkpoint is quantised.
+        UnsupportedModelError: the model comes with code of its own.
     """
-    path = location.require("config.json")
+    path = location.find("config.json")
+    if path is None:
+        _refuse_adapter(location)
+        path = location.require("config.json")
     location = location.pinned(path)
+    content = parse_json(path.read_bytes(), str(path), CheckpointError)
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{location} is of model_type {content.get('model_type')!r}, which transformers has no code for; the code "
+            "in the repo is never run. Only architectures that transformers has itself are supported."
+        )
     try:
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a value that transformers did not foresee leads to
+        raise CheckpointError(
+            f"{path} cannot be read as a model's configuration: {type(error).__name__}: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CompressionError(
             f"{location} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
@@ -70,17 +91,41 @@ def locate(location: RepoLocation) -> Source:
     return Source(location, config, checkpoint)
 
 
+def _refuse_adapter(location: RepoLocation) -> None:
+    """Say what a repo is that was taken for a full checkpoint."""
+    path = location.find(ADAPTER_CONFIG_NAME)
+    if path is None:
+        return
+    method = parse_json(path.read_bytes(), str(path), CheckpointError).get("peft_type")
+    if method == PEFT_TYPE:
+        raise CheckpointError(
+            f"{location} is a delta repo, expected a full checkpoint with a config.json. Give the fine-tune that the "
+            "delta was made from; or load the delta, merge_and_unload() it and save_pretrained() what comes of that."
+        )
+    raise CheckpointError(
+        f"{location} is a PEFT adapter ({method}), expected a full checkpoint with a config.json. An adapter is small "
+        "already; to have it as an expert, load it with PEFT, merge_and_unload() it and save_pretrained() what comes "
+        "of that."
+    )
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM of a configuration without memory for its weights.
 
     Raises:
+        CheckpointError: transformers cannot build a model of this configuration.
         UnsupportedModelError: transformers has no causal LM for the configuration.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"transformers has no causal LM of model_type {config.model_type!r}.")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UnsupportedModelError(f"There is no causal LM of model_type {config.model_type!r}: {error}") from error
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a value that the modelling code did not foresee leads to
+        raise CheckpointError(
+            f"transformers cannot build the model that config.json describes (model_type {config.model_type!r}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def output_head(model: PreTrainedModel) -> str | None:
