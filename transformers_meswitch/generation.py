@@ -47,7 +47,8 @@ class ExpertGenerationMixin:
             expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
             **kwargs: further arguments of transformers' ``generate``, and ``adapter_names``, PEFT's ``expert``.
                 An ``eos_token_id`` given here, or in a ``generation_config`` that is no copy of the model's, holds for
-                all rows; otherwise each row ends at its expert's own. Ids that ``attention_mask`` masks need not be known.
+                all rows; otherwise each row ends at its expert's own. Ids that ``attention_mask`` masks need not be
+                known.
 
         Raises:
             ExpertNotFoundError: an expert is not loaded.
