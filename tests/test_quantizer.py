@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 import transformers_meswitch as meswitch
 from tests.fixtures_models import (
@@ -24,7 +32,7 @@ from tests.fixtures_models import (
     llama_config,
 )
 from tests.model_state import ATOL, generated, prompt
-from transformers_meswitch.errors import CheckpointError, CompressionError, MESwitchError
+from transformers_meswitch.errors import CheckpointError, CompressionError, MESwitchError, UnsupportedModelError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -178,7 +186,7 @@ def test_what_cannot_be_compressed_is_refused(tiny_family: TinyFamily, tmp_path:
             config(tiny_family.base, embedding_bits=bits)
     torch.manual_seed(5)
     LlamaForCausalLM(llama_config(intermediate_size=32)).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(CompressionError, match=r"mlp\.(gate|up|down)_proj"):
+    with pytest.raises(CompressionError, match=r"intermediate_size is 128 in the expert but 32 in the base"):
         load(tiny_family.experts["math"], config(tmp_path / "narrow"))
     mistral = json.loads((tiny_family.base / "config.json").read_text())
     mistral.update(model_type="mistral", architectures=["MistralForCausalLM"])
@@ -232,3 +240,91 @@ def test_a_missing_base_is_found_missing_before_the_weights_are_loaded(
     monkeypatch.setattr(LlamaForCausalLM, "_load_pretrained_model", never)
     with pytest.raises(CheckpointError, match="nowhere"):
         load(tiny_family.experts["math"], config(tmp_path / "nowhere"))
+
+
+def changed(checkpoint: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of a checkpoint with its tensors edited in place."""
+    copy = Path(shutil.copytree(checkpoint, folder))
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("on_load", [True, False])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.pop(Q_PROJ), CompressionError, r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (lambda t: t.update({"score.weight": torch.ones(3)}), UnsupportedModelError, r"has a tensor score\.weight"),
+        (
+            lambda t: t.update({Q_PROJ: torch.ones(60, 64)}),
+            CompressionError,
+            r"q_proj\.weight of LlamaForCausalLM with shape \(60, 64\), but its config\.json makes it \(64, 64\)",
+        ),
+    ],
+)
+def test_incomplete_and_overfull_experts_are_refused_on_both_routes(
+    change: Any, error: type, message: str, on_load: bool, tiny_family: TinyFamily, tmp_path: Path
+) -> None:
+    expert = changed(tiny_family.experts["math"], tmp_path / "expert", change)
+    how = config(tiny_family.base)
+
+    def produce() -> None:
+        if on_load:
+            load(expert, how, ignore_mismatched_sizes=True)
+        else:
+            meswitch.compress(tiny_family.base, expert, tmp_path / "delta", how, progress=False)
+
+    with pytest.raises(error, match=message):
+        produce()
+
+
+def test_a_tensor_without_a_place_that_the_base_has_too_may_stay(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    base, expert = (
+        changed(folder, tmp_path / folder.name, lambda t: t.update({"score.weight": torch.ones(3)}))
+        for folder in (tiny_family.base, tiny_family.experts["math"])
+    )
+    load(expert, config(base)).save_pretrained(tmp_path / "delta")
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (tmp_path / "delta", tiny_family.deltas["math"]))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+
+
+def test_an_expert_in_a_pickle_is_refused_before_it_is_opened(
+    tiny_family: TinyFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = Path(shutil.copytree(tiny_family.experts["math"], tmp_path / "expert"))
+    torch.save(load_file(expert / "model.safetensors"), expert / "pytorch_model.bin")
+    (expert / "model.safetensors").unlink()
+    assert AutoModelForCausalLM.from_pretrained(expert).device.type == "cpu", "transformers itself would load it"
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "_load_pretrained_model", lambda *_, **__: pytest.fail("weights were loaded"))
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, expected safetensors.*save_pretrained"):
+            load(expert, config(tiny_family.base))
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_only_a_causal_lm_is_compressed(auto: Any, tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaModel, "_load_pretrained_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(UnsupportedModelError, match=r"as Llama(Model|ForSeq\w+), expected .*AutoModelForCausalLM"):
+        auto.from_pretrained(tiny_family.experts["math"], quantization_config=config(tiny_family.base))
+
+
+def test_a_delta_is_no_expert(tiny_family: TinyFamily) -> None:
+    with pytest.raises(CompressionError, match=r"the base's own .*equal weights.* delta without a quantiz"):
+        load(tiny_family.deltas["math"], config(tiny_family.base))
+
+
+def test_a_generation_config_is_made_where_there_is_none_as_compress_does(
+    tiny_family: TinyFamily, tmp_path: Path
+) -> None:
+    name = "generation_config.json"
+    expert = Path(shutil.copytree(tiny_family.experts["code"], tmp_path / "expert"))
+    (expert / name).unlink()
+    meswitch.compress(tiny_family.base, expert, tmp_path / "a", config(tiny_family.base), progress=False)
+    load(expert, config(tiny_family.base)).save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == CODE_EOS

@@ -22,18 +22,30 @@ class ExpertCallMixin:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's class; arguments and results are the same.
 
+        PEFT's ``adapter_names`` names an expert for each row of this call; ``"__base__"`` is the base.
+
         Raises:
-            UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone.
+            ExpertNotFoundError: an expert is not loaded.
+            UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone; another number of
+                ``adapter_names`` than rows.
         """
         switch = self._meswitch_switch
+        names = kwargs.pop("adapter_names", None)
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)
+        if names is not None:
+            if isinstance(names, str) or len(names) != batch:
+                raise UnsupportedOperationError(
+                    f"adapter_names is {names!r}, expected one name for each of {batch} rows."
+                )
+            with switch.rows(names):
+                return self(*args, **kwargs)
         if self.training and torch.is_grad_enabled() and switch.has_rows and self._checkpoints_gradients():
             raise UnsupportedOperationError(
                 "Gradient checkpointing runs layers once more in the backward pass, when experts chosen for the call "
                 "are no longer chosen, so gradients would be wrong. Choose one with set_expert(), or call "
                 "gradient_checkpointing_disable()."
             )
-        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-        batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)
         with switch.batch_of(batch):
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             logits = getattr(output, "logits", None)

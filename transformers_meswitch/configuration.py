@@ -47,7 +47,7 @@ class MESwitchConfig(QuantizationConfigMixin):
     :func:`transformers_meswitch.compress`.
 
     Args:
-        base_model_name_or_path (`str`): the base that the expert was fine-tuned from.
+        base_model_name_or_path (`str` or `os.PathLike`): the base that the expert was fine-tuned from.
         base_revision (`str`, *optional*): branch, tag or commit of the base.
         bits (`int`, defaults to 2): bits of one code, 1 to 4.
         salient_channels (`int`, defaults to 16): input channels per layer kept in bfloat16; capped at a layer's width.
@@ -58,7 +58,7 @@ class MESwitchConfig(QuantizationConfigMixin):
             output head, 1 to 4; `None` keeps those rows as they are.
 
     Raises:
-        CompressionError: bits or channels out of range.
+        CompressionError: bits or channels out of range, an argument of another type, an unknown one.
 
     >>> config = MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 4})
     >>> config.bits_of("model.layers.0.mlp.down_proj"), config.row_bits_of("model.embed_tokens")
@@ -67,7 +67,7 @@ class MESwitchConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        base_model_name_or_path: str | None = None,
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
         base_revision: str | None = None,
         bits: int = 2,
         salient_channels: int = 16,
@@ -83,6 +83,18 @@ class MESwitchConfig(QuantizationConfigMixin):
                 "base_revision, bits, salient_channels, column_steps, layer_bits and embedding_bits."
             )
         self.quant_method = "meswitch"  # type: ignore[assignment]  # transformers allows a plain string
+        if isinstance(base_model_name_or_path, os.PathLike):  # a path is no JSON
+            base_model_name_or_path = os.fspath(base_model_name_or_path)
+        for where, text in (("base_model_name_or_path", base_model_name_or_path), ("base_revision", base_revision)):
+            if text is not None and not isinstance(text, str):
+                raise CompressionError(f"{where} is {text!r}, expected a text or None.")
+        if not isinstance(column_steps, bool):
+            raise CompressionError(f"column_steps is {column_steps!r}, expected True or False.")
+        if layer_bits is not None and not isinstance(layer_bits, Mapping):
+            raise CompressionError(
+                f"layer_bits is {layer_bits!r}, expected a mapping from regular expressions on module names to bits, "
+                'such as {"down_proj$": 3}.'
+            )
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.bits = bits
@@ -91,13 +103,15 @@ class MESwitchConfig(QuantizationConfigMixin):
         self.layer_bits = dict(layer_bits or {})
         self.embedding_bits = embedding_bits
         for where, value in [("bits", bits), *((f"layer_bits[{k!r}]", v) for k, v in self.layer_bits.items())]:
-            if isinstance(value, bool) or value not in SUPPORTED_BITS:
+            if isinstance(value, bool) or not isinstance(value, int) or value not in SUPPORTED_BITS:
                 raise CompressionError(f"{where} is {value!r}; supported are {SUPPORTED_BITS}.")
         if embedding_bits is not None and (isinstance(embedding_bits, bool) or embedding_bits not in SUPPORTED_BITS):
             raise CompressionError(f"embedding_bits is {embedding_bits!r}; supported are {SUPPORTED_BITS} and None.")
         if isinstance(salient_channels, bool) or not isinstance(salient_channels, int) or salient_channels < 0:
             raise CompressionError(f"salient_channels is {salient_channels!r}, expected an integer of at least 0.")
         for pattern in self.layer_bits:
+            if not isinstance(pattern, str):
+                raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression, which is a text.")
             try:
                 re.compile(pattern)
             except re.error as error:

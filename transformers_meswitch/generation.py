@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,18 +45,23 @@ class ExpertGenerationMixin:
             generation_config: as in transformers; an attribute ``expert`` is honoured.
             *args: further positional arguments of transformers' ``generate``.
             expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
-            **kwargs: further arguments of transformers' ``generate``. An ``eos_token_id`` given here, or in a
-                ``generation_config`` that is no copy of the model's, holds for all rows; otherwise each row ends at
-                its expert's own. Ids that ``attention_mask`` masks need not be known.
+            **kwargs: further arguments of transformers' ``generate``, and ``adapter_names``, PEFT's ``expert``.
+                An ``eos_token_id`` given here, or in a ``generation_config`` that is no copy of the model's, holds for
+                all rows; otherwise each row ends at its expert's own. Ids that ``attention_mask`` masks need not be
+                known.
 
         Raises:
             ExpertNotFoundError: an expert is not loaded.
-            UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router.
+            UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router, experts
+                named twice.
             ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
-        names = ("logits_processor", "stopping_criteria", *_POSITIONAL)
-        kwargs.update(zip(names, args, strict=False))
+        kwargs.update(zip(("logits_processor", "stopping_criteria", *_POSITIONAL), args, strict=False))
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and expert is not _STICKY:
+            raise UnsupportedOperationError("generate() got expert= and adapter_names=, which is PEFT's name for it.")
+        expert = expert if names is None else names
         switch = self._meswitch_switch
         prompt = next(
             (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
@@ -99,6 +104,8 @@ class ExpertGenerationMixin:
                 return chosen
             configs = [vars(c) for c in (generation_config, self.generation_config) if hasattr(c, "expert")]
             expert = configs[0]["expert"] if configs else switch.active_expert
+        if not (expert is None or isinstance(expert, str | Iterable)):
+            known_expert(expert, switch.experts)  # which refuses it
         if expert == "auto" or (not isinstance(expert, str) and expert is not None and "auto" in expert):
             raise UnsupportedOperationError(
                 "expert='auto' needs a router, and this family has none. Name the expert: "

@@ -11,29 +11,35 @@ the stored one (``hf auth login`` or ``HF_TOKEN``).
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from .compression.architecture import check_same_computation
 from .compression.assets import find_assets, generation_config_of
-from .compression.driver import check_model_type, compress_expert
+from .compression.driver import compress_expert
 from .compression.sources import (
     CheckpointParameters,
     LiveParameters,
     Parameters,
     Source,
+    check_unknown,
     locate,
     meta_model,
     output_head,
 )
 from .configuration import MESwitchConfig
+from .delta_format.checkpoint import Checkpoint
 from .delta_format.location import RepoLocation
 from .errors import CheckpointError, CompressionError, UnsupportedModelError
 from .peft_method.attachment import ensure_switch
@@ -41,6 +47,8 @@ from .peft_method.attachment import ensure_switch
 __all__ = ["MESwitchHfQuantizer", "register"]
 
 _METHOD = "meswitch"
+#: Keys of a configuration that say how a model was loaded, and not what it is.
+_AS_LOADED = ("dtype", "_attn_implementation_internal", "_experts_implementation_internal")
 _SNAPSHOT = re.compile(r"(.*)[/\\]models--[^/\\]+[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\](.*))?")
 
 
@@ -76,19 +84,23 @@ class MESwitchHfQuantizer(HfQuantizer):
             raise CompressionError(
                 "Compressing on load needs a checkpoint in files; save the model and give its folder."
             )
+        _check_causal_lm(model)
         config = self.quantization_config
         self._expert = _location_of(str(model.name_or_path), checkpoint_files[0])
         base = str(config.base_model_name_or_path)
         self._base = locate(
             RepoLocation(base, config.base_revision, cache_dir=self._expert.cache_dir, error=CheckpointError)
         )
-        check_model_type(self._base, self._expert, model.config)
+        _check_not_base(self._base, self._expert, checkpoint_files)
+        check_same_computation(self._base, self._expert, model.config)
+        self._base_parameters = CheckpointParameters(meta_model(self._base.config), self._base.checkpoint)
+        _check_complete(model, self._base_parameters, self._expert, checkpoint_files)
         find_assets(self._expert)  # fetched now, so that saving needs no network and a failure costs no loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)
         with torch.no_grad():
-            return _split(model, self._base, self._expert, self.quantization_config)
+            return _split(model, self._base, self._base_parameters, self._expert, self.quantization_config)
 
     def is_serializable(self) -> bool:
         """A compressed model is saved as a delta repo."""
@@ -110,9 +122,47 @@ def _location_of(name: str, file: str) -> RepoLocation:
     return RepoLocation(name, commit, subfolder, cache_dir=cache_dir, error=CheckpointError)
 
 
-def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: MESwitchConfig) -> PreTrainedModel:
+def _check_causal_lm(model: PreTrainedModel) -> None:
+    """A delta is of a whole causal LM: without the head, an expert would lose what it learnt there."""
+    if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())):
+        raise UnsupportedModelError(
+            f"The expert is being loaded as {type(model).__name__}, expected the causal LM that transformers has for "
+            f"{type(model.config).__name__}: deltas are of complete causal LMs. Load it with AutoModelForCausalLM."
+        )
+
+
+def _check_not_base(base: Source, expert: RepoLocation, checkpoint_files: Sequence[str]) -> None:
+    """Where an adapter is named, transformers loads the adapter's base; do not call that the expert."""
+    if {os.path.realpath(file) for file in checkpoint_files} == set(map(os.path.realpath, base.checkpoint.paths)):
+        raise CompressionError(
+            f"The weights being loaded are the base's own ({expert}), so expert and base hold equal weights. Give a "
+            "full fine-tune. If you named a delta repo or an adapter: transformers loads its base first; load a delta "
+            "without a quantization_config, and merge an adapter into its base before compressing it."
+        )
+
+
+def _check_complete(
+    model: PreTrainedModel, base: CheckpointParameters, expert: RepoLocation, checkpoint_files: Sequence[str]
+) -> None:
+    """Refuse files that transformers would load in part, leaving the rest to chance, before it does."""
+    if not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+        raise CheckpointError(
+            f"{expert} has its weights in {os.path.basename(checkpoint_files[0])}, expected safetensors. Load it once "
+            "without a quantization_config, where you trust it, and save_pretrained() it, which writes safetensors."
+        )
+    checkpoint = Checkpoint(str(expert), [Path(file) for file in checkpoint_files])
+    check_unknown(base, CheckpointParameters(model, checkpoint))
+
+
+def _split(
+    model: PreTrainedModel,
+    base: Source,
+    base_parameters: CheckpointParameters,
+    expert: RepoLocation,
+    config: MESwitchConfig,
+) -> PreTrainedModel:
     """Turn a loaded fine-tune into its base with the fine-tune as the expert ``"default"``."""
-    base_parameters = CheckpointParameters(meta_model(base.config), base.checkpoint)
+    generation_config = generation_config_of(expert, model.config)
     delta, tensors = compress_expert(
         model,
         base,
@@ -120,10 +170,12 @@ def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: M
         expert,
         LiveParameters(model),
         config,
-        generation_config=model.generation_config,  # type: ignore[arg-type]
+        generation_config=generation_config,
     )
     _restore_base(model, base_parameters)
-    _adopt_config(model, base.config, base.location.repo)
+    theirs = base.config
+    _adopt_config(model.config, theirs if type(theirs) is type(model.config) else theirs.get_text_config())
+    model.config._name_or_path = model.name_or_path = base.location.repo
     switch = ensure_switch(model)
     if not base.location.is_local:
         switch.base_download = {"revision": base.location.revision, "cache_dir": base.location.cache_dir}
@@ -131,6 +183,9 @@ def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: M
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
     cast(Any, model).attach_delta("default", delta, tensors, assets=expert)
     switch.generation_config_of = "default"
+    switch.experts["default"] = dataclasses.replace(
+        switch.experts["default"], generation_config=generation_config.to_json_string()
+    )
     return model
 
 
@@ -160,14 +215,17 @@ def _resize(module: nn.Module) -> None:
         module.out_features = weight.shape[0]
 
 
-def _adopt_config(model: PreTrainedModel, base: PreTrainedConfig, name: str) -> None:
-    """The model is now the base: its config says so wherever a fine-tune may differ."""
-    ours, theirs = model.config.get_text_config(), base.get_text_config()
-    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(ours, key, getattr(theirs, key, None))
-    model.config.tie_word_embeddings = base.tie_word_embeddings
-    model.config._name_or_path = name
-    model.name_or_path = name
+def _adopt_config(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> None:
+    """The model is now the base, and so is its configuration, but for how it was loaded.
+
+    In place, since the model's modules share it.
+    """
+    loaded = {key: value for key, value in vars(ours).items() if key in _AS_LOADED}
+    nested = {key: value for key, value in vars(ours).items() if isinstance(value, PreTrainedConfig)}
+    for key, config in nested.items():
+        _adopt_config(config, getattr(theirs, key))
+    vars(ours).clear()
+    vars(ours).update({**copy.deepcopy(vars(theirs)), **loaded, **nested})
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import json
 import shutil
 import tempfile
 import urllib.parse
@@ -156,10 +157,10 @@ def save_expert(
     kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
     evidence = None if info.files is None else evidence_text_for(info.files.asset(EVIDENCE_NAME), tensors)
     texts = {name: text for name, text in ((_CARD, kept), (EVIDENCE_NAME, evidence)) if text is not None}
-    generation_config = _edited_generation_config(model, name, assets)
+    generation_config = _own_generation_config(model, name, assets)
     if generation_config is not None:
         assets = [path for path in assets if path.name != GENERATION_CONFIG]
-        texts[GENERATION_CONFIG] = generation_config.to_json_string()
+        texts[GENERATION_CONFIG] = generation_config
     directory = write_delta(save_directory, config, tensors, assets, texts=texts, max_shard_size=max_shard_size)
     dense = full_copy_bytes(
         dataclasses.replace(config, vocab_size=info.vocab_size),
@@ -181,16 +182,19 @@ def _tensors(
     return {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
 
 
-def _edited_generation_config(model: Any, expert: str, assets: Collection[Path]) -> GenerationConfig | None:
-    """The model's generation defaults if they are the expert's and no longer those in its files, else `None`."""
+def _own_generation_config(model: Any, expert: str, assets: Collection[Path]) -> str | None:
+    """The text of an expert's generation config where no file among its assets says the same."""
+    path = next((path for path in assets if path.name == GENERATION_CONFIG), None)
+    # Of an expert that was compressed from a checkpoint without the file.
+    derived = model._meswitch_switch.experts[expert].generation_config if path is None else None
     if model._meswitch_switch.generation_config_of != expert or not isinstance(model, GenerationMixin):
-        return None
+        return derived
     current = copy.deepcopy(model.generation_config)
     current.__dict__.pop("expert", None)  # names an expert of the program, which a delta repo knows nothing of
-    stored = next((path for path in assets if path.name == GENERATION_CONFIG), None)
-    if stored is not None and GenerationConfig.from_pretrained(stored.parent) == current:
-        return None
-    return current
+    if path is not None:
+        return None if GenerationConfig.from_pretrained(path.parent) == current else current.to_json_string()
+    edited = derived is None or GenerationConfig.from_dict(json.loads(derived)) != current
+    return current.to_json_string() if edited else derived
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:

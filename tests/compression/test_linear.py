@@ -124,3 +124,45 @@ def test_the_remaining_channels_keep_their_own_second_moments():
     stored = compress_linear(delta, 1, 1, moment)
     expected = 2 * (moment[rest] * delta[:, rest].abs()).sum(1) / moment[rest].sum()
     torch.testing.assert_close(stored.tensors["step"], expected)
+
+
+def whole(diagonal):
+    return torch.diag(diagonal)
+
+
+@pytest.mark.parametrize("moments", [lambda m: m, whole])
+def test_a_change_in_a_channel_that_calibration_never_saw_is_not_lost(moments):
+    moment = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    delta = torch.zeros(3, 5)
+    delta[:, 0] = torch.tensor([1.0, -2.0, 3.0])
+    stored = compress_linear(delta, 2, 1, moments(moment))
+    assert stored.tensors["salient_index"].tolist() == [0]
+    assert torch.equal(reconstruct_linear(stored.record, stored.tensors), delta)
+    assert bool((compress_linear(delta, 2, 0, moments(moment)).tensors["step"] > 0).all())
+
+
+def test_a_silent_channel_takes_nothing_from_the_others():
+    generator = torch.Generator().manual_seed(0)
+    delta, moment = torch.randn(8, 40, generator=generator), torch.rand(40, generator=generator) + 0.5
+    moment[7] = 0
+    step = compress_linear(delta, 2, 0, moment).tensors["step"]
+    seen = [i for i in range(40) if i != 7]
+    torch.testing.assert_close(
+        step, compress_linear(delta[:, seen], 2, 0, moment[seen]).tensors["step"], rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("moments", [lambda m: m, whole])
+def test_overflowing_activations_are_not_blamed_on_the_weights(moments):
+    moment = torch.tensor([1.0, float("inf"), 1.0, 1.0])
+    with pytest.raises(CompressionError, match=r"is inf at \[1.*activations overflow on the calibration text"):
+        compress_linear(torch.ones(3, 4), 2, 1, moments(moment).nan_to_num(0.0, posinf=float("inf")))
+
+
+def test_a_delta_that_overflows_the_format_is_refused_as_such():
+    delta = torch.ones(3, 4)
+    delta[0, 0] = 3.4e38
+    with pytest.raises(
+        CompressionError, match=r"delta reaches 3\.4e\+38, for which salient overflows torch\.bfloat16"
+    ):
+        compress_linear(delta, 2, 1)

@@ -47,6 +47,27 @@ def test_unchanged_is_none_across_dtypes(kind):
     assert compress(kind, full, half) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "rows", "values"])
+def test_a_copy_in_fewer_bits_is_no_change(kind, dtype):
+    full = {"weight": randn(6, 10), "bias": randn(6)}
+    rounded = {key: value.to(dtype) for key, value in full.items()}
+    assert not torch.equal(rounded["weight"].float(), full["weight"])
+    assert compress(kind, full, rounded) is None
+    rounded["weight"][3, 4] *= 1.1
+    record, _ = compress(kind, full, rounded)
+    assert record.kind == kind
+
+
+def test_a_rounded_weight_beside_another_bias_is_no_change_either():
+    full = {"weight": randn(6, 10), "bias": randn(6)}
+    record, tensors = compress(
+        "linear", full, {key: value.bfloat16() for key, value in full.items()} | {"bias": randn(6, seed=1)}
+    )
+    assert record.bias
+    assert not reconstruct_linear(record, tensors).any()
+
+
 def test_delta_is_formed_in_float32():
     base = {"weight": torch.full((1, 1), 1.0, dtype=torch.bfloat16)}
     expert = {"weight": torch.full((1, 1), 1.0 + 2**-12)}

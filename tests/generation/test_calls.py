@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, Gemma2Fo
 
 from tests.fixtures_models import TinyFamily, fine_tune
 from tests.generation.conftest import PROMPT
+from tests.model_state import ATOL
 from transformers_meswitch import MESwitchConfig, MESwitchModel, MESwitchModelForCausalLM, compress
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError
 
@@ -100,3 +101,34 @@ def test_unknown_ids_are_impossible_though_logits_are_capped(tmp_path: Path) -> 
             model(ids).logits[..., :64], AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
         )
         assert torch.isneginf(model(ids).logits[..., 64:]).all()
+
+
+def test_peft_s_adapter_names_choose_an_expert_for_each_row(family: Any, references: dict[str | None, Any]) -> None:
+    prompts = PROMPT.repeat(3, 1)
+    names = ["math", "code", "__base__"]
+    family.set_expert("code")
+    logits = family(prompts, adapter_names=names).logits
+    for row, name in enumerate(["math", "code", None]):
+        expected = references[name](prompts).logits[row]
+        assert torch.allclose(logits[row, :, : expected.shape[-1]], expected, atol=ATOL, rtol=0)
+    assert not torch.allclose(logits[0, :, :128], logits[2, :, :128], atol=ATOL)
+    for refused, error in ((["math", "chess", None], ExpertNotFoundError), (["math"], UnsupportedOperationError)):
+        with pytest.raises(error, match=r"chess|for each of 3 rows"):
+            family(prompts, adapter_names=refused)
+    with pytest.raises(UnsupportedOperationError, match="expected one name for each of 1 rows"):
+        family(PROMPT, adapter_names="math")
+
+
+def test_generate_takes_adapter_names_too(family: Any) -> None:
+    greedy = {"do_sample": False, "max_new_tokens": 6}
+    prompts, names = PROMPT.repeat(3, 1), ["math", "code", "__base__"]
+    found = family.generate(prompts, adapter_names=names, **greedy)
+    assert torch.equal(found, family.generate(prompts, expert=names, **greedy))
+    with pytest.raises(UnsupportedOperationError, match="expert= and adapter_names="):
+        family.generate(prompts, expert="math", adapter_names=names)
+
+
+@pytest.mark.parametrize("expert", [3, [3], ["math", 3.5]])
+def test_names_of_another_type_are_not_found(family: Any, expert: Any) -> None:
+    with pytest.raises(ExpertNotFoundError, match=r"No expert named (3|3\.5) is loaded"):
+        family.generate(PROMPT, expert=expert)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import GenerationConfig, PreTrainedConfig
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..delta_format.location import RepoLocation
 from ..errors import CheckpointError
 
-__all__ = ["ASSETS", "GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of"]
+__all__ = ["ASSETS", "GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of", "token_ids"]
 
 GENERATION_CONFIG = "generation_config.json"
 ASSETS = (
@@ -49,11 +50,34 @@ def generation_config_of(expert: RepoLocation, config: PreTrainedConfig) -> Gene
     """
     path = expert.find(GENERATION_CONFIG)
     if path is None:
-        return GenerationConfig.from_model_config(config)
-    try:
-        return GenerationConfig.from_pretrained(path.parent, config_file_name=path.name, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} of the expert cannot be read: {error}") from error
+        found = GenerationConfig.from_model_config(config)
+    else:
+        try:
+            found = GenerationConfig.from_pretrained(path.parent, config_file_name=path.name, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} of the expert cannot be read: {error}") from error
+    for key in ("eos_token_id", "pad_token_id"):
+        token_ids(getattr(found, key), f"{key} of {path or f'{expert}, config.json'}")
+    return found
+
+
+def token_ids(stated: Any, where: str) -> list[int]:
+    """The ids that a configuration states for a special token: none, one or several.
+
+    Args:
+        stated: an id, a list of them, or `None`.
+        where: key and file, for the message.
+
+    Raises:
+        CheckpointError: anything else, such as the token's text.
+
+    >>> token_ids(2, "eos_token_id"), token_ids([2, 5], "eos_token_id"), token_ids(None, "eos_token_id")
+    ([2], [2, 5], [])
+    """
+    ids = stated if isinstance(stated, list | tuple) else [] if stated is None else [stated]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{where} is {stated!r}, expected a token id or a list of them. Correct the file.")
+    return list(ids)
 
 
 def license_of(*repos: RepoLocation) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
@@ -20,7 +20,7 @@ from .modules import check_shapes, compress_module
 from .request import check_layer_bits
 from .sources import Parameters, Source, output_head
 
-__all__ = ["check_model_type", "compress_expert", "compress_modules"]
+__all__ = ["compress_expert", "compress_modules"]
 
 
 def compress_expert(
@@ -85,20 +85,6 @@ def compress_expert(
         calibrated=second_moments is not None,
     )
     return delta_config, tensors
-
-
-def check_model_type(base: Source, expert: RepoLocation, model_config: PreTrainedConfig) -> None:
-    """Refuse an expert of another architecture before any weights are read.
-
-    Raises:
-        CompressionError: the model types differ.
-    """
-    if base.config.model_type != model_config.model_type:
-        raise CompressionError(
-            f"{expert} is of model_type {model_config.model_type!r} and {base.location} of "
-            f"{base.config.model_type!r}. The expert is of another architecture; a delta needs a fine-tune of this "
-            "base."
-        )
 
 
 def compress_modules(

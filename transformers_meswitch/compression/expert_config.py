@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..cards import hub_id
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.spec import ModuleRecord
+from .assets import token_ids
 
 __all__ = ["expert_config", "portable_name"]
 
@@ -55,17 +56,19 @@ def expert_config(
         vocab_size: rows of the expert's input embedding.
         tied: whether the expert's output head is its input embedding.
         calibrated: whether salient channels were chosen with calibration text.
+
+    Raises:
+        CheckpointError: a token that is no id.
     """
     text_config = model_config.get_text_config()
 
-    def token(name: str) -> Any:
+    def tokens(name: str) -> list[int]:
         own = getattr(generation_config, name, None)
-        return own if own is not None else getattr(text_config, name, None)
+        stated = own if own is not None else getattr(text_config, name, None)
+        # Configs in the wild pad with -1, or with an id that was never given a row: no token at all.
+        return [i for i in token_ids(stated, f"The expert's {name}") if 0 <= i < vocab_size]
 
-    # Configs in the wild pad with -1, or with an id that was never given a row: no token at all.
-    ends = token("eos_token_id")
-    eos = [i for i in ([ends] if isinstance(ends, int) else ends or []) if 0 <= i < vocab_size]
-    pad = token("pad_token_id")
+    pad = tokens("pad_token_id")
     return MESwitchExpertConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=portable_name(base),
@@ -78,8 +81,8 @@ def expert_config(
         base_fingerprint=base_fingerprint,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
-        eos_token_id=eos or None,
-        pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else None,
+        eos_token_id=tokens("eos_token_id") or None,
+        pad_token_id=pad[0] if pad else None,
         expert_model_name_or_path=hub_id(os.fspath(expert)),
         saliency="reconstruction" if calibrated else "weight",
     )

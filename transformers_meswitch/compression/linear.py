@@ -19,6 +19,11 @@ from .step_size import fit_row_column_steps, fit_step
 __all__ = ["QuantizedLinear", "compress_linear", "reconstruct_linear"]
 
 
+#: Share of the median second moment that a channel has at least: one that was silent in the calibration text may not
+#: be elsewhere, so what a fine-tune changed there is not worth nothing.
+_UNSEEN = 1e-5
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """A quantised delta: its record and the tensors that the record announces, by leaf name."""
@@ -49,7 +54,8 @@ def compress_linear(
         column_steps: also fit a step per input channel.
 
     Raises:
-        CompressionError: a NaN or infinite element, a second moment of another shape or not finite.
+        CompressionError: a NaN or infinite element; one too large for the delta format; a second moment of another
+            shape or not finite.
 
     >>> stored = compress_linear(torch.ones(2, 5), bits=2, salient_channels=1)
     >>> {leaf: tuple(tensor.shape) for leaf, tensor in stored.tensors.items()}
@@ -58,15 +64,23 @@ def compress_linear(
     if delta.ndim != 2:
         raise CompressionError(f"the weight delta has shape {tuple(delta.shape)}, expected [out, in].")
     delta = delta.to(torch.float32)
-    _require_finite(delta, "the weight delta")
+    _require_finite(
+        delta,
+        "the weight delta",
+        "The base or the expert holds NaN, infinite or huge weights; compress an intact checkpoint.",
+    )
     out_features, in_features = delta.shape
     covariance = diagonal = None
     if second_moment is not None:
         second_moment = _checked_moment(second_moment.to(device=delta.device, dtype=torch.float32), in_features)
         diagonal = second_moment if second_moment.ndim == 1 else second_moment.diagonal()
-        if second_moment.ndim == 2 and bool((diagonal > 0).any()):
+        seen = diagonal[diagonal > 0]
+        if len(seen):
+            diagonal = diagonal.clamp_min(_UNSEEN * seen.median())
+        if second_moment.ndim == 2 and len(seen):
             # Scaled to a largest diagonal of one, as the diagonal alone is for its fit: products stay in range.
             covariance = second_moment / diagonal.max()
+            covariance.diagonal().copy_(diagonal / diagonal.max())
     salient_channels = min(salient_channels, in_features)
 
     salient = torch.arange(in_features, device=delta.device)[:salient_channels]
@@ -90,6 +104,7 @@ def compress_linear(
         tensors["column_step"] = steps.column
     if salient_channels:
         tensors |= {"salient_index": salient.to(torch.int32), "salient": columns.to(torch.bfloat16)}
+    _require_representable(delta, tensors)
     return QuantizedLinear(
         LinearRecord(out_features, in_features, bits, salient_channels, column_step=column_steps), tensors
     )
@@ -101,18 +116,31 @@ def _checked_moment(second_moment: Tensor, in_features: int) -> Tensor:
             f"the second moment has shape {tuple(second_moment.shape)}, expected [{in_features}] or "
             f"[{in_features}, {in_features}]: one per channel, or one per pair of channels."
         )
-    _require_finite(second_moment, "the second moment of the layer's inputs")
+    _require_finite(
+        second_moment,
+        "the second moment of the layer's inputs",
+        "The expert's activations overflow on the calibration text, its weights are finite: leave calibration out, or "
+        "calibrate on other text.",
+    )
     return second_moment
 
 
-def _require_finite(tensor: Tensor, what: str) -> None:
+def _require_finite(tensor: Tensor, what: str, way_out: str) -> None:
     finite = tensor.isfinite()
     if not bool(finite.all()):
         where = (~finite).nonzero()[0].tolist()
         raise CompressionError(
-            f"{what} is {tensor[tuple(where)].item()} at {where}, expected finite numbers. "
-            "The base or the expert holds NaN or infinite weights; compress an intact checkpoint."
+            f"{what} is {tensor[tuple(where)].item()} at {where}, expected finite numbers. {way_out}"
         )
+
+
+def _require_representable(delta: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    for leaf, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CompressionError(
+                f"the weight delta reaches {delta.abs().max().item():.3g}, for which {leaf} overflows {tensor.dtype}. "
+                "No fine-tune is so far from its base; compress an intact checkpoint."
+            )
 
 
 @dataclass(frozen=True)

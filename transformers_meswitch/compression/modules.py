@@ -135,7 +135,9 @@ def _compress_linear(
     if is_conv1d:
         delta = delta.T.contiguous()
     bits = config.bits_of(name)
-    if bool((delta == 0).all()):
+    # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
+    if not differs(base["weight"], expert["weight"]) or bool((delta == 0).all()):
+        delta = torch.zeros_like(delta)
         if not own_bias:
             return None
         # The record must announce codes; all-zero ones say that only the bias changed.

@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..cards import write_delta_card
 from ..configuration import MESwitchConfig
-from ..delta_format.checkpoint import Checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
-from ..errors import CheckpointError, CompressionError, UnsupportedModelError
+from ..errors import CheckpointError, CompressionError
 from ..inspection import full_copy_bytes
 from ..module_kinds import module_kinds
+from .architecture import check_same_computation
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .calibration import Calibration, collect_second_moments, read_samples
-from .driver import check_model_type, compress_expert
+from .driver import compress_expert
 from .request import check_layer_bits, check_request
-from .sources import CheckpointParameters, Source, locate, meta_model
+from .sources import CheckpointParameters, Source, check_unknown, locate, meta_model
 
 __all__ = ["compress"]
 
@@ -69,13 +69,14 @@ def compress(
     Raises:
         CheckpointError: a missing, truncated or unreadable checkpoint.
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
-            infinite weights; calibration text that cannot be used; an output folder that holds a model or cannot be
-            written to; a pattern of ``layer_bits`` that matches no linear layer or embedding.
+            infinite weights, or differs from it in more than weights; calibration text or a device that cannot be
+            used; an output folder that holds a model or cannot be written to; a pattern of ``layer_bits`` that matches
+            no linear layer or embedding.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
     check_request(base, expert, output_dir, config, calibration)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _usable(device)
 
     def located(repo: str | os.PathLike[str], revision: str | None) -> Source:
         return locate(
@@ -85,13 +86,13 @@ def compress(
     base_source = located(base, config.base_revision)
     expert_source = located(expert, expert_revision)
     expert_location, model_config = expert_source.location, expert_source.config
-    check_model_type(base_source, expert_location, model_config)
+    check_same_computation(base_source, expert_location, model_config)
     model = meta_model(model_config)
     # Before calibration, which may take long; for the other producers, the loop over the modules checks it.
     check_layer_bits(config, [name for name, kind in module_kinds(model).items() if kind in ("linear", "rows")])
     base_parameters = CheckpointParameters(meta_model(base_source.config), base_source.checkpoint)
     expert_parameters = CheckpointParameters(model, expert_source.checkpoint)
-    _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)
+    check_unknown(base_parameters, expert_parameters)
 
     generation_config = generation_config_of(expert_location, model_config)
     moments = None
@@ -122,17 +123,15 @@ def compress(
     return directory
 
 
-def _check_unknown(
-    base: CheckpointParameters, base_files: Checkpoint, expert: CheckpointParameters, expert_files: Checkpoint
-) -> None:
-    """Tensors that the model has no place for may be left out only if the expert's are the base's."""
-    for name in expert.unknown:
-        if name not in base_files or not torch.equal(base_files.tensor(name), expert_files.tensor(name)):
-            raise UnsupportedModelError(
-                f"{expert_files.repo} has a tensor {name} that is no parameter of the causal LM and differs from the "
-                "base's (or the base has none); a delta would lose it. Remove it from the checkpoint if it is not "
-                "needed."
-            )
+def _usable(device: torch.device | str | None) -> torch.device:
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise CompressionError(
+            f"device is {device!r}, which cannot be used here: {error}. Leave it out to take what there is."
+        ) from error
+    return where
 
 
 def _calibrate(
@@ -145,13 +144,13 @@ def _calibrate(
         "local_files_only": expert.local_files_only,
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(expert.repo, **where)
+        tokenizer = AutoTokenizer.from_pretrained(expert.repo, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:
         raise CompressionError(
             f"Calibration needs the tokenizer of {expert}, which cannot be read: {error}"
         ) from error
     samples = read_samples(calibration, tokenizer)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, **where).eval()
+    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, trust_remote_code=False, **where).eval()
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to() hides its signature
     return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)

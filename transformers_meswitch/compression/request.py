@@ -30,10 +30,15 @@ def check_request(
     """Check the arguments of :func:`~transformers_meswitch.compress` without reading a model; leaves no trace on disk.
 
     Raises:
-        CompressionError: the config names another base; the output folder is one of the inputs, holds a model, or
-            cannot be written; the calibration file cannot be read or is of no known kind; a data set needs a package
-            that is not installed.
+        CompressionError: an argument of another type; the config names another base; the output folder is one of the
+            inputs, holds a model, or cannot be written; the calibration file cannot be read or is of no known kind; a
+            data set needs a package that is not installed.
     """
+    if not isinstance(config, MESwitchConfig):
+        raise CompressionError(f"config is a {type(config).__name__}, expected a MESwitchConfig.")
+    for what, repo in (("base", base), ("expert", expert)):
+        if not isinstance(repo, str | os.PathLike) or not os.fspath(repo):
+            raise CompressionError(f"The {what} is {repo!r}, expected a Hub id or a folder.")
     stated = config.base_model_name_or_path
     if stated is not None and portable_name(stated) != portable_name(base):
         raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")

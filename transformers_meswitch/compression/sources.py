@@ -7,14 +7,32 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
+from ..delta_format.header import parse_json
 from ..delta_format.location import RepoLocation
+from ..delta_format.spec import ADAPTER_CONFIG_NAME, PEFT_TYPE
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .names import map_names
 
-__all__ = ["CheckpointParameters", "LiveParameters", "Parameters", "Source", "locate", "meta_model", "output_head"]
+__all__ = [
+    "CheckpointParameters",
+    "LiveParameters",
+    "Parameters",
+    "Source",
+    "check_unknown",
+    "locate",
+    "meta_model",
+    "output_head",
+]
 
 
 @dataclass(frozen=True)
@@ -36,15 +54,27 @@ def locate(location: RepoLocation) -> Source:
     """Find a checkpoint's configuration and safetensors files, all of one commit.
 
     Raises:
-        CheckpointError: a missing, truncated or unreadable file.
+        CheckpointError: a missing, truncated or unreadable file; the repo is an adapter or a delta.
         CompressionError: the checkpoint is quantised.
+        UnsupportedModelError: the model comes with code of its own.
     """
-    path = location.require("config.json")
+    path = location.find("config.json")
+    if path is None:
+        _refuse_adapter(location)
+        path = location.require("config.json")
     location = location.pinned(path)
+    content = parse_json(path.read_bytes(), str(path), CheckpointError)
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{location} is of model_type {content.get('model_type')!r}, which transformers has no code for; the code "
+            "in the repo is never run. Only architectures that transformers has itself are supported."
+        )
     try:
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a value that transformers did not foresee leads to
+        raise CheckpointError(
+            f"{path} cannot be read as a model's configuration: {type(error).__name__}: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise CompressionError(
             f"{location} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
@@ -61,17 +91,41 @@ def locate(location: RepoLocation) -> Source:
     return Source(location, config, checkpoint)
 
 
+def _refuse_adapter(location: RepoLocation) -> None:
+    """Say what a repo is that was taken for a full checkpoint."""
+    path = location.find(ADAPTER_CONFIG_NAME)
+    if path is None:
+        return
+    method = parse_json(path.read_bytes(), str(path), CheckpointError).get("peft_type")
+    if method == PEFT_TYPE:
+        raise CheckpointError(
+            f"{location} is a delta repo, expected a full checkpoint with a config.json. Give the fine-tune that the "
+            "delta was made from; or load the delta, merge_and_unload() it and save_pretrained() what comes of that."
+        )
+    raise CheckpointError(
+        f"{location} is a PEFT adapter ({method}), expected a full checkpoint with a config.json. An adapter is small "
+        "already; to have it as an expert, load it with PEFT, merge_and_unload() it and save_pretrained() what comes "
+        "of that."
+    )
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM of a configuration without memory for its weights.
 
     Raises:
+        CheckpointError: transformers cannot build a model of this configuration.
         UnsupportedModelError: transformers has no causal LM for the configuration.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"transformers has no causal LM of model_type {config.model_type!r}.")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UnsupportedModelError(f"There is no causal LM of model_type {config.model_type!r}: {error}") from error
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a value that the modelling code did not foresee leads to
+        raise CheckpointError(
+            f"transformers cannot build the model that config.json describes (model_type {config.model_type!r}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def output_head(model: PreTrainedModel) -> str | None:
@@ -140,15 +194,16 @@ class CheckpointParameters:
         checkpoint: its files.
 
     Attributes:
+        checkpoint: its files.
         unknown: names of tensors that the model has no place for.
 
     Raises:
-        CompressionError: a parameter of the model is missing from the checkpoint.
+        CompressionError: a parameter of the model is missing from the checkpoint, or has another shape there.
         UnsupportedModelError: a tensor that transformers would fuse or split.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._owned = _own_parameters(model)
         names = map_names(model, checkpoint.names)
         self._names = dict(names.checkpoint_name)
@@ -166,11 +221,18 @@ class CheckpointParameters:
                         f"{checkpoint.repo} has no tensor for {full} of {type(model).__name__}; the checkpoint is "
                         "incomplete or of another architecture than its config.json says."
                     )
+                stored, expected = checkpoint.shape(self._names[full]), tuple(model.get_parameter(full).shape)
+                if stored != expected:
+                    raise CompressionError(
+                        f"{checkpoint.repo} has {full} of {type(model).__name__} with shape {stored}, but its "
+                        f"config.json makes it {expected}. Correct the config.json, or give the checkpoint that it "
+                        "belongs to."
+                    )
 
     def _tie(self, target: str, source: str) -> bool:
         """Read two tied parameters from the one tensor stored; as in transformers, unless both are and differ."""
         if target in self._names and source in self._names:
-            one, other = (self._checkpoint.tensor(self._names[name]) for name in (target, source))
+            one, other = (self.checkpoint.tensor(self._names[name]) for name in (target, source))
             return torch.equal(one, other)
         stored = self._names.get(source, self._names.get(target))
         if stored is not None:
@@ -179,8 +241,23 @@ class CheckpointParameters:
 
     def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a module's own parameters by name, from the files' headers."""
-        return {name: self._checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
+        return {name: self.checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
 
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, on the CPU in the checkpoint's dtype, mapped from the files."""
-        return {name: self._checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+        return {name: self.checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+
+
+def check_unknown(base: CheckpointParameters, expert: CheckpointParameters) -> None:
+    """Tensors that the model has no place for may be left out only if the expert's are the base's.
+
+    Raises:
+        UnsupportedModelError: naming the tensor.
+    """
+    ours, theirs = expert.checkpoint, base.checkpoint
+    for name in expert.unknown:
+        if name not in theirs or not torch.equal(theirs.tensor(name), ours.tensor(name)):
+            raise UnsupportedModelError(
+                f"{ours.repo} has a tensor {name} that is no parameter of the causal LM and differs from the base's "
+                "(or the base has none); a delta would lose it. Remove it from the checkpoint if it is not needed."
+            )

@@ -70,8 +70,10 @@ class RepoLocation:
         if self.is_local:
             path = Path(self.repo, self.subfolder or "", filename)
             return path if path.is_file() else None
-        if os.path.isabs(self.repo) or self.repo.startswith((".", "~")):
-            raise self.error(f"{self.repo} is not a folder. Give a Hub id (user/name) or an existing folder.")
+        if os.path.isfile(self.repo) or os.path.isabs(self.repo) or self.repo.startswith((".", "~")):
+            raise self.error(
+                f"{self.repo} is not a folder. Give a Hub id (user/name) or an existing folder.{self.gguf_hint()}"
+            )
         try:
             return Path(
                 hf_hub_download(
@@ -106,7 +108,7 @@ class RepoLocation:
         """
         path = self.find(filename)
         if path is None:
-            raise self.error(f"{self} has no file {filename}{self.offline_hint()}.")
+            raise self.error(f"{self} has no file {filename}{self.offline_hint()}.{self.gguf_hint()}")
         return path
 
     def offline_hint(self) -> str:
@@ -114,6 +116,16 @@ class RepoLocation:
         if self.is_local or not (self.local_files_only or is_offline_mode()):
             return ""
         return " in the local cache (offline: allow the network once to fetch it)"
+
+    def gguf_hint(self) -> str:
+        """What to add to "there is no such file" where the repo holds GGUF files."""
+        named_so = "gguf" in os.path.basename(self.repo).lower()
+        if not named_so and not any(Path(self.repo, self.subfolder or "").glob("*.gguf")):
+            return ""
+        return (
+            " GGUF files hold quantised weights; give the unquantised checkpoint that they were made from, in "
+            "safetensors."
+        )
 
     def pinned(self, fetched: Path) -> RepoLocation:
         """The same repo at the commit that ``fetched`` came from, so that further files match it."""
@@ -156,4 +168,4 @@ def find_weights(location: RepoLocation, candidates: tuple[str, ...], pickles: t
                 "once, where you trust it: load it with transformers or PEFT and save_pretrained() it, which writes "
                 "safetensors; for a Hub repo also https://huggingface.co/spaces/safetensors/convert."
             )
-    raise location.error(f"{location} has no {wanted}{location.offline_hint()}.")
+    raise location.error(f"{location} has no {wanted}{location.offline_hint()}.{location.gguf_hint()}")

@@ -35,6 +35,7 @@ class ExpertInfo:
         tied: whether its output head is its input embedding.
         files: where its delta repo was read from; `None` for one that was handed over as tensors.
         assets: where its tokenizer, chat template and generation config are.
+        generation_config: its generation config as JSON, where ``assets`` may have none.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class ExpertInfo:
     tied: bool = True
     files: DeltaFiles | None = None
     assets: RepoLocation | None = None
+    generation_config: str | None = None
 
 
 class _RowChoice:
