@@ -89,6 +89,7 @@ def compress(
     _check_unknown(base_parameters, base_source.checkpoint, expert_parameters, expert_source.checkpoint)
 
     generation_config = generation_config_of(expert_location, model_config)
+    license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
     moments = None
     if calibration is not None:
         moments = _calibrate(expert_location, calibration, where, max_calibration_tokens, progress)
@@ -112,7 +113,7 @@ def compress(
         directory,
         delta_config,
         dense_bytes=sum(path.stat().st_size for path in expert_source.checkpoint.paths),
-        license=license_of(expert_location, base_source.location),
+        license=license,
     )
     return directory
 
