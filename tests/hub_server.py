@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create_repo"),
         ("GET", r"/api/models/({repo})", "model_info"),
         ("GET", r"/api/models/({repo})/revision/([^/]+)", "model_info"),
-        ("GET", r"/api/models/({repo})/tree/([^/]+)(?:/.*)?", "tree"),
+        ("GET", r"/api/models/({repo})/tree/([^/]+)(?:/(.*))?", "tree"),
         ("POST", r"/api/models/({repo})/paths-info/([^/]+)", "paths_info"),
         ("GET", r"/api/models/({repo})/commits/([^/]+)", "commits"),
         ("POST", r"/api/models/({repo})/preupload/([^/]+)", "preupload"),
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(pattern.format(repo=r"[\w.\-]+(?:/[\w.\-]+)?"), url.path)
                 if method == self.command and match:
                     with self.hub.lock:
-                        getattr(self, action)(*map(unquote, match.groups()))
+                        getattr(self, action)(*(unquote(group) for group in match.groups() if group))
                     return
             raise HubError(404, f"no route {self.command} {url.path}")
         except HubError as error:
@@ -237,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo_id)
         sha = repo.resolve(revision)
         files = repo.commits[sha].files
-        card = files["README.md"].data.decode() if "README.md" in files else ""
+        card = files["README.md"].data.decode(errors="replace") if "README.md" in files else ""
         header = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
         answer = {"_id": "0", "id": repo.id, "modelId": repo.id, "sha": sha, "private": repo.private, "tags": []}
         answer["cardData"] = yaml.safe_load(header[1]) if header else {}
@@ -254,8 +254,11 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(entry | ({"lfs": lfs} if file.lfs else {}))
         return entries
 
-    def tree(self, repo_id: str, revision: str) -> None:
-        self._send(200, self._entries(repo_id, revision))
+    def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
+        inside = [entry for entry in self._entries(repo_id, revision) if entry["path"].startswith(f"{folder}/")]
+        if folder and not inside:
+            raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        self._send(200, inside if folder else self._entries(repo_id, revision))
 
     def paths_info(self, repo_id: str, revision: str) -> None:
         is_json = self.body.startswith(b"{")

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from tests.verification.records import evidence
 from transformers_meswitch import Evidence
-from transformers_meswitch.cards import delta_card, family_card, hub_id, merge_card
+from transformers_meswitch.cards import delta_card, family_card, hub_id, merge_card, with_license, with_tags
 from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 
 LINEAR = {"kind": "linear", "out_features": 8, "in_features": 64, "bits": 2, "salient_channels": 4}
@@ -128,6 +128,15 @@ def test_merge_fills_an_empty_card_and_keeps_an_unreadable_one():
     assert "KeyError: 'MESWITCH'" in merge_card("---\nlicense: mit\n---\n", card_of())
     broken = "---\nlicense: [mit\n---\n# Mine\n"
     assert merge_card(broken, card_of()) == broken
+
+
+@pytest.mark.parametrize("header", ["license: [mit", "- a list", "license: mit\n license: x"])
+def test_a_card_whose_metadata_cannot_be_read_stays_as_it_is(header):
+    card = f"---\n{header}\n---\nMine.\n"
+    assert with_license(card, {"license": "mit"}) == card
+    assert with_tags(card, ["new"]) == card
+    assert merge_card(card, card_of()) == card
+    assert merge_card(card_of(), card) == card_of()
 
 
 def test_merge_keeps_windows_line_ends():

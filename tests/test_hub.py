@@ -118,6 +118,22 @@ def test_hand_edited_card_and_a_commit_in_between_survive(hub, run, folder):
     assert "**100**" not in card
 
 
+def test_a_card_that_is_no_text_stays_where_it_is_and_the_rest_is_pushed(hub, run, folder):
+    card = (folder / "README.md").read_bytes()
+    (folder / "README.md").write_bytes(b"\xff\xfe h")
+    push(run, folder)
+    repo = hub.repos["alice/delta"]
+    assert "README.md" not in repo.history()[0].files, "the Hub takes cards in UTF-8 only"
+    damaged = StoredFile(b"\xff\xfe h", lfs=False)
+    repo.commit("main", repo.history()[0].files | {"README.md": damaged}, "by hand", repo.branches["main"])
+    (folder / "README.md").write_bytes(card)
+    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
+    push(run, folder)
+    files = repo.history()[0].files
+    assert files["README.md"] == damaged
+    assert files["adapter_model.safetensors"].data == (folder / "adapter_model.safetensors").read_bytes()
+
+
 def test_stale_shards_are_deleted_other_files_stay(hub, run, folder):
     stale = ["adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"]
     hub.add_repo("alice/delta", dict.fromkeys([*stale, "notes.txt"], b"x"))

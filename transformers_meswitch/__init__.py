@@ -15,7 +15,7 @@ from .registration import register
 from .verification.evidence import Evidence
 from .verification.verify import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Evidence",

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
@@ -16,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .delta_format.folder_lock import PARTIAL_SUFFIX, FolderLock
 from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord, QuantizedRowsRecord, record_bytes
 from .verification.evidence import read_evidence
 
@@ -29,6 +31,7 @@ __all__ = [
     "family_card",
     "hub_id",
     "merge_card",
+    "read_card",
     "with_license",
     "with_tags",
     "write_delta_card",
@@ -122,22 +125,44 @@ def write_delta_card(
     """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
 
     It comes last since it states the bytes that were written, and what the evidence in the folder says of them; what
-    people wrote into an earlier card stays.
+    people wrote into an earlier card stays. One that is no text is left as it is.
 
     Args:
         directory: the delta repo.
         config: its ``adapter_config.json``.
         dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, where known.
+
+    Raises:
+        OutputFolderError: somebody else is writing into the folder.
     """
     weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
     total = sum(path.stat().st_size for path in weights)
     evidence = read_evidence(directory)
     fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license, evidence=evidence)
     path = directory / "README.md"
-    partial = path.with_name(".README.md.meswitch-partial")
-    partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")
-    os.replace(partial, path)
+    existing = read_card(path)
+    if existing is None and path.exists():
+        return
+    lock = FolderLock(directory)
+    partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        partial.write_text(fresh if existing is None else merge_card(existing, fresh), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_card(path: Path) -> str | None:
+    """A card's text; `None` if there is no such file, or, with a warning, if it is no text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        logger.warning(f"The model card {path} cannot be read ({error}); it is left as it is.")
+        return None
 
 
 def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> str:
@@ -177,7 +202,8 @@ def merge_card(existing: str, fresh: str) -> str:
 
     The generated block (``<!-- meswitch:begin -->`` to ``<!-- meswitch:end -->``) is replaced, and in the metadata the
     generated keys and tags; a licence, other keys, other tags and all other text stay. A card without exactly one
-    such block keeps its whole text, unless it is empty. A card whose metadata cannot be read is returned as it is.
+    such block keeps its whole text, unless it is empty. Where the metadata of either cannot be read, the existing card
+    is returned as it is.
 
     Args:
         existing: the card as it stands.
@@ -192,11 +218,8 @@ def merge_card(existing: str, fresh: str) -> str:
     Mine. <!-- meswitch:begin -->new<!-- meswitch:end -->
     <BLANKLINE>
     """
-    new = RepoCard(fresh)
-    try:
-        old = RepoCard(existing)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        logger.warning(f"The model card's metadata cannot be read ({error}); the card is left as it is.")
+    new, old = _parsed(fresh), _parsed(existing)
+    if new is None or old is None:
         return existing
     text = old.text
     blocks, replacement = _BLOCK.findall(text), _BLOCK.search(new.text)
@@ -220,6 +243,8 @@ def merge_card(existing: str, fresh: str) -> str:
 def with_license(card: str, license: dict[str, str]) -> str:
     """The card with the licence keys (``license``, ``license_name``, ``license_link``) added, where it has none.
 
+    A card whose metadata cannot be read is returned as it is.
+
     >>> print(with_license("---\\nlibrary_name: peft\\n---\\nText.", {"license": "apache-2.0"}))
     ---
     library_name: peft
@@ -227,18 +252,30 @@ def with_license(card: str, license: dict[str, str]) -> str:
     ---
     Text.
     """
-    parsed = RepoCard(card)
-    metadata = parsed.data.to_dict()
-    return card if "license" in metadata or not license else _with_metadata(metadata | license, parsed.text)
+    parsed = _parsed(card)
+    metadata = {} if parsed is None else parsed.data.to_dict()
+    if parsed is None or not license or "license" in metadata:
+        return card
+    return _with_metadata(metadata | license, parsed.text)
 
 
 def with_tags(card: str, tags: Iterable[str]) -> str:
-    """The card with further tags in its metadata."""
-    parsed = RepoCard(card)
+    """The card with further tags in its metadata; as it is where that cannot be read."""
+    parsed = _parsed(card)
+    if parsed is None:
+        return card
     metadata = parsed.data.to_dict()
     present = _as_list(metadata.get("tags"))
     new = [tag for tag in dict.fromkeys(tags) if tag not in present]
     return _with_metadata(metadata | {"tags": present + new}, parsed.text) if new else card
+
+
+def _parsed(card: str) -> RepoCard | None:
+    try:
+        return RepoCard(card)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        logger.warning(f"The model card's metadata cannot be read ({error}); the card is left as it is.")
+        return None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .delta_format.spec import FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
+from .delta_format.spec import FORMAT_RELEASES, FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
 from .errors import CompressionError, DeltaFormatError, FormatVersionError
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class MESwitchExpertConfig(PeftConfig):
 
     Args:
         format_version: version of the delta format, see ``docs/delta_format.md``.
+        format_release: first release of this package that reads the version; follows from ``format_version``.
         bits: bits asked for when the delta was made; each module's own are in ``modules``.
         salient_channels: salient input channels asked for.
         modules: canonical module name to its record (:mod:`transformers_meswitch.delta_format.spec`).
@@ -152,6 +153,7 @@ class MESwitchExpertConfig(PeftConfig):
     """
 
     format_version: int = FORMAT_VERSION
+    format_release: str | None = None
     bits: int | None = None
     salient_channels: int | None = None
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -177,8 +179,9 @@ class MESwitchExpertConfig(PeftConfig):
             raise FormatVersionError(
                 f"This delta is in format version {self.format_version}; this release of transformers-meswitch reads "
                 f"up to version {FORMAT_VERSION}. Upgrade transformers-meswitch to a release that reads version "
-                f"{self.format_version}."
+                f"{self.format_version}{_or_later(self.format_release)}."
             )
+        self.format_release = FORMAT_RELEASES.get(self.format_version)
         if not isinstance(self.modules, dict):
             raise DeltaFormatError(
                 f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object."
@@ -222,6 +225,14 @@ class MESwitchExpertConfig(PeftConfig):
             DeltaFormatError: a malformed entry.
         """
         return {name: parse_record(name, entry) for name, entry in self.modules.items()}
+
+
+def _or_later(release: object) -> str:
+    """The release that a delta says it needs, for a message: a number, not whatever a stranger's file may hold."""
+    known = isinstance(release, str) and re.fullmatch(
+        r"\d{1,4}(\.\d{1,4}){1,3}((a|b|rc|\.post|\.dev)\d{1,4})?", release
+    )
+    return f": {release} or later" if known else ""
 
 
 class MESwitchFamilyConfig(PreTrainedConfig):

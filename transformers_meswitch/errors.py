@@ -16,6 +16,7 @@ __all__ = [
     "FormatVersionError",
     "MESwitchError",
     "MissingDependencyError",
+    "OutputFolderError",
     "UnsupportedModelError",
     "UnsupportedOperationError",
     "VerificationError",
@@ -37,6 +38,10 @@ class FormatVersionError(DeltaFormatError):
 
 class CheckpointError(MESwitchError, ValueError):
     """A base or fine-tune checkpoint has no readable safetensors: absent, truncated, or only pickles."""
+
+
+class OutputFolderError(MESwitchError, ValueError):
+    """A folder cannot take what is to be saved: it holds a full model, or somebody else is writing into it."""
 
 
 class BaseMismatchError(MESwitchError, ValueError):

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .cards import REPO_PLACEHOLDER, hub_id, merge_card, with_license, with_tags
+from .cards import REPO_PLACEHOLDER, hub_id, merge_card, read_card, with_license, with_tags
+from .delta_format.asset_files import is_asset
 from .delta_format.location import is_plain_path
 from .delta_format.reader import open_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME
@@ -46,10 +47,11 @@ def push_folder(
     """Upload a delta or family folder to the Hub in one commit, creating the repo and the branch where needed.
 
     Cards that are already in the repo are merged with the folder's (:func:`transformers_meswitch.cards.merge_card`),
-    against the very commit that they were read from. Weight files of an earlier push that the folder no longer has
-    (other shards), evidence of them, and experts that only the earlier push's family named, are deleted in the same
-    commit. Left out are hidden files, models that the folder's config does not name (``checkpoint-500/``), and
-    evidence of other tensors than those beside it. The folder itself is not changed.
+    against the very commit that they were read from; one that is no text is left alone. Weight files, evidence,
+    tokenizer files and chat templates of an earlier push that the delta no longer has, and experts that only the
+    earlier push's family named, are deleted in the same commit. Left out are hidden files, models that the folder's
+    config does not name (``checkpoint-500/``), and evidence of other tensors than those beside it. The folder itself
+    is not changed.
 
     Args:
         folder: what ``save_pretrained`` or ``compress`` wrote.
@@ -109,12 +111,13 @@ def _operations(
     for name, path in local.items():
         content: Path | bytes = path
         if PurePosixPath(name).name == _CARD_NAME:
-            card = path.read_text(encoding="utf-8-sig").replace(REPO_PLACEHOLDER, repo_id)
+            there = read_card(Path(api.hf_hub_download(repo_id, name, revision=head))) if name in remote else None
+            card = read_card(path)
+            if card is None or (there is None and name in remote):
+                continue
+            card = card.replace(REPO_PLACEHOLDER, repo_id)
             card = with_tags(with_license(card, _inherited_license(api, path.parent)), tags)
-            if name in remote:
-                existing = Path(api.hf_hub_download(repo_id, name, revision=head)).read_bytes().decode("utf-8-sig")
-                card = merge_card(existing, card)
-            content = card.encode()
+            content = (card if there is None else merge_card(there, card)).encode()
         elif PurePosixPath(name).name == ADAPTER_CONFIG_NAME:
             content = _without_local_expert(path)
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
@@ -125,10 +128,15 @@ def _operations(
         dropped = _inner_experts(_json(earlier)) - _inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
-        stale = file.parent in deltas and (file.name == EVIDENCE_NAME or _WEIGHT_FILE.fullmatch(file.name))
+        stale = any(_is_ours(file.relative_to(delta)) for delta in deltas if file.is_relative_to(delta))
         if stale or any(PurePosixPath(path) in file.parents for path in dropped):
             operations.append(CommitOperationDelete(path_in_repo=name))
     return operations
+
+
+def _is_ours(file: PurePosixPath) -> bool:
+    """Whether a file of a delta repo is one that a new push replaces or does without."""
+    return str(file) == EVIDENCE_NAME or bool(_WEIGHT_FILE.fullmatch(str(file))) or is_asset(str(file))
 
 
 def _is_hidden(name: str) -> bool:

@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from .cards import family_card, hub_id, merge_card, write_delta_card
-from .compression.assets import ASSETS, GENERATION_CONFIG, find_assets
+from .cards import family_card, hub_id, merge_card, read_card, write_delta_card
+from .compression.assets import GENERATION_CONFIG, find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+from .delta_format.asset_files import ASSETS, TEMPLATE_FOLDER, stale_assets
+from .delta_format.folder_lock import FolderLock
+from .delta_format.header import parse_json
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
-from .errors import ExpertNotFoundError, UnsupportedOperationError
+from .errors import ExpertNotFoundError, OutputFolderError, UnsupportedOperationError
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
@@ -145,6 +148,7 @@ def save_expert(
 
     Raises:
         ExpertNotFoundError: not loaded, or none is active.
+        OutputFolderError: the folder holds a full model or a family, or is being written by somebody else.
     """
     name = expert if expert is not None else model._meswitch_switch.chosen_expert
     if name is None:
@@ -153,8 +157,10 @@ def save_expert(
     info = model._meswitch_switch.experts[name]
     tensors = _tensors(model, name, info.files, state_dict)
     assets = [] if info.assets is None else find_assets(info.assets)
-    own_card = None if info.files is None else info.files.asset(_CARD)
-    kept = _existing_card(Path(save_directory)) or (own_card.read_text(encoding="utf-8") if own_card else None)
+    card = Path(save_directory, _CARD)
+    if not card.is_file() and info.files is not None:
+        card = info.files.asset(_CARD) or card
+    kept = read_card(card)
     evidence = None if info.files is None else evidence_text_for(info.files.asset(EVIDENCE_NAME), tensors)
     texts = {name: text for name, text in ((_CARD, kept), (EVIDENCE_NAME, evidence)) if text is not None}
     generation_config = _own_generation_config(model, name, assets)
@@ -227,6 +233,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     into place, deltas that only the old family named are removed, and ``config.json`` comes last.
 
     Raises:
+        OutputFolderError: the folder holds a model that is no family, or is being written by somebody else.
         UnsupportedOperationError: the base is inside a family repo of the Hub, and has no name of its own.
     """
     family = model._meswitch_family
@@ -234,10 +241,12 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     _check_default_expert(model)
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
+    _check_family_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
     staging = folder / f".{uuid.uuid4().hex}"
-    staging.mkdir()
     try:
+        staging.mkdir()
         experts: dict[str, Any] = {}
         written: dict[str, str] = {}
         for name, info in sorted(model._meswitch_switch.experts.items()):
@@ -270,8 +279,9 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             generation_config.save_pretrained(staging)
         with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer gives a family without one
             model.tokenizer_for(None).save_pretrained(staging)
-        kept, fresh = _existing_card(folder), family_card(config)
-        (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
+        kept, fresh = read_card(folder / _CARD), family_card(config)
+        if kept is not None or not (folder / _CARD).exists():
+            (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
         old = inner_deltas(folder)
         (folder / _CONFIG).unlink(missing_ok=True)
         for path in {*written.values(), *old}:
@@ -281,12 +291,16 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             (folder / path).parent.mkdir(exist_ok=True)
             (staging / path).replace(folder / path)
         shutil.rmtree(staging / _EXPERTS, ignore_errors=True)
+        fresh_files = {file.relative_to(staging).as_posix() for file in staging.rglob("*")}
+        for stale in stale_assets(folder, fresh_files):
+            stale.unlink()
         for file in sorted(staging.iterdir(), key=lambda f: f.name == _CONFIG):
             if (folder / file.name).is_dir():  # a tokenizer's folder of chat templates
                 shutil.rmtree(folder / file.name)
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
     _read_from(model, folder, written)
 
 
@@ -303,6 +317,21 @@ def _check_default_expert(model: Any) -> None:
             ) from error
 
 
+def _check_family_folder(folder: Path) -> None:
+    """A family may replace a family; over another model, ``config.json`` would be lost, and with it the model."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputFolderError(f"{folder} is a file, so nothing can be saved in it. Give a folder.")
+    path = folder / _CONFIG
+    if (
+        path.is_file()
+        and parse_json(path.read_bytes(), str(path)).get("model_type") != MESwitchFamilyConfig.model_type
+    ):
+        raise OutputFolderError(
+            f"{folder} holds the config.json of a model that is no family; saving a family here would destroy it. "
+            "Give another folder."
+        )
+
+
 def _folder_name(expert: str, taken: Collection[str]) -> str:
     """Folder of an expert inside ``experts/``: readable where that is possible, else told apart by a digest."""
     name = urllib.parse.quote(expert, safe="-_.")
@@ -316,7 +345,7 @@ def _folder_name(expert: str, taken: Collection[str]) -> str:
 
 def _written_by_us(_: str, names: list[str]) -> set[str]:
     """Of the files of a delta repo, those that saving replaces, so that none of an earlier expert is left over."""
-    ours = {ADAPTER_CONFIG_NAME, EVIDENCE_NAME, *ASSETS}
+    ours = {ADAPTER_CONFIG_NAME, EVIDENCE_NAME, *ASSETS, TEMPLATE_FOLDER}
     return {n for n in names if n in ours or n.startswith(("adapter_model", ".")) or n.endswith(".index.json")}
 
 
@@ -344,8 +373,3 @@ def _base_reference(model: MESwitchMixin, family: MESwitchFamilyConfig, folder: 
             "a repo of its own, with the experts under experts=, and save that."
         )
     return base if source.resolve() == folder.resolve() else str((source / base).resolve())
-
-
-def _existing_card(folder: Path) -> str | None:
-    path = folder / _CARD
-    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -14,6 +14,7 @@ import torch
 from transformers_meswitch.compression.packing import pack, unpack
 from transformers_meswitch.configuration import MESwitchExpertConfig
 from transformers_meswitch.delta_format.spec import (
+    FORMAT_RELEASES,
     FORMAT_VERSION,
     LinearRecord,
     QuantizedRowsRecord,
@@ -23,6 +24,12 @@ from transformers_meswitch.delta_format.spec import (
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "delta_format.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^\| ([1-4]) \| ([\d ]+) \| `([0-9a-f ]+)` \|$", PAGE, re.MULTILINE)
+
+
+def test_it_names_the_release_that_first_reads_each_version():
+    assert set(FORMAT_RELEASES) == set(range(1, FORMAT_VERSION + 1))
+    for version, release in FORMAT_RELEASES.items():
+        assert f"| {version} | {release} |" in PAGE
 
 
 def test_it_is_of_the_current_version():

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftConfig
 
 from tests.hub_server import HubServer
 from transformers_meswitch.delta_format import location
 from transformers_meswitch.delta_format.reader import check_delta, open_delta, resolve_delta
-from transformers_meswitch.delta_format.spec import tensor_key
+from transformers_meswitch.delta_format.spec import FORMAT_RELEASES, tensor_key
 from transformers_meswitch.delta_format.writer import write_delta
 from transformers_meswitch.errors import DeltaFormatError, FormatVersionError
 
@@ -88,6 +89,30 @@ def test_later_version_names_what_to_install(frozen):
         match=r"version 7.*up to version 2.*Upgrade transformers-meswitch to a release that reads version 7",
     ):
         open_delta(frozen)
+
+
+@pytest.mark.parametrize(
+    ("release", "told"),
+    [("12.3.0", ": 12.3.0 or later."), ("0.2.0rc1", ": 0.2.0rc1 or later."), ("run this\n; now", "."), (9, ".")],
+)
+def test_later_version_names_the_release_that_reads_it(frozen, release, told):
+    edit(frozen, format_version=7, format_release=release, modules=[])
+    loads = (lambda: open_delta(frozen), lambda: PeftConfig.from_pretrained(frozen))
+    for load in loads:
+        with pytest.raises(FormatVersionError) as error:
+            load()
+        assert str(error.value).endswith(f"to a release that reads version 7{told}")
+
+
+def test_the_release_is_written_and_follows_from_the_version(make_delta, tmp_path):
+    config, tensors = make_delta(1, format_release="99.0.0")
+    for folder in (tmp_path / "ours", tmp_path / "pefts"):
+        write_delta(folder, config, tensors)
+    config.save_pretrained(tmp_path / "pefts")
+    for folder in (tmp_path / "ours", tmp_path / "pefts"):
+        written = json.loads((folder / "adapter_config.json").read_text())
+        assert written["format_release"] == FORMAT_RELEASES[written["format_version"]]
+        assert open_delta(folder).config.format_release == written["format_release"]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,17 @@ def test_assets_are_copied(make_delta, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_config.json", "adapter_model-00001-of-00002.safetensors", "../x", "a/b", ""]
+    "name",
+    [
+        "adapter_config.json",
+        "adapter_model-00001-of-00002.safetensors",
+        "../x",
+        "a/b",
+        "",
+        "additional_chat_templates/x.txt",
+        "additional_chat_templates/../x.jinja",
+        "additional_chat_templates/a/x.jinja",
+    ],
 )
 def test_reserved_or_escaping_names_are_refused(make_delta, tmp_path, name):
     with pytest.raises(DeltaFormatError, match="cannot be an extra file"):

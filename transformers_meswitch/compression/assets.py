@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..delta_format.asset_files import ASSETS, GENERATION_CONFIG, TEMPLATE_FOLDER, is_template
 from ..delta_format.location import RepoLocation
 from ..errors import CheckpointError
 
-__all__ = ["ASSETS", "GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of", "token_ids"]
+__all__ = ["GENERATION_CONFIG", "find_assets", "generation_config_of", "license_of", "token_ids"]
 
-GENERATION_CONFIG = "generation_config.json"
-ASSETS = (
-    GENERATION_CONFIG,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-)
+logger = logging.getLogger(__name__)
 
 
 def find_assets(expert: RepoLocation) -> list[Path]:
-    """Tokenizer files, chat template and generation config of the expert's repo, as far as it has them.
+    """Tokenizer files, chat templates and generation config of the expert's repo, as far as it has them.
 
     Raises:
         MESwitchError: of the location's type: the repo cannot be reached.
     """
-    return [path for path in map(expert.find, ASSETS) if path is not None]
+    listed = (f"{TEMPLATE_FOLDER}/{name}" for name in expert.list_folder(TEMPLATE_FOLDER))
+    return [path for path in map(expert.find, [*ASSETS, *filter(is_template, listed)]) if path is not None]
 
 
 def generation_config_of(expert: RepoLocation, config: PreTrainedConfig) -> GenerationConfig:
@@ -81,14 +68,19 @@ def token_ids(stated: Any, where: str) -> list[int]:
 
 
 def license_of(*repos: RepoLocation) -> str | None:
-    """Hub licence identifier in the card of the first repo that states one."""
+    """Hub licence identifier in the card of the first repo that states one.
+
+    Raises:
+        MESwitchError: of a location's type: its repo cannot be reached.
+    """
     for repo in repos:
         path = repo.find("README.md")
         if path is None:
             continue
         try:
             license = ModelCard.load(path, ignore_metadata_errors=True).data.license
-        except ValueError:  # a card whose metadata is not a mapping says nothing
+        except (yaml.YAMLError, ValueError) as error:  # no YAML, no mapping, or no UTF-8
+            logger.warning(f"The licence in the card {path} cannot be read: {error}")
             continue
         if isinstance(license, str):
             return license

@@ -95,6 +95,7 @@ def compress(
     check_unknown(base_parameters, expert_parameters)
 
     generation_config = generation_config_of(expert_location, model_config)
+    license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
     moments = None
     if calibration is not None:
         moments = _calibrate(expert_location, calibration, where, max_calibration_tokens, progress)
@@ -118,7 +119,7 @@ def compress(
         directory,
         delta_config,
         dense_bytes=full_copy_bytes(delta_config, model_config),
-        license=license_of(expert_location, base_source.location),
+        license=license,
     )
     return directory
 

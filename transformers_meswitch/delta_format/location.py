@@ -7,8 +7,17 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
 
 from ..errors import DeltaFormatError, MESwitchError
 from .header import parse_json
@@ -100,6 +109,41 @@ class RepoLocation:
                 "(`hf auth login`), or give the path of a local folder."
             ) from cause
 
+    def list_folder(self, folder: str) -> list[str]:
+        """Names of the files that lie directly in a folder of the repo, sorted; none if there is no such folder.
+
+        Offline, those are listed that the cache has. Nothing is fetched.
+
+        Raises:
+            MESwitchError: of type ``error``: no such repo or revision, no access, or no network and nothing cached.
+        """
+        path = "/".join(filter(None, (self.subfolder, folder)))
+        if self.is_local:
+            return _file_names(Path(self.repo, path))
+        try:
+            if self.local_files_only or is_offline_mode():
+                return self._list_cached(path)
+            entries = HfApi(token=self.token).list_repo_tree(self.repo, path, revision=self.revision)
+            return sorted(entry.path.rpartition("/")[2] for entry in entries if isinstance(entry, RepoFile))
+        except (LocalEntryNotFoundError, RemoteEntryNotFoundError):
+            return []
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as cause:
+            raise self.error(
+                f"{path} of {self} could not be listed: {cause} Check the id, the revision and your access "
+                "(`hf auth login`), or give the path of a local folder."
+            ) from cause
+        except (OSError, HTTPError) as cause:
+            # As for single files, the cache stands in for a Hub that does not answer.
+            try:
+                return self._list_cached(path)
+            except LocalEntryNotFoundError:
+                raise self.error(f"{path} of {self} is not in the cache and could not be listed: {cause}") from cause
+
+    def _list_cached(self, path: str) -> list[str]:
+        cache_dir = None if self.cache_dir is None else os.fspath(self.cache_dir)
+        snapshot = snapshot_download(self.repo, revision=self.revision, cache_dir=cache_dir, local_files_only=True)
+        return _file_names(Path(snapshot, path))
+
     def require(self, filename: str) -> Path:
         """As :meth:`find`, for a file that must exist.
 
@@ -131,6 +175,10 @@ class RepoLocation:
         """The same repo at the commit that ``fetched`` came from, so that further files match it."""
         commit = None if self.is_local else _COMMIT.search(str(fetched))
         return replace(self, revision=commit[1]) if commit else self
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
 def _shards(location: RepoLocation, index: Path) -> list[Path]:

@@ -30,6 +30,7 @@ __all__ = [
     "ADAPTER_CONFIG_NAME",
     "ADAPTER_WEIGHTS_NAME",
     "EVIDENCE_NAME",
+    "FORMAT_RELEASES",
     "FORMAT_VERSION",
     "KEY_PREFIX",
     "LEAF_PREFIX",
@@ -48,6 +49,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
+#: Format version to the release of this package that first reads it. Written into deltas, so that a release that is
+#: too old can name the one that is needed.
+FORMAT_RELEASES = {1: "0.1.0", 2: "0.2.0"}
 PEFT_TYPE = "MESWITCH"
 SUPPORTED_BITS = (1, 2, 3, 4)
 ADAPTER_CONFIG_NAME = "adapter_config.json"

@@ -46,6 +46,7 @@ _MOST_NAMED = 20
 _CHUNK = 1 << 22
 #: Types of the optional config fields; each may be left out or null.
 _FIELDS: dict[str, type] = {
+    "format_release": str,
     "revision": str,
     "bits": int,
     "salient_channels": int,
@@ -104,7 +105,8 @@ def check_config(config: Mapping[str, Any] | MESwitchExpertConfig) -> dict[str, 
         raise DeltaFormatError(
             f"{ADAPTER_CONFIG_NAME}: format_version is {version!r}, expected an integer. {_WAY_OUT}"
         )
-    MESwitchExpertConfig(format_version=version)  # type: ignore[arg-type]  # refuses versions it cannot read
+    release = fields.get("format_release")
+    MESwitchExpertConfig(format_version=version, format_release=release)  # type: ignore[arg-type]  # refuses later ones
 
     problems = []
     base = fields.get("base_model_name_or_path")

@@ -7,11 +7,13 @@ moved last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..configuration import MESwitchExpertConfig
-from ..errors import DeltaFormatError
+from ..errors import DeltaFormatError, OutputFolderError
+from .asset_files import TEMPLATE_FOLDER, is_template, stale_assets
+from .folder_lock import PARTIAL_SUFFIX, FolderLock
 from .location import is_plain_path
 from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EVIDENCE_NAME, FORMAT_VERSION
 from .validate import check_config, check_headers, check_values, tensor_headers
@@ -31,7 +35,6 @@ _INDEX_NAME = f"{ADAPTER_WEIGHTS_NAME}.index.json"
 _FOREIGN_INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PREFIX, _SUFFIX = ".", ".meswitch-partial"
 
 
 def _bytes(size: int | str) -> int:
@@ -96,11 +99,12 @@ def _sync(path: Path) -> None:
 
 
 def _stale(directory: Path, kept: set[str]) -> Iterator[Path]:
-    """Weight files of an earlier save that the new one does not overwrite, and the evidence measured of them."""
+    """Weight files of an earlier save that the new one does not overwrite, the evidence of them, and assets."""
     for path in sorted(directory.iterdir()):
         ours = path.name in (ADAPTER_WEIGHTS_NAME, _INDEX_NAME, EVIDENCE_NAME) or _SHARD.fullmatch(path.name)
         if path.name not in kept and (ours or (path.name == _FOREIGN_INDEX_NAME and _indexes_adapter(path))):
             yield path
+    yield from stale_assets(directory, kept)
 
 
 def _indexes_adapter(index: Path) -> bool:
@@ -117,15 +121,41 @@ def _other_files(assets: Sequence[str | os.PathLike[str]], texts: Mapping[str, s
     for asset in map(Path, assets):
         if not asset.is_file():
             raise DeltaFormatError(f"The asset {asset} is not a file.")
-        if asset.name in contents:
-            raise DeltaFormatError(f"Two assets are called {asset.name!r}; the second is {asset}.")
-        contents[asset.name] = asset
+        inner = f"{asset.parent.name}/{asset.name}"
+        name = inner if is_template(inner) else asset.name
+        if name in contents:
+            raise DeltaFormatError(f"Two assets are called {name!r}; the second is {asset}.")
+        contents[name] = asset
     contents.update({name: text.encode() for name, text in texts.items()})
     for name in contents:
         reserved = name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, _INDEX_NAME) or _SHARD.fullmatch(name)
-        if reserved or "/" in name or not is_plain_path(name):
+        if reserved or ("/" in name and not is_template(name)) or not is_plain_path(name):
             raise DeltaFormatError(f"{name!r} cannot be an extra file of a delta repo; give a plain, unreserved name.")
     return contents
+
+
+def _check_folder(folder: Path, config: MESwitchExpertConfig) -> None:
+    """Refuse a folder that is, or would be taken for, a full model."""
+    if (folder / "config.json").exists():
+        raise OutputFolderError(
+            f"{folder} holds a config.json, so it is a model or a family: a delta in it would replace its tokenizer "
+            "and be loaded with it from then on. Give another folder."
+        )
+    for what, repo in (("base", config.base_model_name_or_path), ("expert", config.expert_model_name_or_path)):
+        if repo and folder.is_dir() and os.path.isdir(repo) and folder.samefile(repo):
+            raise OutputFolderError(f"{folder} is the {what}'s own folder. Give another.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputFolderError(f"{folder} is a file, so nothing can be saved in it. Give a folder.")
+
+
+def _check_targets(folder: Path, names: Iterable[str]) -> None:
+    """Find out before the old delta is touched that each new file can take its place."""
+    for name in names:
+        target = folder / name
+        if target.is_dir() and not target.is_symlink():
+            raise OutputFolderError(f"{target} is a folder, where a file of the delta has to be. Move it away.")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise OutputFolderError(f"{target.parent} is a file, where the delta has a folder. Move it away.")
 
 
 def write_delta(
@@ -140,14 +170,15 @@ def write_delta(
     """Write a delta repo. The same input gives the same bytes.
 
     An interruption at any moment leaves the complete old delta, the complete new one, or a folder that does not load.
-    Other files in the folder are left alone; weight files of an earlier save, and the evidence of them, are removed.
+    Weight files and assets of an earlier save that the new one does not bring, and the evidence of old weights, are
+    removed: an old chat template would act as the new expert's. Other files in the folder are left alone.
 
     Args:
         directory: the folder, made if need be.
         config: the configuration, its ``modules`` table included.
         tensors: name on disk to tensor (any device), exactly those that the table announces.
-        assets: files to copy, under their own names (tokenizer, chat template, generation config). Texts of the same
-            name win.
+        assets: files to copy, under their own names (tokenizer, chat template, generation config), those in a folder
+            ``additional_chat_templates`` into one of that name. Texts of the same name win.
         texts: file name to content (the model card).
         max_shard_size: split the weights into files of at most this size (``"5GB"`` or bytes). By default there is one
             file: transformers and PEFT themselves open only unsplit adapters, this package opens both.
@@ -157,6 +188,8 @@ def write_delta(
 
     Raises:
         DeltaFormatError: the configuration, the tensors or a file name could not be read back; nothing is written.
+        OutputFolderError: the folder is a file, holds a full model or a family, or is being written by somebody else;
+            nothing is written.
         OSError: the disk is full or not writable.
     """
     folder = Path(directory)
@@ -175,8 +208,12 @@ def write_delta(
         contents[_INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     contents[ADAPTER_CONFIG_NAME] = _json(config.to_dict())
 
+    _check_folder(folder, config)
+    _check_targets(folder, [*shards, *contents])
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f"{_PREFIX}{name}{_SUFFIX}" for name in [*shards, *contents]}
+    lock = FolderLock(folder)
+    # Where there are no locks, names that nobody else has at least keep two writers' halves apart.
+    partial = {name: folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}" for name in [*shards, *contents]}
     try:
         for name, keys in shards.items():
             save_file(_separate(tensors, keys), partial[name], metadata={"format": "pt"})
@@ -191,13 +228,21 @@ def write_delta(
         _sync(folder)
         for path in _stale(folder, set(partial)):
             path.unlink()
+        with contextlib.suppress(OSError):  # there is none, or files that are none of ours are in it
+            (folder / TEMPLATE_FOLDER).rmdir()
         # The configuration is the last of the names.
         for name, path in partial.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             if name == ADAPTER_CONFIG_NAME:
-                _sync(folder)
+                for parent in {(folder / other).parent for other in partial}:
+                    _sync(parent)
             os.replace(path, folder / name)
         _sync(folder)
     finally:
-        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-            path.unlink(missing_ok=True)
+        # A writer that was killed left some; one that is alive has the lock.
+        try:
+            for path in folder.glob(f".*{PARTIAL_SUFFIX}") if lock.held else partial.values():
+                path.unlink(missing_ok=True)
+        finally:
+            lock.release()
     return folder
