@@ -23,9 +23,17 @@ class ExpertCallMixin:
         """As the base's class; arguments and results are the same.
 
         Raises:
-            UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone.
+            UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone, ``expert`` or
+                ``adapter_names``, another number of rows than were named to PEFT's ``adapter_names``.
         """
         switch = self._meswitch_switch
+        for name in ("expert", "adapter_names"):
+            if name in kwargs:
+                # transformers' forward would take it among its free arguments and answer without it.
+                raise UnsupportedOperationError(
+                    f"The model's own call takes no {name}. Choose with set_expert() before it, call "
+                    "generate(..., expert=...), or wrap the model with PeftModel for adapter_names in each call."
+                )
         if self.training and torch.is_grad_enabled() and switch.has_rows and self._checkpoints_gradients():
             raise UnsupportedOperationError(
                 "Gradient checkpointing runs layers once more in the backward pass, when experts chosen for the call "

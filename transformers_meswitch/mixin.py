@@ -19,12 +19,12 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from .calls import ExpertCallMixin
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+from .continuous_batching import ContinuousExpertMixin
 from .delta_format.location import RepoLocation
 from .delta_format.reader import DeltaFiles, check_delta, open_delta, resolve_delta
 from .delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .expert_tokenizer import TokenizerMixin
-from .generation import ExpertGenerationMixin
 from .peft_method.attachment import adopt_generation_config, remove_expert
 from .peft_method.injection import base_download
 from .peft_method.merging import merge_expert, unload, unmerge_expert
@@ -269,10 +269,7 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
             if name not in switch.experts:
                 known_expert(name, switch.experts)
                 raise ExpertNotFoundError(f"{name!r} is the base and cannot be deleted.")
-            if name == switch.merged:
-                raise UnsupportedOperationError(
-                    f"Expert {name!r} is merged; call unmerge_adapter() before deleting it."
-                )
+            switch.check_deletable(name)
         for name in names:
             remove_expert(self, name, self.peft_config)
 
@@ -357,7 +354,7 @@ def _loading_info() -> LoadStateDictInfo:
 
 @functools.cache
 def _expert_class(base: type) -> type:
-    mixins = (MESwitchMixin, ExpertGenerationMixin) if issubclass(base, GenerationMixin) else (MESwitchMixin,)
+    mixins = (MESwitchMixin, ContinuousExpertMixin) if issubclass(base, GenerationMixin) else (MESwitchMixin,)
     # The base's own name: transformers compares class names with lists of known models.
     return type(base.__name__, (*mixins, base), {"__module__": __name__, "_meswitch_base_class": base})
 

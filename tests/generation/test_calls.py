@@ -100,3 +100,18 @@ def test_unknown_ids_are_impossible_though_logits_are_capped(tmp_path: Path) -> 
             model(ids).logits[..., :64], AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
         )
         assert torch.isneginf(model(ids).logits[..., 64:]).all()
+
+
+@pytest.mark.parametrize("choice", [{"expert": "math"}, {"expert": None}, {"adapter_names": ["math"]}])
+def test_the_models_own_call_names_no_expert(family: Any, choice: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedOperationError, match=rf"takes no {next(iter(choice))}\b.*set_expert"):
+        family(PROMPT, **choice)
+
+
+def test_a_call_in_flight_keeps_its_experts_when_adapters_are_disabled(family: Any) -> None:
+    with torch.no_grad(), family._meswitch_switch.rows(["math"]):
+        before = family(PROMPT).logits
+        family.disable_adapters()
+        assert torch.equal(family(PROMPT).logits, before)
+    with torch.no_grad():
+        assert not torch.equal(family(PROMPT).logits, before)
