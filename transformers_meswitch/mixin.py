@@ -26,7 +26,7 @@ from .delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .expert_tokenizer import TokenizerMixin
 from .peft_method.attachment import adopt_generation_config, remove_expert
-from .peft_method.injection import base_download
+from .peft_method.injection import base_download, require_gradients
 from .peft_method.merging import merge_expert, unload, unmerge_expert
 from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
@@ -273,6 +273,10 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
         for name in names:
             remove_expert(self, name, self.peft_config)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As of any module, for the base's parameters; deltas cannot be trained."""
+        return require_gradients(self, requires_grad)
+
     # -- tensors ----------------------------------------------------------------------------------------------------
 
     def get_adapter_state_dict(
@@ -352,11 +356,38 @@ def _loading_info() -> LoadStateDictInfo:
     return LoadStateDictInfo(**{**fields, "conversion_errors": {}})
 
 
+class _OfBaseClass:
+    """What of a model with experts is its class's rather than its own: making another, and being read back."""
+
+    _meswitch_base_class: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain model: experts are loaded into a model, not made with it."""
+        return cls._meswitch_base_class(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of the base's class."""
+        return cls._meswitch_base_class.from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._meswitch_base_class._from_config(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, and copied, by way of the base's class: this one is made when it is needed."""
+        return _empty_model, (self._meswitch_base_class,), self.__dict__
+
+
+def _empty_model(base: type) -> Any:
+    return object.__new__(_expert_class(base))
+
+
 @functools.cache
 def _expert_class(base: type) -> type:
     mixins = (MESwitchMixin, ContinuousExpertMixin) if issubclass(base, GenerationMixin) else (MESwitchMixin,)
     # The base's own name: transformers compares class names with lists of known models.
-    return type(base.__name__, (*mixins, base), {"__module__": __name__, "_meswitch_base_class": base})
+    return type(base.__name__, (_OfBaseClass, *mixins, base), {"__module__": __name__, "_meswitch_base_class": base})
 
 
 def upgrade(model: PreTrainedModel) -> None:

@@ -161,10 +161,9 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         # What unmerge() puts back must have followed model.to(...) as if it had never been set aside.
         super()._apply(fn, *args, **kwargs)
         if self._unmerged is not None:
-            for name, kept in self._unmerged.items():
-                if kept is not None:
-                    moved = fn(kept.data)
-                    self._unmerged[name] = nn.Parameter(moved, requires_grad=kept.requires_grad)
+            aside = nn.Module()
+            aside._parameters.update(self._unmerged)
+            self._unmerged = aside._apply(fn, *args, **kwargs)._parameters
         return self
 
     def _refuse_quantised(self) -> None:

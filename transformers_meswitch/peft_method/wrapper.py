@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from peft import PeftModel
 
-from .injection import switch_of
+from .injection import require_gradients, switch_of
 
 __all__ = ["follow_switch"]
 
@@ -31,6 +30,10 @@ class _FollowsSwitch:
     def active_adapter(self, name: Any) -> None:
         self.__dict__["_noted_adapter"] = name
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As of any module, for the base's parameters; deltas cannot be trained."""
+        return require_gradients(self, requires_grad)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as the class that it was made from."""
         return _restore, (type(self).__mro__[2],), self.__dict__
@@ -42,12 +45,12 @@ def _following(base: type) -> type:
     return type(base.__name__, (_FollowsSwitch, base), {"__module__": base.__module__})
 
 
-def _restore(base: type) -> PeftModel:
+def _restore(base: type) -> Any:
     made = _following(base)
     return made.__new__(made)
 
 
-def follow_switch(model: PeftModel) -> None:
+def follow_switch(model: Any) -> None:
     """Let ``model.active_adapter`` be what the switch of the model inside says. Idempotent."""
     if not isinstance(model, _FollowsSwitch):
         model.__dict__["_noted_adapter"] = model.__dict__.pop("active_adapter")
