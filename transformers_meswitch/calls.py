@@ -27,9 +27,15 @@ class ExpertCallMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone; another number of
-                ``adapter_names`` than rows.
+                ``adapter_names`` than rows; ``expert``.
         """
         switch = self._meswitch_switch
+        if "expert" in kwargs:
+            # transformers' forward would take it among its free arguments and answer without it.
+            raise UnsupportedOperationError(
+                "The model's own call takes no expert. Choose with set_expert() before it, call generate(..., "
+                "expert=...), or name one a row with adapter_names=[...]."
+            )
         names = kwargs.pop("adapter_names", None)
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)

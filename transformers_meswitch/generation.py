@@ -14,11 +14,21 @@ from .errors import UnsupportedOperationError, VocabularyError
 from .peft_method.naming import known_expert
 from .peft_method.switch import ExpertSwitch
 
-__all__ = ["ExpertGenerationMixin", "RowEosCriteria", "RowMinLengthProcessor", "RowVocabularyProcessor"]
+__all__ = [
+    "STICKY",
+    "ExpertGenerationMixin",
+    "Experts",
+    "RowEosCriteria",
+    "RowMinLengthProcessor",
+    "RowVocabularyProcessor",
+    "check_vocabulary",
+    "named",
+    "one_expert",
+]
 
 #: Tells "no expert argument" from ``expert=None``, which means the base.
-_STICKY: Any = object()
-Experts = str | None | Sequence[str | None]
+STICKY: Any = object()
+Experts = str | None | Iterable[str | None]
 
 
 class ExpertGenerationMixin:
@@ -32,7 +42,7 @@ class ExpertGenerationMixin:
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
-        expert: Experts = _STICKY,
+        expert: Experts = STICKY,
         **kwargs: Any,
     ) -> Any:
         """Generate as transformers does, each row answered by its expert and ending at that expert's own EOS.
@@ -53,13 +63,13 @@ class ExpertGenerationMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router, experts
-                named twice.
+                named twice, different experts with ``cache_implementation="paged"``.
             ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
         kwargs.update(zip(("logits_processor", "stopping_criteria", *_POSITIONAL), args, strict=False))
         names = kwargs.pop("adapter_names", None)
-        if names is not None and expert is not _STICKY:
+        if names is not None and expert is not STICKY:
             raise UnsupportedOperationError("generate() got expert= and adapter_names=, which is PEFT's name for it.")
         expert = expert if names is None else names
         switch = self._meswitch_switch
@@ -70,9 +80,13 @@ class ExpertGenerationMixin:
         if batch == 0:
             raise ValueError("The prompt has no rows; there is nothing to generate.")
         rows = self._row_experts(expert, generation_config, batch)
-        padding = None
+        padding, mask = None, kwargs.get("attention_mask")
+        if kwargs.get("cache_implementation") == "paged":
+            # transformers hands the prompts, padding and all, to generate_batch.
+            one_expert(rows)
+            mask = None
         if prompt is not None and not prompt.is_floating_point():
-            padding = _check_vocabulary(switch, rows, prompt, kwargs.get("attention_mask"))
+            padding = check_vocabulary(switch, rows, prompt, mask)
         if padding is not None:
             readable = prompt.masked_fill(padding, 0)  # type: ignore[union-attr]
             inputs, kwargs = (inputs, {**kwargs, "input_ids": readable}) if inputs is None else (readable, kwargs)
@@ -98,7 +112,7 @@ class ExpertGenerationMixin:
         self, expert: Experts, generation_config: GenerationConfig | None, batch: int
     ) -> list[str | None]:
         switch = self._meswitch_switch
-        if expert is _STICKY:
+        if expert is STICKY:
             chosen = switch.chosen_rows(batch)  # by PeftModel.generate(adapter_names=)
             if chosen is not None:
                 return chosen
@@ -106,17 +120,20 @@ class ExpertGenerationMixin:
             expert = configs[0]["expert"] if configs else switch.active_expert
         if not (expert is None or isinstance(expert, str | Iterable)):
             known_expert(expert, switch.experts)  # which refuses it
-        if expert == "auto" or (not isinstance(expert, str) and expert is not None and "auto" in expert):
+        if not isinstance(expert, str) and isinstance(expert, Iterable):
+            expert = list(expert)
+        if expert == "auto" or (
+            isinstance(expert, list) and any(name is not None and name == "auto" for name in expert)
+        ):
             raise UnsupportedOperationError(
                 "expert='auto' needs a router, and this family has none. Name the expert: "
                 f"{', '.join(map(repr, switch.experts)) or 'none is loaded'}."
             )
-        if expert is None or isinstance(expert, str):
-            rows = [known_expert(expert, switch.experts)] * batch
-        else:
-            rows = [known_expert(name, switch.experts) for name in expert]
-            if len(rows) != batch:
-                raise ValueError(f"{len(rows)} experts were named for {batch} rows; name one per row, or one for all.")
+        if not isinstance(expert, list):
+            return [known_expert(expert, switch.experts)] * batch
+        rows = [known_expert(name, switch.experts) for name in expert]
+        if len(rows) != batch:
+            raise ValueError(f"{len(rows)} experts were named for {batch} rows; name one per row, or one for all.")
         return rows
 
     def _row_endings(
@@ -129,11 +146,7 @@ class ExpertGenerationMixin:
         """Arguments that make each row end at its expert's own EOS."""
         switch = self._meswitch_switch
         config = generation_config or self.generation_config
-        # Defaults that transformers copies around are not a choice of the caller's.
-        defaults = [None, switch.base_eos_token_id, *(info.eos_token_id for info in switch.experts.values())]
-        own = _ids(config.eos_token_id)
-        chosen = own not in defaults or self._is_callers_own(generation_config)
-        explicit = _ids(kwargs.get("eos_token_id")) or (own if chosen else None)
+        explicit = _ids(kwargs.get("eos_token_id")) or self._stated_eos(generation_config)
         endings = [explicit or switch.eos_token_id(row) for row in rows]
         pad = self._pad_token(rows, endings, config, kwargs)
         padding = {} if pad is None else {"pad_token_id": pad}
@@ -162,6 +175,13 @@ class ExpertGenerationMixin:
             changed["attention_mask"] = torch.ones_like(prompt)
         return {**changed, "logits_processor": processors} if processors else changed
 
+    def _stated_eos(self, generation_config: GenerationConfig | None) -> tuple[int, ...] | None:
+        """The EOS of a call's config (or the model's) where it is the caller's choice, not a default copied around."""
+        switch = self._meswitch_switch
+        defaults = [None, switch.base_eos_token_id, *(info.eos_token_id for info in switch.experts.values())]
+        own = _ids((generation_config or self.generation_config).eos_token_id)
+        return own if own not in defaults or self._is_callers_own(generation_config) else None
+
     def _is_callers_own(self, config: GenerationConfig | None) -> bool:
         """Whether a config was made for the call; copies of the model's, as pipelines pass, have its other tokens."""
         ours = self.generation_config
@@ -183,7 +203,7 @@ class ExpertGenerationMixin:
         limit = switch.vocab_size(reader)
         if stated is not None and stated >= limit and len(rows) > 1:
             raise VocabularyError(
-                f"pad_token_id is {stated}, but {_named(reader)} knows ids below {limit} and would read it once its "
+                f"pad_token_id is {stated}, but {named(reader)} knows ids below {limit} and would read it once its "
                 "row has ended. Give a padding id that all rows know, or none."
             )
         usual = [default, *own] if len(set(rows)) > 1 else [*own, default]
@@ -227,10 +247,21 @@ def _ids(eos: Any) -> tuple[int, ...] | None:
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _check_vocabulary(
-    switch: ExpertSwitch, rows: Sequence[str | None], prompt: torch.Tensor, mask: Any
+def check_vocabulary(
+    switch: ExpertSwitch, rows: Sequence[str | None], prompt: torch.Tensor, mask: Any, first_row: int = 0
 ) -> torch.Tensor | None:
-    """Refuse ids ``[rows, length]`` that a row's expert does not know; where they are only padding, return where."""
+    """Refuse ids ``[rows, length]`` that a row's expert does not know; where they are only padding, return where.
+
+    Args:
+        switch: the model's.
+        rows: the expert of each row.
+        prompt: int64 ``[rows, length]``.
+        mask: ``[rows, length]``, 0 at padding, if there is one.
+        first_row: number of the first row in what the caller gave.
+
+    Raises:
+        VocabularyError: names the row and the id.
+    """
     limits = torch.tensor([switch.vocab_size(row) for row in rows], device=prompt.device)
     unknown = prompt >= limits.unsqueeze(1)
     if not bool(unknown.any()):
@@ -242,8 +273,8 @@ def _check_vocabulary(
         row, column = (int(i) for i in read.nonzero()[0])
         expert = rows[row]
         raise VocabularyError(
-            f"Row {row} holds token id {int(prompt[row, column])}, but "
-            f"{_named(expert)} knows ids below {int(limits[row])}. Tokenise "
+            f"Row {first_row + row} holds token id {int(prompt[row, column])}, but "
+            f"{named(expert)} knows ids below {int(limits[row])}. Tokenise "
             f"the row with model.tokenizer_for({expert!r})."
         )
     return unknown
@@ -256,7 +287,23 @@ def _put_back(output: Any, prompt: torch.Tensor, padding: torch.Tensor) -> None:
     start.copy_(torch.where(_spread(padding, start), _spread(prompt, start), start))
 
 
-def _named(expert: str | None) -> str:
+def one_expert(rows: Sequence[str | None]) -> str | None:
+    """The expert that all rows share.
+
+    Raises:
+        UnsupportedOperationError: they name several; continuous batching serves one at a time.
+    """
+    distinct = list(dict.fromkeys(rows))
+    if len(distinct) > 1:
+        raise UnsupportedOperationError(
+            f"Continuous batching serves one expert at a time, not {' and '.join(map(named, distinct))} together. "
+            "Call it once for each, or generate(..., expert=[...]) without cache_implementation='paged'."
+        )
+    return distinct[0]
+
+
+def named(expert: str | None) -> str:
+    """An expert in a sentence: ``expert 'math'`` or ``the base``."""
     return "the base" if expert is None else f"expert {expert!r}"
 
 

@@ -19,14 +19,14 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from .calls import ExpertCallMixin
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+from .continuous_batching import ContinuousExpertMixin
 from .delta_format.location import RepoLocation
 from .delta_format.reader import DeltaFiles, check_delta, open_delta, resolve_delta
 from .delta_format.spec import KEY_PREFIX, LEAF_PREFIX
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .expert_tokenizer import TokenizerMixin
-from .generation import ExpertGenerationMixin
 from .peft_method.attachment import adopt_generation_config, remove_expert
-from .peft_method.injection import base_download
+from .peft_method.injection import base_download, require_gradients
 from .peft_method.merging import merge_expert, unload, unmerge_expert
 from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
@@ -269,12 +269,13 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
             if name not in switch.experts:
                 known_expert(name, switch.experts)
                 raise ExpertNotFoundError(f"{name!r} is the base and cannot be deleted.")
-            if name == switch.merged:
-                raise UnsupportedOperationError(
-                    f"Expert {name!r} is merged; call unmerge_adapter() before deleting it."
-                )
+            switch.check_deletable(name)
         for name in names:
             remove_expert(self, name, self.peft_config)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As of any module, for the base's parameters; deltas cannot be trained."""
+        return require_gradients(self, requires_grad)
 
     # -- tensors ----------------------------------------------------------------------------------------------------
 
@@ -357,11 +358,38 @@ def _loading_info() -> LoadStateDictInfo:
     return LoadStateDictInfo(**{**fields, "conversion_errors": {}})
 
 
+class _OfBaseClass:
+    """What of a model with experts is its class's rather than its own: making another, and being read back."""
+
+    _meswitch_base_class: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain model: experts are loaded into a model, not made with it."""
+        return cls._meswitch_base_class(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of the base's class."""
+        return cls._meswitch_base_class.from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._meswitch_base_class._from_config(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, and copied, by way of the base's class: this one is made when it is needed."""
+        return _empty_model, (self._meswitch_base_class,), self.__dict__
+
+
+def _empty_model(base: type) -> Any:
+    return object.__new__(_expert_class(base))
+
+
 @functools.cache
 def _expert_class(base: type) -> type:
-    mixins = (MESwitchMixin, ExpertGenerationMixin) if issubclass(base, GenerationMixin) else (MESwitchMixin,)
+    mixins = (MESwitchMixin, ContinuousExpertMixin) if issubclass(base, GenerationMixin) else (MESwitchMixin,)
     # The base's own name: transformers compares class names with lists of known models.
-    return type(base.__name__, (*mixins, base), {"__module__": __name__, "_meswitch_base_class": base})
+    return type(base.__name__, (_OfBaseClass, *mixins, base), {"__module__": __name__, "_meswitch_base_class": base})
 
 
 def upgrade(model: PreTrainedModel) -> None:

@@ -132,3 +132,18 @@ def test_generate_takes_adapter_names_too(family: Any) -> None:
 def test_names_of_another_type_are_not_found(family: Any, expert: Any) -> None:
     with pytest.raises(ExpertNotFoundError, match=r"No expert named (3|3\.5) is loaded"):
         family.generate(PROMPT, expert=expert)
+
+
+@pytest.mark.parametrize("expert", ["math", None])
+def test_the_models_own_call_takes_no_expert(family: Any, expert: str | None) -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"takes no expert\b.*set_expert.*adapter_names"):
+        family(PROMPT, expert=expert)
+
+
+def test_a_call_in_flight_keeps_its_experts_when_adapters_are_disabled(family: Any) -> None:
+    with torch.no_grad(), family._meswitch_switch.rows(["math"]):
+        before = family(PROMPT).logits
+        family.disable_adapters()
+        assert torch.equal(family(PROMPT).logits, before)
+    with torch.no_grad():
+        assert not torch.equal(family(PROMPT).logits, before)

@@ -191,3 +191,17 @@ def inner(model: Any) -> Any:
 def linear(model: Any) -> str:
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     return f"{prefix}model.layers.0.mlp.up_proj.base_layer.weight"
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
+def test_what_was_set_aside_follows_the_model(model: Any, tiny_family: TinyFamily, move: Any) -> None:
+    stock = move(AutoModelForCausalLM.from_pretrained(tiny_family.base))
+    model.set_adapter("math")
+    model.merge_adapter()
+    move(model)
+    model.unmerge_adapter()
+    model.set_expert(None)
+    assert {p.dtype for n, p in model.named_parameters() if ".meswitch_delta." not in n} == {stock.dtype}
+    assert torch.equal(model(prompt()).logits[..., :VOCAB_SIZE], stock(prompt()).logits)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.base_layer.weight is embedding.base_layer.weight

@@ -72,8 +72,17 @@ def test_a_mixed_batch_generates_what_its_rows_generate_alone(
 def test_rows_that_name_no_loaded_expert_are_refused(peft_model: PeftModel, expected: Any) -> None:
     with pytest.raises(ExpertNotFoundError, match=r"'chess'.*'math', 'code'"):
         peft_model(prompt(rows=2), adapter_names=["math", "chess"])
-    with pytest.raises(UnsupportedOperationError, match="2 experts were named"):
-        peft_model(prompt(rows=3), adapter_names=["math", "code"])
+    for rows, names in ((3, ["math", "code"]), (2, ["math"]), (1, ["math", "code"])):
+        for call in (peft_model, peft_model.generate):
+            with pytest.raises(UnsupportedOperationError, match=f"{len(names)} experts were named .* {rows} rows"):
+                call(input_ids=prompt(rows=3)[:rows], adapter_names=names)
+    # A multiple is what a batch of beams is, not what a caller gives.
+    with pytest.raises(UnsupportedOperationError, match="2 experts were named for a batch of 4 rows"):
+        peft_model(prompt().repeat(4, 1), adapter_names=["math", "code"])
+    peft_model.train()
+    with pytest.raises(UnsupportedOperationError, match="training mode"):
+        peft_model(prompt(), adapter_names=["math"])
+    peft_model.eval()
     assert close(peft_model(prompt()).logits, expected("math", prompt()))
 
 
@@ -171,3 +180,46 @@ def test_layer_and_model_status_can_be_asked(peft_model: PeftModel) -> None:
     assert status.available_adapters == ["code", "math"]
     assert status.enabled is True
     assert status.merged_adapters == []
+
+
+def test_the_wrapper_knows_what_the_model_inside_is_told(
+    peft_model: PeftModel, tiny_family: TinyFamily, expected: Any, tmp_path: Path
+) -> None:
+    inner = peft_model.get_base_model()
+    inner.set_expert("code")
+    assert peft_model.active_adapter == "code"
+    assert peft_model.active_peft_config.vocab_size == CODE_VOCAB_SIZE
+    inner.load_adapter(str(tiny_family.deltas["code"]), adapter_name="inner")
+    assert list(peft_model.peft_config) == ["math", "code", "inner"]
+    peft_model.load_adapter(tiny_family.deltas["math"], adapter_name="outer")
+    assert inner.get_adapter_state_dict("outer").keys() == inner.get_adapter_state_dict("math").keys()
+    peft_model.set_adapter("math")
+    for name in ("math", "inner"):
+        inner.delete_adapter(name)
+    assert list(peft_model.peft_config) == inner.experts == ["code", "outer"]
+    assert peft_model.active_adapter == inner.active_expert == "code"
+    assert close(peft_model(prompt()).logits, expected("code", prompt()))
+    inner.set_expert(None)
+    assert close(peft_model(prompt()).logits, expected(None, prompt()))
+    peft_model.save_pretrained(tmp_path)
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir()) == ["code", "outer"]
+    assert load_file(tmp_path / "code" / "adapter_model.safetensors")
+
+
+def test_an_expert_can_be_loaded_after_the_last_was_deleted(
+    peft_model: PeftModel, tiny_family: TinyFamily, expected: Any
+) -> None:
+    inner, base = peft_model.get_base_model(), AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    for name in ("math", "code"):
+        peft_model.delete_adapter(name)
+    assert type(inner) is type(base)
+    assert inner.state_dict().keys() == base.state_dict().keys()
+    peft_model.load_adapter(tiny_family.deltas["code"], adapter_name="again")
+    assert peft_model.active_adapters == []  # as of a LoRA
+    peft_model.set_adapter("again")
+    assert close(peft_model(prompt()).logits, expected("code", prompt()))
+    with pytest.raises(ValueError, match="math does not exist"):
+        peft_model.delete_adapter("math")
+    peft_model.merge_adapter()
+    with pytest.raises(UnsupportedOperationError, match="merged"):
+        peft_model.delete_adapter("again")

@@ -16,7 +16,7 @@ from ..delta_format.checkpoint import Checkpoint, resolve_checkpoint
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
-from ..delta_format.spec import AnyRowsRecord, LinearRecord, ModuleRecord, ValuesRecord
+from ..delta_format.spec import LEAF_PREFIX, AnyRowsRecord, LinearRecord, ModuleRecord, ValuesRecord
 from ..delta_format.validate import check_config
 from ..errors import (
     BaseMismatchError,
@@ -37,6 +37,7 @@ __all__ = [
     "check_base",
     "expert_info",
     "plan_injection",
+    "require_gradients",
     "switch_of",
     "wrapped_layers",
 ]
@@ -55,6 +56,14 @@ def switch_of(model: nn.Module) -> ExpertSwitch | None:
 def wrapped_layers(model: nn.Module) -> dict[str, MESwitchLayer]:
     """Wrapped layers by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MESwitchLayer)}
+
+
+def require_gradients(model: Any, requires_grad: bool) -> Any:
+    """``model.requires_grad_()`` but for the deltas, whose codes are integers."""
+    for name, parameter in model.named_parameters():
+        if f".{LEAF_PREFIX}." not in name:
+            parameter.requires_grad_(requires_grad)
+    return model
 
 
 def base_vocab_size(model: PreTrainedModel) -> int:

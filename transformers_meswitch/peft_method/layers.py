@@ -7,7 +7,7 @@ is read from the model's :class:`~transformers_meswitch.peft_method.switch.Exper
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,15 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             self.merged_adapters = []
             self.switch.merged = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> MESwitchLayer:
+        # What unmerge() puts back must have followed model.to(...) as if it had never been set aside.
+        super()._apply(fn, *args, **kwargs)
+        if self._unmerged is not None:
+            aside = nn.Module()
+            aside._parameters.update(self._unmerged)
+            self._unmerged = aside._apply(fn, *args, **kwargs)._parameters
+        return self
 
     def _refuse_quantised(self) -> None:
         base = self.get_base_layer()

@@ -50,10 +50,18 @@ class ExpertInfo:
 class _RowChoice:
     """One expert per row of the request, spread over beams and return sequences when the batch is a multiple."""
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    def __init__(self, names: Sequence[str | None], exact: bool = False) -> None:
         self.names = tuple(names)
+        self.exact = exact
         self.batch: int | None = None
         self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a call of another number of rows than experts, where each must have been named."""
+        if self.exact and batch != len(self.names):
+            raise UnsupportedOperationError(
+                f"{len(self.names)} experts were named for a batch of {batch} rows; adapter_names takes one per row."
+            )
 
     def spread(self, batch: int) -> list[str | None]:
         copies, rest = divmod(batch, len(self.names))
@@ -149,6 +157,15 @@ class ExpertSwitch:
             )
         self.active = list(names)
 
+    def check_deletable(self, expert: str) -> None:
+        """Refuse to delete an expert whose weights are in the base's place.
+
+        Raises:
+            UnsupportedOperationError: the expert is merged.
+        """
+        if expert == self.merged:
+            raise UnsupportedOperationError(f"Expert {expert!r} is merged; call unmerge_adapter() before deleting it.")
+
     def forget(self, expert: str) -> None:
         """Drop an expert; if it was active, the alphabetically first remaining one becomes so, as in PEFT."""
         self.tokenizers.pop(expert, None)
@@ -158,11 +175,12 @@ class ExpertSwitch:
                 self.active = [min(self.experts)]
 
     @contextmanager
-    def rows(self, experts: Sequence[str | None]) -> Iterator[None]:
+    def rows(self, experts: Sequence[str | None], exact: bool = False) -> Iterator[None]:
         """Let each row of the batches inside the block be answered by its own expert.
 
         Args:
             experts: one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
+            exact: whether calls of the model must have that many rows, rather than a multiple of them.
 
         Raises:
             ExpertNotFoundError: a name is not loaded, or its expert was deleted before the block ended.
@@ -179,7 +197,7 @@ class ExpertSwitch:
                 "first."
             )
         self._check_merged(names)
-        token = _ROWS.set((self, _RowChoice(names)))
+        token = _ROWS.set((self, _RowChoice(names, exact)))
         try:
             yield
         finally:
@@ -191,37 +209,49 @@ class ExpertSwitch:
         own = () if expert is None else self.experts[expert].eos_token_id
         return own or self.base_eos_token_id
 
-    def chosen_rows(self, batch: int) -> list[str | None] | None:
-        """The experts that an enclosing :meth:`rows` block chose for a batch, or `None` outside of one."""
+    @property
+    def _choice(self) -> _RowChoice | None:
         chosen = _ROWS.get()
-        return chosen[1].spread(batch) if chosen is not None and chosen[0] is self else None
+        return chosen[1] if chosen is not None and chosen[0] is self else None
+
+    def chosen_rows(self, batch: int | None = None) -> list[str | None] | None:
+        """The experts that an enclosing :meth:`rows` block chose for a batch, or `None` outside of one.
+
+        Without a batch, the experts as they were named.
+        """
+        choice = self._choice
+        if choice is None or batch is None:
+            return None if choice is None else list(choice.names)
+        choice.check_batch(batch)
+        return choice.spread(batch)
 
     @property
     def has_rows(self) -> bool:
         """Whether an enclosing :meth:`rows` block chooses the experts."""
-        chosen = _ROWS.get()
-        return chosen is not None and chosen[0] is self
+        return self._choice is not None
 
     @contextmanager
     def batch_of(self, batch: int | None) -> Iterator[None]:
         """State how many rows the model's call inside the block has, for layers that see one row for all of them."""
-        chosen = _ROWS.get()
-        if chosen is None or chosen[0] is not self:
+        choice = self._choice
+        if choice is None:
             yield
             return
-        before, chosen[1].batch = chosen[1].batch, batch
+        if batch is not None:
+            choice.check_batch(batch)
+        before, choice.batch = choice.batch, batch
         try:
             yield
         finally:
-            chosen[1].batch = before
+            choice.batch = before
 
     @property
     def rows_apart(self) -> int:
         """Number of rows in the model's call if their experts differ (see :meth:`rows`); 1 where all share one."""
-        chosen = _ROWS.get()
-        if chosen is None or chosen[0] is not self or self.disabled or len(set(chosen[1].names)) == 1:
+        choice = self._choice
+        if choice is None or len(set(choice.names)) == 1:
             return 1
-        return chosen[1].batch or len(chosen[1].names)
+        return choice.batch or len(choice.names)
 
     def mask_unknown(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``[batch, ..., vocab]`` with the ids that a row's expert does not know at ``-inf``."""
@@ -235,14 +265,14 @@ class ExpertSwitch:
 
     def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
         """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
-        chosen = _ROWS.get()
-        if chosen is not None and chosen[0] is self and not self.disabled:
-            groups = chosen[1].groups(batch, device)
+        choice = self._choice
+        if choice is not None:
+            groups = choice.groups(batch, device)
             self._check_present(expert for expert, _ in groups)
         else:
             groups = [(self.active_expert, None)]
-            if self.merged is not None:
-                self._check_merged([self.active_expert])
+        if self.merged is not None:
+            self._check_merged([expert for expert, _ in groups])
         if self.pending is not None and any(expert == self.pending for expert, _ in groups):
             raise UnsupportedOperationError(
                 f"Expert {self.pending!r} has no tensors: it was attached from a config alone, or loading it was cut "

@@ -18,11 +18,12 @@ from ..delta_format.reader import DeltaFiles
 from ..delta_format.spec import LEAF_PREFIX, AnyRowsRecord, RowsRecord, tensor_key
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
-from .attachment import attach_expert, remove_expert, set_vocab_capacity
+from .attachment import attach_expert, remove_expert
 from .injection import check_base, plan_injection, switch_of, wrapped_layers
 from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
 from .merging import merge_expert, unload
 from .naming import module_key
+from .wrapper import follow_switch
 
 __all__ = ["OTHER_METHOD", "MESwitchModel", "check_tensors", "fill_expert", "register"]
 
@@ -69,7 +70,10 @@ class MESwitchModel(BaseTuner):
                 configs.clear()
                 configs.update(kept)
             raise
-        self.peft_config = model.peft_config = _ExpertConfigs(self.peft_config)  # type: ignore[assignment]
+        # One dictionary for the model and every tuner around it, so that none keeps an expert that is gone.
+        if not isinstance(self.peft_config, _ExpertConfigs):
+            self.peft_config = _ExpertConfigs(self.peft_config)  # type: ignore[assignment]
+        model.peft_config = self.peft_config  # type: ignore[assignment]
 
     # -- choosing: the switch knows, so PeftModel and the model inside it cannot disagree -----------------------------
 
@@ -113,6 +117,7 @@ class MESwitchModel(BaseTuner):
             raise
         try:
             attach_expert(model, adapter_name, config)  # type: ignore[arg-type]
+            model.peft_config = self.peft_config  # type: ignore[assignment]  # gone with the last expert
             # Not a field of the config: it depends on the model at hand and is never saved.
             config.__dict__["_targets"] = targets
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -156,9 +161,18 @@ class MESwitchModel(BaseTuner):
         return None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an expert; the base stays."""
-        super().delete_adapter(adapter_name)
-        set_vocab_capacity(self.model)
+        """Drop an expert; the base stays.
+
+        Raises:
+            ValueError: no such adapter.
+            UnsupportedOperationError: the expert is merged into the base.
+        """
+        switch = switch_of(self.model)
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if switch is not None:
+            switch.check_deletable(adapter_name)
+        remove_expert(self.model, adapter_name, self.peft_config)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -183,8 +197,14 @@ class MESwitchModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         switch = switch_of(self.model)
-        with nullcontext() if names is None or switch is None else switch.rows(names):
+        if names is not None and self.training:
+            raise UnsupportedOperationError("adapter_names cannot be given in training mode. Call eval() first.")
+        with nullcontext() if names is None or switch is None else switch.rows(names, exact=True):
             yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call; PEFT would go past what surrounds its forward (hooks, and the checks of experts)."""
+        return self.model(*args, **kwargs)
 
     # -- state dicts: safe keys in the model, expert-independent keys on disk -----------------------------------------
 
@@ -232,6 +252,8 @@ class MESwitchModel(BaseTuner):
             remove_expert(inner, adapter_name, outer.peft_config)
             raise
         fill_expert(inner, adapter_name, config, state_dict, config.files)
+        if outer is not inner:
+            follow_switch(outer)
         _report_nothing_missing(model)
         return {}
 
