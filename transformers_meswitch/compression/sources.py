@@ -182,5 +182,5 @@ class CheckpointParameters:
         return {name: self._checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
 
     def of(self, module: str) -> dict[str, Tensor]:
-        """A module's own parameters by name, on the CPU in the checkpoint's dtype, mapped from the files."""
+        """A module's own parameters by name, on the CPU in the checkpoint's dtype, read from the files."""
         return {name: self._checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
