@@ -60,7 +60,14 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: int, license: str | None = None) -> str:
+def delta_card(
+    config: MESwitchExpertConfig,
+    *,
+    total_bytes: int,
+    dense_bytes: int,
+    license: str | None = None,
+    calibration: str | None = None,
+) -> str:
     """The ``README.md`` of a delta repo.
 
     Args:
@@ -68,6 +75,7 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         total_bytes: bytes of the delta: its files, or its tensors while there are none.
         dense_bytes: bytes of the expert's parameters in full.
         license: Hub licence identifier, inherited from the expert or the base where known.
+        calibration: which text was calibrated on and how much of it, where known.
 
     Raises:
         DeltaFormatError: a malformed ``modules`` table.
@@ -103,12 +111,18 @@ def delta_card(config: MESwitchExpertConfig, *, total_bytes: int, dense_bytes: i
         layers_by_bits=by_bits,
         salient=" or ".join(map(str, salient)) + " a layer" if any(salient) else "none",
         saliency=config.saliency if any(salient) else None,
+        calibration=calibration,
         format_version=config.format_version,
     )
 
 
 def write_delta_card(
-    directory: Path, config: MESwitchExpertConfig, *, dense_bytes: int, license: str | None = None
+    directory: Path,
+    config: MESwitchExpertConfig,
+    *,
+    dense_bytes: int,
+    license: str | None = None,
+    calibration: str | None = None,
 ) -> None:
     """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
 
@@ -119,10 +133,11 @@ def write_delta_card(
         config: its ``adapter_config.json``.
         dense_bytes: bytes of the expert's full checkpoint.
         license: Hub licence identifier, where known.
+        calibration: which text was calibrated on and how much of it, where known.
     """
     weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
     total = sum(path.stat().st_size for path in weights)
-    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license)
+    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license, calibration=calibration)
     path = directory / "README.md"
     partial = path.with_name(".README.md.meswitch-partial")
     partial.write_text(merge_card(path.read_text("utf-8"), fresh) if path.exists() else fresh, encoding="utf-8")

@@ -33,6 +33,7 @@ from .compression.sources import (
     meta_model,
     output_head,
 )
+from .compression.work_folder import ModulesInMemory
 from .configuration import MESwitchConfig
 from .delta_format.location import RepoLocation
 from .errors import CheckpointError, CompressionError, UnsupportedModelError
@@ -113,13 +114,15 @@ def _location_of(name: str, file: str) -> RepoLocation:
 def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: MESwitchConfig) -> PreTrainedModel:
     """Turn a loaded fine-tune into its base with the fine-tune as the expert ``"default"``."""
     base_parameters = CheckpointParameters(meta_model(base.config), base.checkpoint)
-    delta, tensors = compress_expert(
+    finished = ModulesInMemory()
+    delta = compress_expert(
         model,
         base,
         base_parameters,
         expert,
         LiveParameters(model),
         config,
+        finished,
         generation_config=model.generation_config,  # type: ignore[arg-type]
     )
     _restore_base(model, base_parameters)
@@ -129,7 +132,7 @@ def _split(model: PreTrainedModel, base: Source, expert: RepoLocation, config: M
         switch.base_download = {"revision": base.location.revision, "cache_dir": base.location.cache_dir}
     eos = generation_config_of(base.location, base.config).eos_token_id
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
-    cast(Any, model).attach_delta("default", delta, tensors, assets=expert)
+    cast(Any, model).attach_delta("default", delta, finished.tensors, assets=expert)
     return model
 
 

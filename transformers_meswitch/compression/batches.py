@@ -95,8 +95,6 @@ def tokenize(
     sequences: list[list[int]] = []
     read = tokens = 0
     for sample in samples:
-        if tokens >= max_tokens:
-            break
         read += 1
         ids = _ids(tokenizer, sample)[: max_tokens - tokens]
         outside = next((i for i in ids if not 0 <= i < vocab_size), None)
@@ -107,6 +105,8 @@ def tokenize(
             )
         tokens += len(ids)
         sequences += [ids[start : start + length] for start in range(0, len(ids), length)]
+        if tokens >= max_tokens:
+            break
     if tokens < _MIN_TOKENS:
         raise CompressionError(
             f"The calibration text has {tokens} tokens, expected at least {_MIN_TOKENS}. Give a few hundred samples "
@@ -122,9 +122,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, sample: str) -> list[int]:
     return ids[1:] if doubled else ids
 
 
-def pack(
-    sequences: Sequence[Sequence[int]], *, max_length: int, batch_tokens: int = _BATCH_TOKENS
-) -> Iterator[Batch]:
+def pack(sequences: Sequence[Sequence[int]], *, max_length: int, batch_tokens: int = _BATCH_TOKENS) -> Iterator[Batch]:
     """Batches of sequences that are padded to the same length: a power of two times 32, or ``max_length``.
 
     Every sample keeps a sequence of its own. Several in one would see each other, and the first token of a sequence,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
-from ..delta_format.spec import ModuleRecord, tensor_key
+from ..delta_format.spec import ModuleRecord
 from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
 from .expert_config import expert_config
+from .layerwise import SecondMoments
 from .modules import check_shapes, compress_module
-from .sources import Parameters, Source, output_head
+from .sources import Parameters, Source, input_embedding, output_head
+from .work_folder import FinishedModules
 
 __all__ = ["check_model_type", "compress_expert", "compress_modules"]
 
@@ -29,13 +31,14 @@ def compress_expert(
     expert: RepoLocation,
     expert_parameters: Parameters,
     config: MESwitchConfig,
+    finished: FinishedModules,
     *,
     generation_config: GenerationConfig,
-    second_moments: Mapping[str, Tensor] | None = None,
+    second_moments: SecondMoments | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> tuple[MESwitchExpertConfig, dict[str, Tensor]]:
-    """The delta of an expert: its ``adapter_config.json``, and its tensors on the CPU, keyed as on disk.
+) -> MESwitchExpertConfig:
+    """The delta of an expert: its modules go to ``finished``, its ``adapter_config.json`` is returned.
 
     Args:
         model: the expert's causal LM with its own configuration; see :func:`compress_modules`.
@@ -44,6 +47,7 @@ def compress_expert(
         expert: the expert's repo.
         expert_parameters: its parameters.
         config: bits, salient channels and column steps.
+        finished: where modules go; those that it has already are not worked on again.
         generation_config: the expert's.
         second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
         device: see :func:`compress_modules`.
@@ -53,39 +57,34 @@ def compress_expert(
         CompressionError: as :func:`compress_modules`, and when the weights are equal.
         UnsupportedModelError: as :func:`compress_modules`.
     """
-    records: dict[str, ModuleRecord] = {}
-    tensors: dict[str, Tensor] = {}
     for name, record, leaves in compress_modules(
         model,
         base_parameters,
         expert_parameters,
         config,
+        finished=finished.records,
         second_moments=second_moments,
         device=device,
         progress=progress,
     ):
-        records[name] = record
-        tensors.update({tensor_key(name, leaf): tensor.cpu() for leaf, tensor in leaves.items()})
-    if not records:
+        finished.add(name, record, leaves)
+    if not finished.records:
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
         )
-    embedding = model.get_input_embeddings()
-    embedding_name = next(name for name, module in model.named_modules() if module is embedding)
-    delta_config = expert_config(
+    return expert_config(
         config,
-        records,
+        finished.records,
         base=base.location.repo,
         base_revision=base.checkpoint.revision,
         base_fingerprint=fingerprint_checkpoint(base.checkpoint.paths),
         expert=expert.repo,
         model_config=model.config,
         generation_config=generation_config,
-        vocab_size=expert_parameters.shapes(embedding_name)["weight"][0],
+        vocab_size=expert_parameters.shapes(input_embedding(model))["weight"][0],
         tied=expert_parameters.tied,
         calibrated=second_moments is not None,
     )
-    return delta_config, tensors
 
 
 def check_model_type(base: Source, expert: RepoLocation, model_config: PreTrainedConfig) -> None:
@@ -108,7 +107,8 @@ def compress_modules(
     expert: Parameters,
     config: MESwitchConfig,
     *,
-    second_moments: Mapping[str, Tensor] | None = None,
+    finished: Container[str] = (),
+    second_moments: SecondMoments | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, ModuleRecord, dict[str, Tensor]]]:
@@ -121,8 +121,9 @@ def compress_modules(
         base: the base's parameters.
         expert: the expert's parameters.
         config: bits, salient channels and column steps.
-        second_moments: linear's name to float32 ``[in]``, mean square of each input channel, see
-            :mod:`.calibration`; a linear that is not named is weighed evenly.
+        finished: names of modules to leave out.
+        second_moments: linear's name to float32 ``[in, in]``, ``E[x xᵀ]`` of its inputs, asked for in the order of the
+            modules, see :mod:`.layerwise`; a linear for which there is none is weighed evenly.
         device: where to compute; `None` is where the expert's parameters are.
         progress: whether to show a progress bar.
 
@@ -137,6 +138,8 @@ def compress_modules(
     _check_architecture(kinds, base, expert)
     head = output_head(model)
     for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):
+        if name in finished:
+            continue
         if name == head and base.tied and expert.tied:
             _check_tied_head(name, base, expert)
             continue
@@ -148,11 +151,17 @@ def compress_modules(
             {key: value.to(where) for key, value in ours.items()},
             name=name,
             config=config,
-            second_moment=(second_moments or {}).get(name),
+            second_moment=_second_moment(second_moments, name) if kinds[name] == "linear" else None,
             is_conv1d=is_conv1d(model.get_submodule(name)),
         )
         if result is not None:
             yield name, *result
+
+
+def _second_moment(moments: SecondMoments | None, name: str) -> Tensor | None:
+    moment = None if moments is None else moments.get(name)
+    # compress_linear() weighs channels one by one; this is the only place that knows of the whole matrix.
+    return None if moment is None else moment.diagonal()
 
 
 def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Parameters) -> None:

@@ -6,19 +6,22 @@ embeddings) does not depend on them, so it is recorded in that first pass, in wh
 hands its input on.
 
 Memory on the device: the weights of one layer; the hidden states, ``tokens * hidden_size`` elements, padding included;
-the activations of one batch; and the moments of one layer, float32. For a 7B Llama (hidden size 4096, intermediate size
-14336) with 65,536 tokens in bfloat16: 0.44 GB, 0.54 GB up to twice that with padding, and 1.02 GB.
+the activations of one batch of 4096 tokens; and the moments of one layer, float32. For Mistral-7B (hidden size 4096,
+intermediate size 14336) in bfloat16 with 65,536 tokens: 0.44 GB of weights, 0.54 GB of hidden states (up to 1.07 GB
+with padding) and 1.02 GB of moments.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -72,8 +75,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
 class LayerwiseMoments:
     """Second moments of a model's linears, worked out when they are asked for; see :class:`SecondMoments`.
 
-    Ask in the order in which the model names its modules: layers go by once. Layers that nobody asks about are run, but
-    their moments are not formed. A model whose layers cannot be told apart is loaded whole, and the log says so.
+    Ask in the order in which the model names its modules: layers go by once. Layers that nobody asks about are run,
+    but their moments are not formed. A model whose layers cannot be told apart is loaded whole, and the log says so.
 
     Args:
         config: of the causal LM.
@@ -169,7 +172,9 @@ class LayerwiseMoments:
             for batch in self._bar(self._batches, "embedding"):
                 current: list[Tensor] = []
 
-                def stub(i: int, args: tuple[Any, ...], kwargs: dict[str, Any], current: Any = current) -> Any:
+                def enter(
+                    i: int, args: tuple[Any, ...], kwargs: dict[str, Any], current: list[Tensor] = current
+                ) -> Any:
                     hidden, args, kwargs = _taken_apart(args, kwargs)
                     if not current:
                         current.append(hidden)
@@ -180,7 +185,7 @@ class LayerwiseMoments:
                     self._record(i, hidden, args, kwargs)
                     return self._as_output(hidden)
 
-                self._run_outside(batch, stub, collector, when=lambda current=current: not current)
+                self._run_outside(batch, enter, collector, when=partial(operator.not_, current))
                 if not current:
                     raise _LayersNotApartError("its forward pass does not call its layers")
                 self._hidden.append(current[0])
@@ -191,7 +196,8 @@ class LayerwiseMoments:
         output = type(layer).forward(layer, hidden, *args, **kwargs)
         if isinstance(output, tuple):
             _hidden_of(output, hidden)
-            self._as_output = lambda hidden, rest=output[1:]: (hidden, *rest)
+            rest = output[1:]
+            self._as_output = lambda hidden: (hidden, *rest)
 
     def _record(self, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a layer's arguments, one set for all batches of a shape; they must not depend on the tokens."""
@@ -217,15 +223,19 @@ class LayerwiseMoments:
         for batch, hidden in zip(self._bar(self._batches, "output head"), self._hidden, strict=True):
             past: list[bool] = []
 
-            def stub(
-                i: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor = hidden, past: Any = past
+            def leave(
+                i: int,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                hidden: Tensor = hidden,
+                past: list[bool] = past,
             ) -> Any:
                 if i == last:
                     past.append(True)
                     return self._as_output(hidden)
                 return self._as_output(_taken_apart(args, kwargs)[0])
 
-            self._run_outside(batch, stub, collector, when=lambda past=past: bool(past))
+            self._run_outside(batch, leave, collector, when=partial(bool, past))
 
     def _run_outside(
         self,
@@ -237,7 +247,7 @@ class LayerwiseMoments:
         """Run the model with ``stub(i, args, kwargs)`` for the i-th layer, and without the head's own work."""
         with ExitStack() as stack:
             for i, layer in enumerate(self._layers):
-                stack.enter_context(_replaced_forward(layer, lambda *a, i=i, **k: stub(i, a, k)))
+                stack.enter_context(_replaced_forward(layer, _as_forward(stub, i)))
             self._forward(batch, collector, stack, when)
 
     def _forward(
@@ -326,6 +336,10 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         yield
     finally:
         del module.forward
+
+
+def _as_forward(stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], i: int) -> Callable[..., Any]:
+    return lambda *args, **kwargs: stub(i, args, kwargs)
 
 
 def _taken_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -14,7 +14,16 @@ from ..delta_format.location import RepoLocation
 from ..errors import CheckpointError, CompressionError, UnsupportedModelError
 from .names import map_names
 
-__all__ = ["CheckpointParameters", "LiveParameters", "Parameters", "Source", "locate", "meta_model", "output_head"]
+__all__ = [
+    "CheckpointParameters",
+    "LiveParameters",
+    "Parameters",
+    "Source",
+    "input_embedding",
+    "locate",
+    "meta_model",
+    "output_head",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,12 @@ def output_head(model: PreTrainedModel) -> str | None:
     """Canonical name of the output head; `None` if the model has none."""
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def input_embedding(model: PreTrainedModel) -> str:
+    """Canonical name of the input embedding."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
 
 
 class Parameters(Protocol):

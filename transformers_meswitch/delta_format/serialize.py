@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor: the bytes of ``safetensors.torch.save_file``, with one tensor in memory.
+"""Writing a safetensors file tensor by tensor: the bytes of ``safetensors``, with one tensor in memory.
 
 A file is 8 bytes of little-endian header length, that many bytes of JSON padded with spaces to a multiple of 8, then
 the data: tensors of wide dtypes first, so that each is aligned, and by name within a dtype.

@@ -97,7 +97,7 @@ class TensorFiles:
         size = header.end - header.start
         if not size:
             return tensor
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(header.start)
