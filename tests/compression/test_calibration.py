@@ -74,7 +74,7 @@ def test_the_built_in_set_is_varied_and_well_formed():
         assert all(turn["content"].strip() for turn in chat)
     text = " ".join(turn["content"] for chat in chats for turn in chat)
     assert 80_000 < len(text) < 200_000, "a few tens of thousands of tokens"
-    for character in "äéñдはت图क비":
+    for character in "äéдはت图क비":
         assert character in text
     assert "{noun}" not in text
 

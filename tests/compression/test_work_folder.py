@@ -268,7 +268,7 @@ def test_a_process_killed_again_and_again_ends_with_the_same_bytes(pair, tmp_pat
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits on the size of files")
 def test_a_full_disk_keeps_what_is_finished(pair, tmp_path):
-    """The system refuses to let files grow past a size: the final file, larger than any module's, cannot be written."""
+    """The system lets no file grow past a size that modules keep and the final file does not."""
     partial = tmp_path / "delta.partial"
     process = start(pair, tmp_path / "delta", limit=30_000)
     _, err = process.communicate()
