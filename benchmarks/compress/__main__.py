@@ -111,7 +111,7 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
 def render(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
-        "| what | time, s | of both checkpoints, MB/s | peak host memory, MB | at start, MB | device, MB | delta, MB |",
+        "| what | time, s | of both checkpoints, MB/s | peak host memory, MB | at start | device, MB | delta, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

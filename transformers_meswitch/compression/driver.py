@@ -137,9 +137,18 @@ def compress_modules(
     kinds = module_kinds(model)
     _check_architecture(kinds, base, expert)
     head = output_head(model)
-    for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):
+    for name, following in tqdm(
+        zip(kinds, [*list(kinds)[1:], None], strict=True),
+        total=len(kinds),
+        desc="Compressing",
+        unit="module",
+        disable=not progress,
+    ):
         if name in finished:
             continue
+        if following is not None:
+            for parameters in (base, expert):
+                parameters.announce(following)
         if name == head and base.tied and expert.tied:
             _check_tied_head(name, base, expert)
             continue

@@ -112,6 +112,9 @@ class Parameters(Protocol):
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name. A tied output head gives the input embedding's weight."""
 
+    def announce(self, module: str) -> None:
+        """Say that a module is next, so that reading it can begin."""
+
 
 def _own_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
     """Module name to its parameters' names, short to full; parameters that are tied are under each of their owners."""
@@ -145,6 +148,9 @@ class LiveParameters:
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, the model's memory."""
         return {name: self._model.get_parameter(full).detach() for name, full in self._owned[module].items()}
+
+    def announce(self, module: str) -> None:
+        """Nothing: a model in memory is not read."""
 
 
 class CheckpointParameters:
@@ -199,3 +205,8 @@ class CheckpointParameters:
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, on the CPU in the checkpoint's dtype, read from the files."""
         return {name: self._checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+
+    def announce(self, module: str) -> None:
+        """Have the system fetch a module's parameters from the disk meanwhile."""
+        for full in self._owned[module].values():
+            self._checkpoint.announce(self._names[full])

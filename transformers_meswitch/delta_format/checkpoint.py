@@ -59,6 +59,10 @@ class Checkpoint:
         """
         return self._files.read(name)
 
+    def announce(self, name: str) -> None:
+        """Have the system fetch a tensor from the disk meanwhile; `KeyError` if there is none of that name."""
+        self._files.announce(name)
+
 
 def resolve_checkpoint(
     repo: str | os.PathLike[str],

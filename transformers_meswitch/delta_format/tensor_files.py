@@ -111,6 +111,14 @@ class TensorFiles:
             raise self._error(f"{path}: tensor {name!r} cannot be read ({cause}). Download it again.") from cause
         return tensor
 
+    def announce(self, name: str) -> None:
+        """Have the system fetch a tensor into its cache meanwhile; `KeyError` if there is none of that name."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        header = self.headers[name]
+        with self._path_of[name].open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), header.start, header.end - header.start, os.POSIX_FADV_WILLNEED)
+
     def _path(self, name: str) -> Path:
         if name not in self._path_of:
             close = difflib.get_close_matches(name, self.headers, n=1)
