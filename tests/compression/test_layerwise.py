@@ -79,6 +79,22 @@ def test_moments_are_those_of_the_whole_model(architecture, changes, tied, caplo
     assert not caplog.records, "it was not run layer by layer"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_moments_on_a_gpu_are_those_on_a_cpu(architecture):
+    changes = MIXED if architecture.startswith("gemma") else {}
+    model = build(architecture, tied=False, num_hidden_layers=3, **changes)
+    expected = by_hooks(model, sequences())
+    exact, half = (collector(model, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for name in linears(model):
+        moment, rough = exact.get(name), half.get(name)
+        assert moment.device.type == rough.device.type == "cuda"
+        assert moment.dtype == rough.dtype == torch.float32
+        reference = expected[name].float()
+        torch.testing.assert_close(moment.cpu(), reference, rtol=1e-3, atol=1e-5)
+        assert (rough.cpu() - reference).norm() < 0.1 * reference.norm(), name
+
+
 def test_the_check_notices_wrong_moments():
     model = build("llama", tied=False)
     expected = by_hooks(model, sequences()[:-2])

@@ -167,6 +167,17 @@ def test_an_expert_that_cannot_be_compressed_leaves_nothing(pair, tmp_path, edit
     assert not list((tmp_path / "new").iterdir())
 
 
+@pytest.mark.parametrize("tensor", ["input_layernorm.weight", "mlp.down_proj.weight"])
+def test_nan_is_named_when_calibrating_too(pair, tmp_path, edit_checkpoint, tensor):
+    def poison(tensors):
+        tensors[f"model.layers.1.{tensor}"].view(-1)[3] = float("nan")
+
+    edit_checkpoint(pair[1], poison)
+    with pytest.raises(CompressionError, match=rf"layers\.1\.{tensor} of the expert holds NaN or inf"):
+        compress(*pair, tmp_path / "new" / "delta", CONFIG, TEXTS, progress=False)
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_a_folder_of_somebody_else_is_left_alone(pair, tmp_path):
     partial = tmp_path / "delta.partial"
     partial.mkdir()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..errors import CompressionError
 from ..module_kinds import is_linear
 from .batches import Batch, CalibrationBatches
 from .moments import MomentCollector
@@ -124,6 +125,7 @@ class LayerwiseMoments:
         """See :meth:`SecondMoments.get`.
 
         Raises:
+            CompressionError: NaN or infinite weights; the tensor is named.
             ValueError: an earlier layer than that of the call before.
         """
         stage = self._stage_of.get(name)
@@ -323,6 +325,11 @@ class LayerwiseMoments:
 
     def _load(self, name: str, module: nn.Module) -> None:
         for key, value in self._parameters.of(name).items():
+            # Told here, since a NaN in a norm shows itself in the moments of modules before it.
+            if not bool(value.isfinite().all()):
+                raise CompressionError(
+                    f"{name}.{key} of the expert holds NaN or infinite values; compress an intact checkpoint."
+                )
             module._parameters[key] = nn.Parameter(value.to(self._device, self._dtype), requires_grad=False)
 
     def _bar(self, batches: tuple[Batch, ...], what: str) -> Any:
