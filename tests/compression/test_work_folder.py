@@ -216,6 +216,15 @@ def test_two_runs_at_once_on_one_output(pair, tmp_path, monkeypatch):
     assert files_of(out) == files_of(compress(*pair, tmp_path / "whole", CONFIG, progress=False))
 
 
+def test_the_current_folder_may_be_the_output(pair, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert compress(*pair, ".", CONFIG, progress=False).samefile(here)
+    assert (here / "adapter_config.json").is_file()
+    assert not (tmp_path / "here.partial").exists()
+
+
 def test_records_and_tensors_come_back_as_they_went_in(tmp_path):
     linear = LinearRecord(2, 8, 3, salient_channels=1, column_step=True, bias=True)
     leaves = {

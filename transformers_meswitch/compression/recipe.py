@@ -112,7 +112,7 @@ def compress(
         # On a CPU, half precision is slower than float32, where it is not missing.
         dtype = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
         moments = LayerwiseMoments(model_config, expert_parameters, text, device=where, dtype=dtype, progress=progress)
-    output = Path(output_dir)
+    output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
     with _disk_errors(output), work_folder(output, request) as work:
         if progress:
@@ -133,7 +133,7 @@ def compress(
         assets, texts = find_assets(expert_location), {}
         if all(path.name != GENERATION_CONFIG for path in assets):
             texts[GENERATION_CONFIG] = generation_config.to_json_string()
-        directory = write_delta(output, delta_config, work.tensors(), assets, texts=texts)
+        directory = write_delta(output_dir, delta_config, work.tensors(), assets, texts=texts)
         write_delta_card(
             directory,
             delta_config,
