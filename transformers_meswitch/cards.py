@@ -69,6 +69,7 @@ def delta_card(
     dense_bytes: int,
     license: str | None = None,
     evidence: Evidence | None = None,
+    calibration: str | None = None,
 ) -> str:
     """The ``README.md`` of a delta repo.
 
@@ -78,6 +79,7 @@ def delta_card(
         dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, inherited from the expert or the base where known.
         evidence: what ``meswitch verify`` measured of this delta, for the section on fidelity.
+        calibration: which text was calibrated on and how much of it, where known.
 
     Raises:
         DeltaFormatError: a malformed ``modules`` table.
@@ -114,13 +116,19 @@ def delta_card(
         layers_by_bits=by_bits,
         salient=" or ".join(map(str, salient)) + " a layer" if any(salient) else "none",
         saliency=config.saliency if any(salient) else None,
+        calibration=calibration,
         format_version=config.format_version,
         evidence=evidence,
     )
 
 
 def write_delta_card(
-    directory: Path, config: MESwitchExpertConfig, *, dense_bytes: int, license: str | None = None
+    directory: Path,
+    config: MESwitchExpertConfig,
+    *,
+    dense_bytes: int,
+    license: str | None = None,
+    calibration: str | None = None,
 ) -> None:
     """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
 
@@ -132,6 +140,7 @@ def write_delta_card(
         config: its ``adapter_config.json``.
         dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, where known.
+        calibration: which text was calibrated on and how much of it, where known.
 
     Raises:
         OutputFolderError: somebody else is writing into the folder.
@@ -139,7 +148,14 @@ def write_delta_card(
     weights = [*directory.glob("adapter_model*.safetensors"), directory / ADAPTER_CONFIG_NAME]
     total = sum(path.stat().st_size for path in weights)
     evidence = read_evidence(directory)
-    fresh = delta_card(config, total_bytes=total, dense_bytes=dense_bytes, license=license, evidence=evidence)
+    fresh = delta_card(
+        config,
+        total_bytes=total,
+        dense_bytes=dense_bytes,
+        license=license,
+        evidence=evidence,
+        calibration=calibration,
+    )
     path = directory / "README.md"
     existing = read_card(path)
     if existing is None and path.exists():

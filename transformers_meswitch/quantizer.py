@@ -38,6 +38,7 @@ from .compression.sources import (
     meta_model,
     output_head,
 )
+from .compression.work_folder import ModulesInMemory
 from .configuration import MESwitchConfig
 from .delta_format.checkpoint import Checkpoint
 from .delta_format.location import RepoLocation
@@ -163,13 +164,15 @@ def _split(
 ) -> PreTrainedModel:
     """Turn a loaded fine-tune into its base with the fine-tune as the expert ``"default"``."""
     generation_config = generation_config_of(expert, model.config)
-    delta, tensors = compress_expert(
+    finished = ModulesInMemory()
+    delta = compress_expert(
         model,
         base,
         base_parameters,
         expert,
         LiveParameters(model),
         config,
+        finished,
         generation_config=generation_config,
     )
     _restore_base(model, base_parameters)
@@ -181,7 +184,7 @@ def _split(
         switch.base_download = {"revision": base.location.revision, "cache_dir": base.location.cache_dir}
     eos = generation_config_of(base.location, base.config).eos_token_id
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
-    cast(Any, model).attach_delta("default", delta, tensors, assets=expert)
+    cast(Any, model).attach_delta("default", delta, finished.tensors, assets=expert)
     switch.generation_config_of = "default"
     switch.experts["default"] = dataclasses.replace(
         switch.experts["default"], generation_config=generation_config.to_json_string()

@@ -66,6 +66,15 @@ def test_bits_that_embeddings_cannot_have(repos, tmp_path, capsys, bits):
     assert f"'{bits}' is neither bits of 1 to 4 nor none" in capsys.readouterr().err
 
 
+def test_the_built_in_set_is_named(repos, tmp_path, capsys):
+    output = tmp_path / "delta"
+    arguments = ["--calibration", "default"]
+    assert main(["compress", str(repos.base), str(repos.expert), "-o", str(output), *arguments]) == 0
+    assert "Calibrating on the built-in set: 360 samples, " in capsys.readouterr().err
+    assert "Calibrated on the built-in set: 360 samples, " in (output / "README.md").read_text()
+    assert open_delta(output).config.saliency == "reconstruction"
+
+
 def test_an_expert_equal_to_its_base_is_refused(repos, tmp_path, capsys):
     assert main(["compress", str(repos.base), str(repos.base), "-o", str(tmp_path / "delta")]) == 1
     assert "error: " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Second moments against a literal computation, and every way to give calibration text."""
+"""Every way to give calibration text, the built-in set among them."""
 
 import builtins
 import json
@@ -6,57 +6,10 @@ import sys
 import types
 
 import pytest
-import torch
 
-from transformers_meswitch.compression.calibration import collect_second_moments, read_samples
+from transformers_meswitch.compression.calibration import read_samples
+from transformers_meswitch.compression.default_calibration import default_chats
 from transformers_meswitch.errors import CompressionError
-
-TEXTS = ["the quick brown fox", "jumps over the lazy dog and the cat"]
-
-
-def collect(model, tokenizer, samples, max_tokens=1000):
-    return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=False)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_moments_are_the_mean_squares_of_the_inputs(make_model, tokenizer, architecture):
-    model = make_model(architecture)
-    moments = collect(model, tokenizer, TEXTS)
-    embed = model.get_input_embeddings()
-    inputs = []
-    for text in TEXTS:  # one at a time: no padding token counts
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            if architecture == "llama":
-                inputs.append(model.model.layers[0].input_layernorm(embed(ids))[0])
-            else:
-                positions = model.transformer.wpe.weight[: ids.shape[1]]
-                inputs.append(model.transformer.h[0].ln_1(embed(ids) + positions)[0])
-    expected = torch.cat(inputs).square().mean(0)
-    first = "model.layers.0.self_attn.q_proj" if architecture == "llama" else "transformer.h.0.attn.c_attn"
-    torch.testing.assert_close(moments[first], expected)
-    assert not torch.allclose(moments[first], torch.cat(inputs).abs().mean(0), rtol=1e-2)
-    assert moments[first].dtype == torch.float32
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_every_linear_is_reached_and_text_is_cut_at_the_limit(make_model, tokenizer):
-    model = make_model()
-    assert len([name for name in collect(model, tokenizer, TEXTS) if name != "lm_head"]) == 14
-    many = collect(model, tokenizer, ["abcd" * 16] + ["xyz" * 30] * 1000, max_tokens=64)
-    few = collect(model, tokenizer, ["abcd" * 16])
-    for name, moment in few.items():
-        torch.testing.assert_close(many[name], moment)
-
-
-def test_long_samples_are_cut_to_the_models_positions(make_model, tokenizer):
-    assert collect(make_model("gpt2"), tokenizer, ["abcdefgh" * 40])  # 320 tokens, 64 positions
-
-
-@pytest.mark.parametrize("samples", [[], [""], ["abc"]])
-def test_too_little_text_is_refused(make_model, tokenizer, samples):
-    with pytest.raises(CompressionError, match="expected at least 32"):
-        collect(make_model(), tokenizer, samples)
 
 
 def test_text_file(tmp_path, tokenizer):
@@ -102,6 +55,43 @@ def test_missing_file_and_bad_list_are_refused(tmp_path, tokenizer):
         list(read_samples(tmp_path / "none.txt", tokenizer))
     with pytest.raises(CompressionError, match=r"calibration\[1\] is int"):
         list(read_samples(["a", 3], tokenizer))
+
+
+def test_the_built_in_set_is_rendered_by_the_template_where_there_is_one(tokenizer):
+    plain = list(read_samples("default", tokenizer))
+    assert len(plain) == 360
+    assert plain[0] == "\n\n".join(turn["content"] for turn in next(default_chats()))
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    chats = list(read_samples("default", tokenizer))
+    assert all(chat.startswith("[user]") and "[assistant]" in chat for chat in chats)
+
+
+def test_the_built_in_set_is_varied_and_well_formed():
+    chats = list(default_chats())
+    assert len({json.dumps(chat) for chat in chats}) > 300
+    for chat in chats:
+        assert [turn["role"] for turn in chat] == ["user", "assistant"] * (len(chat) // 2)
+        assert all(turn["content"].strip() for turn in chat)
+    text = " ".join(turn["content"] for chat in chats for turn in chat)
+    assert 80_000 < len(text) < 200_000, "a few tens of thousands of tokens"
+    for character in "äéдはت图क비":
+        assert character in text
+    assert "{noun}" not in text
+
+
+def test_the_answers_of_the_built_in_set_are_right():
+    for chat in default_chats():
+        question, answer = chat[0]["content"], chat[1]["content"]
+        if question.startswith("Solve for x"):
+            left, right = question.removeprefix("Solve for x: ").split(" = ")
+            factor, term = (int(part) for part in left.split("x + "))
+            solution = int(answer.split(": x = ")[1].split(".")[0])
+            assert factor * solution + term == int(right)
+        elif "boxes with" in question:
+            boxes, each, given = (int(word) for word in question.split() if word.isdigit())
+            assert answer.endswith(f"#### {boxes * each - given}")
+        elif question.startswith("Extract"):
+            assert json.loads(answer)["customer"] in question
 
 
 def test_data_set(tokenizer, monkeypatch):

@@ -46,7 +46,7 @@ def test_second_moments_reach_their_linear(make_pair):
     moment = torch.zeros(64)
     moment[[5, 20, 40]] = 1.0
     plain = modules(models[1], *map(LiveParameters, models))
-    weighed = modules(models[1], *map(LiveParameters, models), second_moments={name: moment})
+    weighed = modules(models[1], *map(LiveParameters, models), second_moments={name: torch.diag(moment)})
     assert weighed[name][1]["salient_index"].tolist() == [5, 20, 40]
     changed = {
         key for key in plain if not torch.equal(*(m[key][1].get("codes", torch.zeros(1)) for m in (plain, weighed)))

@@ -20,7 +20,7 @@ CHANGES: tuple[tuple[Any, str], ...] = (
     (shutil, "copyfile"),
     (Path, "unlink"),
     (Path, "write_bytes"),
-    (writer, "save_file"),
+    (writer, "write_tensors"),
 )
 
 

@@ -92,3 +92,34 @@ def test_truncated_files_are_named(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
         resolve_checkpoint(tmp_path)
+
+
+def test_tensors_are_in_memory_of_their_own(tmp_path):
+    """Nothing keeps the file: it may be overwritten, and what was read is given back when it is let go."""
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "a": torch.rand(3, 5).to(torch.bfloat16),
+        "b": torch.arange(4),
+        "c": torch.rand(()),
+        "d": torch.ones(0, 2),
+    }
+    save_file(tensors, path)
+    checkpoint = resolve_checkpoint(tmp_path)
+    read = {name: checkpoint.tensor(name) for name in tensors}
+    checkpoint.announce("a")
+    path.write_bytes(b"\0" * path.stat().st_size)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+        assert read[name].untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_file_that_shrank_since_it_was_opened_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.rand(100)}, path)
+    checkpoint = resolve_checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor 'a' cannot be read \(it ends after 392 of 400"
+    ):
+        checkpoint.tensor("a")

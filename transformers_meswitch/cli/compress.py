@@ -37,7 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "compress",
         help="compress a fine-tuned model into a delta against its base",
         description="Compress a full fine-tune into a delta repo, layer by layer. Base and expert are safetensors "
-        "checkpoints: Hub ids or folders.",
+        "checkpoints: Hub ids or folders. What is finished is kept in DIR.partial: after an interruption, the same "
+        "command goes on from there.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -72,9 +73,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--calibration",
-        metavar="FILE|DATASET",
-        help="text to choose salient channels and steps by the layers' output error: a .txt or .jsonl file or the id "
-        "of a data set; without it they go by the weights' error",
+        metavar="default|FILE|DATASET",
+        help="text to choose salient channels and steps by the layers' output error: a .txt or .jsonl file, the id of "
+        "a data set, or 'default' for the built-in set; without it they go by the weights' error",
     )
     parser.add_argument(
         "--max-calibration-tokens",

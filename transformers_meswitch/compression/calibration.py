@@ -1,39 +1,34 @@
-"""How strongly each input channel of each linear is used: the mean square of it over calibration text."""
+"""Where calibration text comes from: the built-in set, a file, a data set, or the caller."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import CompressionError
-from ..module_kinds import is_linear, linear_sizes
+from .default_calibration import default_chats
 
-__all__ = ["Calibration", "collect_second_moments", "read_samples"]
+__all__ = ["DEFAULT", "Calibration", "describe", "read_samples"]
 
-#: Texts; or a ``.txt`` or ``.jsonl`` file; or the id of a data set.
+#: ``"default"``; texts; a ``.txt`` or ``.jsonl`` file; or the id of a data set.
 Calibration = str | os.PathLike[str] | Sequence[str]
 
-#: Fewer tokens than this say nothing about thousands of channels; it is a guard against a wrong file, not advice.
-_MIN_TOKENS = 32
-#: Longer samples are cut into pieces of this length, which bounds the memory of a forward pass.
-_MAX_LENGTH = 2048
+#: Names the built-in set wherever a calibration set is named.
+DEFAULT = "default"
 
 
 def read_samples(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The texts of a calibration set, one after the other.
 
     Args:
-        calibration: texts; the path of a ``.txt`` file (one sample a line) or of a ``.jsonl`` file, whose objects have
-            ``text``, or ``messages`` (a chat), or ``prompt`` and ``completion``; or the id of a data set whose
-            ``train`` split has such rows (needs the ``datasets`` package).
+        calibration: ``"default"``, the built-in set; texts; the path of a ``.txt`` file (one sample a line) or of a
+            ``.jsonl`` file, whose objects have ``text``, or ``messages`` (a chat), or ``prompt`` and ``completion``;
+            or the id of a data set whose ``train`` split has such rows (needs the ``datasets`` package).
         tokenizer: the expert's; its chat template renders ``messages``.
 
     Raises:
@@ -42,6 +37,9 @@ def read_samples(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
     >>> list(read_samples(["One text.", "Another."], tokenizer=None))
     ['One text.', 'Another.']
     """
+    if calibration == DEFAULT:
+        yield from (_rendered(chat, tokenizer) for chat in default_chats())
+        return
     if not isinstance(calibration, str | os.PathLike):
         for i, text in enumerate(calibration):
             if not isinstance(text, str):
@@ -67,6 +65,27 @@ def read_samples(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
         except json.JSONDecodeError as error:
             raise CompressionError(f"{path}, line {number} is not JSON: {error}") from error
         yield _text(row, tokenizer, f"{path}, line {number}")
+
+
+def describe(calibration: Calibration) -> str:
+    """What a calibration set is, in words that tell no path of this machine.
+
+    >>> describe("default"), describe("data/prompts.jsonl"), describe(["a", "b"]), describe("user/data")
+    ('the built-in set', 'prompts.jsonl', 'texts of the caller', 'user/data')
+    """
+    if calibration == DEFAULT:
+        return "the built-in set"
+    if not isinstance(calibration, str | os.PathLike):
+        return "texts of the caller"
+    path = Path(calibration)
+    return path.name if path.suffix in (".txt", ".jsonl") else os.fspath(calibration)
+
+
+def _rendered(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat as the expert's template has it; a paragraph a turn where there is none."""
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    return "\n\n".join(turn["content"] for turn in chat)
 
 
 def _dataset(name: str) -> Iterable[dict[str, Any]]:
@@ -99,73 +118,3 @@ def _text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     raise CompressionError(
         f'{where} is {str(row)[:80]!r}, expected an object with "text", "messages", or "prompt" and "completion".'
     )
-
-
-def collect_second_moments(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Iterable[str],
-    *,
-    max_tokens: int,
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Run text through a model and average the square of every input of every linear.
-
-    Args:
-        model: the expert, with its weights, in evaluation mode.
-        tokenizer: the expert's.
-        samples: texts; read only as far as ``max_tokens`` asks.
-        max_tokens: how many tokens to run at most.
-        progress: whether to show a progress bar.
-
-    Returns:
-        Canonical name of each linear that was reached to float32 ``[in]`` on the CPU.
-
-    Raises:
-        CompressionError: fewer than 32 tokens of text.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def hook(name: str, width: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0].detach().reshape(-1, width)
-            # Summed over a piece where it is, over pieces in float64 on the CPU: some accelerators have no float64.
-            total = inputs.to(torch.float32).square().sum(dim=0).cpu().double()
-            sums[name] = sums[name] + total if name in sums else total
-            counts[name] = counts.get(name, 0) + len(inputs)
-
-        return add
-
-    handles = [
-        module.register_forward_pre_hook(hook(name, linear_sizes(module)[1]))
-        for name, module in model.named_modules()
-        if is_linear(module)
-    ]
-    length = min(_MAX_LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH)
-    seen = 0
-    try:
-        with torch.inference_mode(), tqdm(total=max_tokens, desc="Calibrating", disable=not progress) as bar:
-            for piece in _pieces(tokenizer, samples, length):
-                piece = piece[: max_tokens - seen]
-                model(input_ids=torch.tensor([piece], device=model.device), use_cache=False)
-                seen += len(piece)
-                bar.update(len(piece))
-                if seen >= max_tokens:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    if seen < _MIN_TOKENS:
-        raise CompressionError(
-            f"The calibration text has {seen} tokens, expected at least {_MIN_TOKENS}. Give a few hundred samples of "
-            "what the expert is asked, or leave calibration out to choose salient channels by weight error."
-        )
-    return {name: (total / counts[name]).to(torch.float32) for name, total in sums.items()}
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, samples: Iterable[str], length: int) -> Iterator[list[int]]:
-    """Token ids of each sample, in pieces of at most ``length``."""
-    for sample in samples:
-        ids = tokenizer(sample, verbose=False)["input_ids"]
-        yield from (ids[start : start + length] for start in range(0, len(ids), length))

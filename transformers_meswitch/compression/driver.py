@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,13 +12,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
-from ..delta_format.spec import ModuleRecord, tensor_key
+from ..delta_format.spec import ModuleRecord
 from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
 from .expert_config import expert_config
+from .layerwise import SecondMoments
 from .modules import check_shapes, compress_module
 from .request import check_layer_bits
-from .sources import Parameters, Source, output_head
+from .sources import Parameters, Source, input_embedding, output_head
+from .work_folder import FinishedModules
 
 __all__ = ["compress_expert", "compress_modules"]
 
@@ -30,13 +32,14 @@ def compress_expert(
     expert: RepoLocation,
     expert_parameters: Parameters,
     config: MESwitchConfig,
+    finished: FinishedModules,
     *,
     generation_config: GenerationConfig,
-    second_moments: Mapping[str, Tensor] | None = None,
+    second_moments: SecondMoments | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> tuple[MESwitchExpertConfig, dict[str, Tensor]]:
-    """The delta of an expert: its ``adapter_config.json``, and its tensors on the CPU, keyed as on disk.
+) -> MESwitchExpertConfig:
+    """The delta of an expert: its modules go to ``finished``, its ``adapter_config.json`` is returned.
 
     Args:
         model: the expert's causal LM with its own configuration; see :func:`compress_modules`.
@@ -45,6 +48,7 @@ def compress_expert(
         expert: the expert's repo.
         expert_parameters: its parameters.
         config: bits, salient channels and column steps.
+        finished: where modules go; those that it has already are not worked on again.
         generation_config: the expert's.
         second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
         device: see :func:`compress_modules`.
@@ -54,37 +58,34 @@ def compress_expert(
         CompressionError: as :func:`compress_modules`, and when the weights are equal.
         UnsupportedModelError: as :func:`compress_modules`.
     """
-    records: dict[str, ModuleRecord] = {}
-    tensors: dict[str, Tensor] = {}
     for name, record, leaves in compress_modules(
         model,
         base_parameters,
         expert_parameters,
         config,
+        finished=finished.records,
         second_moments=second_moments,
         device=device,
         progress=progress,
     ):
-        records[name] = record
-        tensors.update({tensor_key(name, leaf): tensor.cpu() for leaf, tensor in leaves.items()})
-    if not records:
+        finished.add(name, record, leaves)
+    if not finished.records:
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
         )
-    delta_config = expert_config(
+    return expert_config(
         config,
-        records,
+        finished.records,
         base=base.location.repo,
         base_revision=base.checkpoint.revision,
         base_fingerprint=fingerprint_checkpoint(base.checkpoint.paths),
         expert=expert.repo,
         model_config=model.config,
         generation_config=generation_config,
-        vocab_size=expert_parameters.shapes(_input_embedding(model))["weight"][0],
+        vocab_size=expert_parameters.shapes(input_embedding(model))["weight"][0],
         tied=expert_parameters.tied,
         calibrated=second_moments is not None,
     )
-    return delta_config, tensors
 
 
 def compress_modules(
@@ -93,7 +94,8 @@ def compress_modules(
     expert: Parameters,
     config: MESwitchConfig,
     *,
-    second_moments: Mapping[str, Tensor] | None = None,
+    finished: Container[str] = (),
+    second_moments: SecondMoments | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, ModuleRecord, dict[str, Tensor]]]:
@@ -106,9 +108,10 @@ def compress_modules(
         base: the base's parameters.
         expert: the expert's parameters.
         config: bits, salient channels and column steps.
-        second_moments: name of a linear or of the output head to the second moment of its inputs, see
-            :mod:`.calibration`; one that is not named is weighed evenly. An embedding whose rows the output head
-            shares goes by the head's.
+        finished: names of modules to leave out.
+        second_moments: name of a linear or of the output head to float32 ``[in, in]``, ``E[x xᵀ]`` of its inputs,
+            asked for in the order of the modules, see :mod:`.layerwise`; one for which there is none is weighed
+            evenly. An embedding whose rows the output head shares goes by the head's, and comes last.
         device: where to compute; `None` is where the expert's parameters are.
         progress: whether to show a progress bar.
 
@@ -123,13 +126,25 @@ def compress_modules(
     kinds = module_kinds(model)
     check_layer_bits(config, [name for name, kind in kinds.items() if kind in ("linear", "rows")])
     _check_architecture(kinds, base, expert)
-    head, embedding = output_head(model), _input_embedding(model)
+    head, embedding = output_head(model), input_embedding(model)
     # The two are one matrix and must stay so, but each would be quantised against a matrix of its own.
     kept_equal = (head, embedding) if expert.tied and not base.tied else ()
-    moments = dict(second_moments or {})
-    if base.tied and expert.tied and head in moments:
-        moments[embedding] = moments[head]
-    for name in tqdm(kinds, desc="Compressing", unit="module", disable=not progress):
+    order, used_as = list(kinds), {name: name for name in kinds}
+    if base.tied and expert.tied and head is not None:
+        order = [*(name for name in kinds if name != embedding), embedding]
+        used_as[embedding] = head
+    for name, following in tqdm(
+        zip(order, [*order[1:], None], strict=True),
+        total=len(order),
+        desc="Compressing",
+        unit="module",
+        disable=not progress,
+    ):
+        if name in finished:
+            continue
+        if following is not None:
+            for parameters in (base, expert):
+                parameters.announce(following)
         if name == head and base.tied and expert.tied:
             _check_tied_head(name, base, expert)
             continue
@@ -141,7 +156,7 @@ def compress_modules(
             {key: value.to(where) for key, value in ours.items()},
             name=name,
             config=config,
-            second_moment=moments.get(name),
+            second_moment=_second_moment(second_moments, used_as[name], shared=used_as[name] != name),
             is_conv1d=is_conv1d(model.get_submodule(name)),
             exact_rows=name in kept_equal,
         )
@@ -149,9 +164,10 @@ def compress_modules(
             yield name, *result
 
 
-def _input_embedding(model: PreTrainedModel) -> str:
-    embedding = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+def _second_moment(moments: SecondMoments | None, name: str, shared: bool) -> Tensor | None:
+    moment = None if moments is None else moments.get(name)
+    # Errors of rows that cancel in the output head do not where the rows are looked up.
+    return moment if moment is None or not shared or moment.ndim == 1 else moment.diagonal()
 
 
 def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Parameters) -> None:

@@ -1,17 +1,22 @@
-"""From two checkpoints to a delta repo, streamed: one pair of modules in memory at a time."""
+"""From two checkpoints to a delta repo, streamed: one pair of modules in memory at a time, and resumable."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import AutoTokenizer
 
 from ..cards import write_delta_card
 from ..configuration import MESwitchConfig
+from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError
@@ -19,10 +24,13 @@ from ..inspection import full_copy_bytes
 from ..module_kinds import module_kinds
 from .architecture import check_same_computation
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
-from .calibration import Calibration, collect_second_moments, read_samples
+from .batches import CalibrationBatches, tokenize
+from .calibration import Calibration, describe, read_samples
 from .driver import compress_expert
+from .layerwise import LayerwiseMoments
 from .request import check_layer_bits, check_request
-from .sources import CheckpointParameters, Source, check_unknown, locate, meta_model
+from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
+from .work_folder import partial_folder, work_folder
 
 __all__ = ["compress"]
 
@@ -44,8 +52,14 @@ def compress(
 ) -> Path:
     """Compress a full fine-tune into a delta repo.
 
-    The checkpoints are read module by module; the memory needed is one pair of modules and the delta. Calibration runs
-    the whole expert once before that, and needs it in memory (in float32 on a CPU).
+    The checkpoints are read module by module, and finished modules are written to ``<output_dir>.partial``, so neither
+    a checkpoint nor the delta is ever in memory. Calibration runs the expert decoder layer by decoder layer (in
+    float32 on a CPU) and holds the hidden states of the calibration tokens, see :mod:`.layerwise`.
+
+    A run that was killed is taken up where it stopped by the same call: finished modules are read from
+    ``<output_dir>.partial``, and hidden states are worked out again by running the layers before, which is the cheaper
+    part of a layer and leaves nothing large on the disk. The same call is one with the same bytes of base and expert,
+    config, calibration tokens, kind of device and versions; any other begins anew.
 
     Args:
         base: folder or Hub id of the base's checkpoint (safetensors, sharded or not).
@@ -53,7 +67,7 @@ def compress(
         output_dir: folder of the delta repo, made if need be; a delta in it is replaced once the new one is complete.
         config: bits, salient channels, column steps, and the base's revision.
         calibration: text to choose salient channels and step sizes by the layer's output error (ME-Switch's
-            criterion); `None` goes by the weight error. See
+            criterion), ``"default"`` for the built-in set; `None` goes by the weight error. See
             :func:`~transformers_meswitch.compression.calibration.read_samples`.
         expert_revision: branch, tag or commit of the expert.
         token: Hub token, or whether to use the stored one.
@@ -70,8 +84,8 @@ def compress(
         CheckpointError: a missing, truncated or unreadable checkpoint.
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
             infinite weights, or differs from it in more than weights; calibration text or a device that cannot be
-            used; an output folder that holds a model or cannot be written to; a pattern of ``layer_bits`` that matches
-            no linear layer or embedding.
+            used; an output folder that holds a model, cannot be written to, or that another process works on; a disk
+            that is full; a pattern of ``layer_bits`` that matches no linear layer or embedding.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
@@ -96,32 +110,96 @@ def compress(
 
     generation_config = generation_config_of(expert_location, model_config)
     license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
-    moments = None
+    text = moments = used = None
     if calibration is not None:
-        moments = _calibrate(expert_location, calibration, where, max_calibration_tokens, progress)
-    delta_config, tensors = compress_expert(
-        model,
-        base_source,
-        base_parameters,
-        expert_location,
-        expert_parameters,
-        config,
-        generation_config=generation_config,
-        second_moments=moments,
-        device=where,
-        progress=progress,
-    )
-    assets, texts = find_assets(expert_location), {}
-    if all(path.name != GENERATION_CONFIG for path in assets):
-        texts[GENERATION_CONFIG] = generation_config.to_json_string()
-    directory = write_delta(output_dir, delta_config, tensors, assets, texts=texts)
-    write_delta_card(
-        directory,
-        delta_config,
-        dense_bytes=full_copy_bytes(delta_config, model_config),
-        license=license,
-    )
+        vocab_size = expert_parameters.shapes(input_embedding(model))["weight"][0]
+        text = _calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
+        used = f"{describe(calibration)}: {text.samples:,} samples, {text.tokens:,} tokens"
+        # On a CPU, half precision is slower than float32, where it is not missing.
+        dtype = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
+        moments = LayerwiseMoments(model_config, expert_parameters, text, device=where, dtype=dtype, progress=progress)
+    output = Path(os.path.abspath(output_dir))
+    request = _request(base_source, expert_source, config, text, where)
+    with _disk_errors(output), work_folder(output, request) as work:
+        if progress:
+            _report(used, len(work.records))
+        delta_config = compress_expert(
+            model,
+            base_source,
+            base_parameters,
+            expert_location,
+            expert_parameters,
+            config,
+            work,
+            generation_config=generation_config,
+            second_moments=moments,
+            device=where,
+            progress=progress,
+        )
+        assets, texts = find_assets(expert_location), {}
+        if all(path.name != GENERATION_CONFIG for path in assets):
+            texts[GENERATION_CONFIG] = generation_config.to_json_string()
+        directory = write_delta(output_dir, delta_config, work.tensors(), assets, texts=texts)
+        write_delta_card(
+            directory,
+            delta_config,
+            dense_bytes=full_copy_bytes(delta_config, model_config),
+            license=license,
+            calibration=used,
+        )
     return directory
+
+
+def _report(calibration: str | None, finished: int) -> None:
+    """Say on standard error what is done with."""
+    if calibration is not None:
+        tqdm.write(f"Calibrating on {calibration}", file=sys.stderr)
+    if finished:
+        tqdm.write(f"Resuming: {finished} modules were finished before", file=sys.stderr)
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CompressionError(
+            f"Writing to {output} or {partial_folder(output)} failed: {error}. Modules that are finished are kept in "
+            "the latter; make room, or the folder writable, and run the same command again to go on from there."
+        ) from error
+
+
+def _request(
+    base: Source,
+    expert: Source,
+    config: MESwitchConfig,
+    text: CalibrationBatches | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that determines the tensors of a delta."""
+    from .. import __version__
+
+    def of(source: Source) -> dict[str, Any]:
+        files = [path.stat() for path in source.checkpoint.paths]
+        return {
+            "config": source.config.to_dict(),
+            "fingerprint": fingerprint_checkpoint(source.checkpoint.paths)["digest"],
+            # The fingerprint looks at a part of each tensor.
+            "files": [[file.st_size, file.st_mtime_ns] for file in files],
+        }
+
+    return {
+        "base": of(base),
+        "expert": of(expert),
+        "config": config.to_dict(),
+        "calibration": None if text is None else text.digest(),
+        "device": device.type,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "transformers_meswitch": __version__,
+        },
+    }
 
 
 def _usable(device: torch.device | str | None) -> torch.device:
@@ -135,23 +213,27 @@ def _usable(device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _calibrate(
-    expert: RepoLocation, calibration: Calibration, device: torch.device, max_tokens: int, progress: bool
-) -> dict[str, Tensor]:
-    where: dict[str, Any] = {
-        "revision": expert.revision,
-        "token": expert.token,
-        "cache_dir": expert.cache_dir,
-        "local_files_only": expert.local_files_only,
-    }
+def _calibration_text(
+    source: Source, calibration: Calibration, vocab_size: int, max_tokens: int
+) -> CalibrationBatches:
+    expert = source.location
     try:
-        tokenizer = AutoTokenizer.from_pretrained(expert.repo, trust_remote_code=False, **where)
+        tokenizer = AutoTokenizer.from_pretrained(
+            expert.repo,
+            trust_remote_code=False,
+            revision=expert.revision,
+            token=expert.token,
+            cache_dir=expert.cache_dir,
+            local_files_only=expert.local_files_only,
+        )
     except (OSError, ValueError) as error:
         raise CompressionError(
             f"Calibration needs the tokenizer of {expert}, which cannot be read: {error}"
         ) from error
-    samples = read_samples(calibration, tokenizer)
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(expert.repo, dtype=dtype, trust_remote_code=False, **where).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to() hides its signature
-    return collect_second_moments(model, tokenizer, samples, max_tokens=max_tokens, progress=progress)
+    return tokenize(
+        tokenizer,
+        read_samples(calibration, tokenizer),
+        max_tokens=max_tokens,
+        vocab_size=vocab_size,
+        max_positions=getattr(source.config.get_text_config(), "max_position_embeddings", None),
+    )

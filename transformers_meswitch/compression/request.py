@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..configuration import MESwitchConfig
 from ..errors import CompressionError
-from .calibration import Calibration
+from .calibration import DEFAULT, Calibration
 from .expert_config import portable_name
 
 __all__ = ["check_layer_bits", "check_request"]
@@ -52,7 +52,7 @@ def check_request(
             "give another output_dir."
         )
     _check_writable(output)
-    if isinstance(calibration, str | os.PathLike):
+    if isinstance(calibration, str | os.PathLike) and calibration != DEFAULT:
         _check_calibration(Path(calibration))
 
 

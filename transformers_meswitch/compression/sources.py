@@ -29,6 +29,7 @@ __all__ = [
     "Parameters",
     "Source",
     "check_unknown",
+    "input_embedding",
     "locate",
     "meta_model",
     "output_head",
@@ -134,6 +135,12 @@ def output_head(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
+def input_embedding(model: PreTrainedModel) -> str:
+    """Canonical name of the input embedding."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
+
+
 class Parameters(Protocol):
     """A model's parameters by canonical module name.
 
@@ -150,6 +157,9 @@ class Parameters(Protocol):
 
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name. A tied output head gives the input embedding's weight."""
+
+    def announce(self, module: str) -> None:
+        """Say that a module is next, so that reading it can begin."""
 
 
 def _own_parameters(model: PreTrainedModel) -> dict[str, dict[str, str]]:
@@ -184,6 +194,9 @@ class LiveParameters:
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, the model's memory."""
         return {name: self._model.get_parameter(full).detach() for name, full in self._owned[module].items()}
+
+    def announce(self, module: str) -> None:
+        """Nothing: a model in memory is not read."""
 
 
 class CheckpointParameters:
@@ -244,8 +257,13 @@ class CheckpointParameters:
         return {name: self.checkpoint.shape(self._names[full]) for name, full in self._owned[module].items()}
 
     def of(self, module: str) -> dict[str, Tensor]:
-        """A module's own parameters by name, on the CPU in the checkpoint's dtype, mapped from the files."""
+        """A module's own parameters by name, on the CPU in the checkpoint's dtype, read from the files."""
         return {name: self.checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+
+    def announce(self, module: str) -> None:
+        """Have the system fetch a module's parameters from the disk meanwhile."""
+        for full in self._owned[module].values():
+            self.checkpoint.announce(self._names[full])
 
 
 def check_unknown(base: CheckpointParameters, expert: CheckpointParameters) -> None:

@@ -52,12 +52,16 @@ class Checkpoint:
         return self._files.headers[name].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU in its own dtype, mapped from the file. Clone it before writing to it.
+        """One tensor on the CPU in its own dtype, read from the file into memory of its own.
 
         Raises:
             CheckpointError: no such tensor, or it cannot be read.
         """
-        return self._files.tensor(name)
+        return self._files.read(name)
+
+    def announce(self, name: str) -> None:
+        """Have the system fetch a tensor from the disk meanwhile; `KeyError` if there is none of that name."""
+        self._files.announce(name)
 
 
 def resolve_checkpoint(

@@ -16,6 +16,19 @@ from .header import TensorHeader, read_header
 
 __all__ = ["TensorFiles"]
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 class TensorFiles:
     """The tensors of one or more safetensors files (shards).
@@ -60,14 +73,55 @@ class TensorFiles:
         Raises:
             MESwitchError: of type ``error``: no such tensor, or the file changed or cannot be read.
         """
-        if name not in self._path_of:
-            close = difflib.get_close_matches(name, self.headers, n=1)
-            hint = f"; the closest is {close[0]!r}" if close else ""
-            raise self._error(f"There is no tensor {name!r} in {', '.join(map(str, self.paths))}{hint}.")
-        path = self._path_of[name]
+        path = self._path(name)
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
             return self._open[path].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError) as cause:
             raise self._error(f"{path}: tensor {name!r} cannot be read ({cause}). Download it again.") from cause
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, in memory of its own, which is given back with it.
+
+        Pages of a mapped file count as this process's memory for as long as the file is open, however many tensors
+        were let go since: a checkpoint that is gone through once would be held whole.
+
+        Raises:
+            MESwitchError: of type ``error``: no such tensor, or the file changed or cannot be read.
+        """
+        path, header = self._path(name), self.headers[name]
+        if header.dtype not in _DTYPES:  # of a width that torch may not have; safetensors knows
+            return self.tensor(name).clone()
+        tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
+        size = header.end - header.start
+        if not size:
+            return tensor
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(header.start)
+                read = 0
+                while read < size:
+                    got = file.readinto(view[read:])
+                    if not got:
+                        raise OSError(f"it ends after {read} of {size} bytes")
+                    read += got
+        except OSError as cause:
+            raise self._error(f"{path}: tensor {name!r} cannot be read ({cause}). Download it again.") from cause
+        return tensor
+
+    def announce(self, name: str) -> None:
+        """Have the system fetch a tensor into its cache meanwhile; `KeyError` if there is none of that name."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        header = self.headers[name]
+        with self._path_of[name].open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), header.start, header.end - header.start, os.POSIX_FADV_WILLNEED)
+
+    def _path(self, name: str) -> Path:
+        if name not in self._path_of:
+            close = difflib.get_close_matches(name, self.headers, n=1)
+            hint = f"; the closest is {close[0]!r}" if close else ""
+            raise self._error(f"There is no tensor {name!r} in {', '.join(map(str, self.paths))}{hint}.")
+        return self._path_of[name]

@@ -13,19 +13,20 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..configuration import MESwitchExpertConfig
 from ..errors import DeltaFormatError, OutputFolderError
 from .asset_files import TEMPLATE_FOLDER, is_template, stale_assets
 from .folder_lock import PARTIAL_SUFFIX, FolderLock
 from .location import is_plain_path
+from .serialize import tensor_bytes, write_tensors
 from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EVIDENCE_NAME, FORMAT_VERSION
+from .tensor_files import TensorFiles
 from .validate import check_config, check_headers, check_values, tensor_headers
 
 __all__ = ["write_delta"]
@@ -35,6 +36,8 @@ _INDEX_NAME = f"{ADAPTER_WEIGHTS_NAME}.index.json"
 _FOREIGN_INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+#: Tensor name to safetensors dtype and shape.
+_Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def _bytes(size: int | str) -> int:
@@ -46,12 +49,12 @@ def _bytes(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def _shards(tensors: Mapping[str, torch.Tensor], limit: int | None) -> dict[str, list[str]]:
+def _shards(headers: _Headers, limit: int | None) -> dict[str, list[str]]:
     """File name to the names of the tensors it gets, in the order of names; a tensor is never split."""
     groups: list[list[str]] = [[]]
     used = 0
-    for key in sorted(tensors):
-        size = tensors[key].numel() * tensors[key].element_size()
+    for key in sorted(headers):
+        size = tensor_bytes(*headers[key])
         if limit is not None and groups[-1] and used + size > limit:
             groups.append([])
             used = 0
@@ -60,23 +63,6 @@ def _shards(tensors: Mapping[str, torch.Tensor], limit: int | None) -> dict[str,
     if len(groups) == 1:
         return {ADAPTER_WEIGHTS_NAME: groups[0]}
     return {f"adapter_model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)}
-
-
-def _separate(tensors: Mapping[str, torch.Tensor], keys: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, each alone in its memory; copied only where it is not.
-
-    safetensors refuses tensors that share memory, as those mapped from one file or passed twice do.
-    """
-    separate: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for key in keys:
-        dense = tensors[key].detach().to("cpu").contiguous()
-        memory = dense.untyped_storage()
-        if memory.nbytes() != dense.nbytes or memory.data_ptr() in seen:
-            dense = dense.clone()
-        seen.add(dense.untyped_storage().data_ptr())
-        separate[key] = dense
-    return separate
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -158,10 +144,18 @@ def _check_targets(folder: Path, names: Iterable[str]) -> None:
             raise OutputFolderError(f"{target.parent} is a file, where the delta has a folder. Move it away.")
 
 
+def _table(
+    tensors: Mapping[str, torch.Tensor] | TensorFiles,
+) -> tuple[_Headers, Callable[[str], torch.Tensor]]:
+    if isinstance(tensors, TensorFiles):
+        return {key: (header.dtype, header.shape) for key, header in tensors.headers.items()}, tensors.read
+    return tensor_headers(tensors), tensors.__getitem__
+
+
 def write_delta(
     directory: str | os.PathLike[str],
     config: MESwitchExpertConfig,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor] | TensorFiles,
     assets: Sequence[str | os.PathLike[str]] = (),
     *,
     texts: Mapping[str, str] | None = None,
@@ -176,7 +170,8 @@ def write_delta(
     Args:
         directory: the folder, made if need be.
         config: the configuration, its ``modules`` table included.
-        tensors: name on disk to tensor (any device), exactly those that the table announces.
+        tensors: name on disk to tensor (any device), exactly those that the table announces; or files that hold them,
+            which are read one tensor at a time.
         assets: files to copy, under their own names (tokenizer, chat template, generation config), those in a folder
             ``additional_chat_templates`` into one of that name. Texts of the same name win.
         texts: file name to content (the model card).
@@ -198,12 +193,13 @@ def write_delta(
             f"format_version is {config.format_version}; this release writes {FORMAT_VERSION} only."
         )
     records = check_config(config)
-    check_headers(records, tensor_headers(tensors))
-    check_values(records, tensors.__getitem__)
-    shards = _shards(tensors, None if max_shard_size is None else _bytes(max_shard_size))
+    headers, get = _table(tensors)
+    check_headers(records, headers)
+    check_values(records, get)
+    shards = _shards(headers, None if max_shard_size is None else _bytes(max_shard_size))
     contents = _other_files(assets, texts or {})
     if len(shards) > 1:
-        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        total = sum(tensor_bytes(*header) for header in headers.values())
         weight_map = {key: name for name, keys in shards.items() for key in keys}
         contents[_INDEX_NAME] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     contents[ADAPTER_CONFIG_NAME] = _json(config.to_dict())
@@ -216,7 +212,7 @@ def write_delta(
     partial = {name: folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}" for name in [*shards, *contents]}
     try:
         for name, keys in shards.items():
-            save_file(_separate(tensors, keys), partial[name], metadata={"format": "pt"})
+            write_tensors(partial[name], {key: headers[key] for key in keys}, get, metadata={"format": "pt"})
         for name, content in contents.items():
             if isinstance(content, bytes):
                 partial[name].write_bytes(content)

@@ -1,0 +1,158 @@
+"""Time and peak memory of compressing a pair of checkpoints, with and without calibration.
+
+    python -m benchmarks.compress --shape small
+    python -m benchmarks.compress --shape mistral-7b --layers 2
+    python -m benchmarks.compress --shape mistral-7b --device cuda
+
+Random weights, stated in the result: for time and memory only, since accuracy needs real fine-tunes. Each compression
+runs in a process of its own, whose peak memory is the operating system's count. A plain read of both checkpoints,
+which no compression can beat, is timed beside it. The result goes to ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compress.random_pair import SHAPES, shape_of, write_pair
+from benchmarks.provenance import device_name, provenance
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+#: One compression; prints its seconds and peaks. Peak host memory is what the process had resident at most.
+_RUN = """
+import json, resource, sys, time
+import torch
+from transformers_meswitch import MESwitchConfig, compress
+base, expert, output, bits, salient, device, calibration, tokens = sys.argv[1:]
+torch.zeros(1, device=device)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+start = time.perf_counter()
+compress(base, expert, output, MESwitchConfig(bits=int(bits), salient_channels=int(salient)), calibration or None,
+         device=device, max_calibration_tokens=int(tokens), local_files_only=True)
+seconds = time.perf_counter() - start
+found = {"seconds": seconds, "start_bytes": before,
+         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+if device == "cuda":
+    found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+print(json.dumps(found))
+"""
+
+
+def files_of(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+
+
+def forget(paths: Iterable[Path]) -> bool:
+    """Have the system drop the files from its cache, so that they are read from the disk; whether it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return True
+
+
+def plain_read(paths: Iterable[Path]) -> float:
+    """Seconds to read files and do nothing with them, as ``dd of=/dev/null bs=16M`` does."""
+    buffer = bytearray(1 << 24)
+    start = time.perf_counter()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def run(base: Path, expert: Path, output: Path, args: argparse.Namespace, calibration: str) -> dict[str, Any]:
+    """One row: seconds, bytes read a second, and peaks of one compression."""
+    forget(files_of(base, expert))
+    settings = (args.bits, args.salient_channels, args.device, calibration, args.tokens)
+    command = [sys.executable, "-c", _RUN, *map(str, (base, expert, output, *settings))]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    size = sum(path.stat().st_size for path in files_of(base, expert))
+    return {
+        "what": f"calibrated on {args.tokens:,} tokens" if calibration else "not calibrated",
+        **found,
+        "mb_per_second": size / 1e6 / found["seconds"],
+        "delta_bytes": sum(path.stat().st_size for path in output.glob("adapter_*")),
+    }
+
+
+def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """One row a measurement, and the bytes of the two checkpoints."""
+    base, expert = folder / "base", folder / "expert"
+    write_pair(base, expert, shape_of(args.shape, args.layers), args.device)
+    size = sum(path.stat().st_size for path in files_of(base, expert))
+    what = "a plain read of both" if forget(files_of(base, expert)) else "a plain read of both, perhaps from the cache"
+    seconds = plain_read(files_of(base, expert))
+    rows = [{"what": what, "seconds": seconds, "mb_per_second": size / 1e6 / seconds}]
+    rows.append(run(base, expert, folder / "plain", args, ""))
+    text = folder / "text.jsonl"
+    line = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 7
+    with text.open("w") as file:
+        for i in range(1 + args.tokens // len(line)):
+            file.write(json.dumps({"text": f"{i}: {line}"}) + "\n")
+    if args.tokens:
+        rows.append(run(base, expert, folder / "calibrated", args, str(text)))
+    return rows, size
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| what | time, s | of both checkpoints, MB/s | peak host memory, MB | at start | device, MB | delta, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        sizes = [
+            f"{row[key] / 1e6:,.0f}" if key in row else ""
+            for key in ("peak_bytes", "start_bytes", "device_peak_bytes", "delta_bytes")
+        ]
+        lines.append(f"| {row['what']} | {row['seconds']:.1f} | {row['mb_per_second']:,.0f} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--layers", type=int, help="default: the shape's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--salient-channels", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate on; 0 for no calibrated run")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/compress_<shape>_<device>.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows, size = measure(Path(folder), args)
+    config = shape_of(args.shape, args.layers)
+    result = {
+        **provenance("benchmarks.compress", device_name(args.device)),
+        "cpus": os.cpu_count(),
+        "weights": "random: for time and memory only",
+        "shape": {
+            key: getattr(config, key)
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        },
+        "checkpoint_bytes": size,
+        "rows": rows,
+    }
+    output = args.output or RESULTS / f"compress_{args.shape}_{args.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(render(rows))
+
+
+if __name__ == "__main__":
+    main()
