@@ -186,6 +186,7 @@ def _split(
     switch.base_eos_token_id = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
     cast(Any, model).attach_delta("default", delta, finished.tensors, assets=expert)
     switch.generation_config_of = "default"
+    model.generation_config = generation_config
     switch.experts["default"] = dataclasses.replace(
         switch.experts["default"], generation_config=generation_config.to_json_string()
     )

@@ -56,7 +56,7 @@ def test_a_copy_in_fewer_bits_is_no_change(kind, dtype):
     assert compress(kind, full, rounded) is None
     rounded["weight"][3, 4] *= 1.1
     record, _ = compress(kind, full, rounded)
-    assert record.kind == kind
+    assert record.kind.endswith(kind)
 
 
 def test_a_rounded_weight_beside_another_bias_is_no_change_either():

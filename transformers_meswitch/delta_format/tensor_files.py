@@ -93,7 +93,8 @@ class TensorFiles:
         path, header = self._path(name), self.headers[name]
         if header.dtype not in _DTYPES:  # of a width that torch may not have; safetensors knows
             return self.tensor(name).clone()
-        tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
+        # On the CPU whatever the default device: transformers loads models with another.
+        tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="cpu")
         size = header.end - header.start
         if not size:
             return tensor
