@@ -108,8 +108,8 @@ def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for name, training in result["experts"].items():
             if experts.setdefault(name, training) != training:
                 raise ValueError(
-                    f"expert {name} was trained twice, see its entries under 'experts': {experts[name]} and {training}. "
-                    "Keep the results of one of the two."
+                    f"expert {name} was trained twice: {experts[name]} and {training}. "
+                    "Its cells would be of two experts; keep the results of one."
                 )
         cells |= {_key(cell): cell for cell in result["cells"]}
     return collect(merged, experts, cells.values())

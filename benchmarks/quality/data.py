@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .tasks import Item, Task
 
-__all__ = ["SEEDS", "load_split", "split", "test_items", "write_split"]
+__all__ = ["SEEDS", "held_out", "load_split", "split", "write_split"]
 
 #: Each seed of a benchmark has held-out items of its own.
 SEEDS = 3
@@ -54,7 +54,7 @@ def missing(folder: Path, tasks: Iterable[Task]) -> list[Task]:
     return [task for task in tasks if not all(_path(folder, task, part).exists() for part in ("train", "test"))]
 
 
-def test_items(items: list[Item], seed: int, count: int) -> list[Item]:
+def held_out(items: list[Item], seed: int, count: int) -> list[Item]:
     """The held-out items of one seed: its own part of the test split, or the start of it.
 
     Raises:

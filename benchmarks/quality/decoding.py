@@ -123,7 +123,7 @@ class GreedyDecoder:
         return generated
 
     def _state(self, rows: int, width: int, max_new_tokens: int) -> _State:
-        slots = math.ceil((width + max_new_tokens) / _ROUND_TO) * _ROUND_TO
+        slots = math.ceil((max(2, width) + max_new_tokens) / _ROUND_TO) * _ROUND_TO
         key = (rows, slots, max_new_tokens)
         if key not in self._states:
             while len(self._states) >= _SHAPES:
@@ -177,7 +177,8 @@ class _State:
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """Start on new prompts, and decode their first tokens."""
-        width = max(map(len, rows))
+        # At least two, since one position is a decode step to the attention.
+        width = max(2, *map(len, rows))
         device = self._tokens.device
         ids = torch.tensor([[self._end] * (width - len(row)) + list(row) for row in rows]).to(device)
         padding = torch.tensor([width - len(row) for row in rows], device=device)

@@ -108,7 +108,8 @@ def load_pieces(base: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if f"value:{name}" in parts:
             expert[name] = parts[f"value:{name}"]
             continue
-        starts = sorted(int(key.split(":", 2)[1]) for key in parts if key.startswith("codes:") and key.endswith(f":{name}"))
+        found = (key.split(":", 2) for key in parts)
+        starts = sorted(int(part[1]) for part in found if part[0] == "codes" and part[-1] == name)
         codes = [parts[f"codes:{start}:{name}"] for start in starts]
         if sum(map(len, codes)) != len(value):
             raise ValueError(f"the pieces in {folder} hold {sum(map(len, codes))} of {len(value)} rows of {name}")

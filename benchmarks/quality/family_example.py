@@ -8,11 +8,11 @@ from pathlib import Path
 # The example's scripts are run from their folder and import each other by their bare names.
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2_family"))
 
-from accuracy import confidence_interval  # noqa: E402
-from orders import score_order  # noqa: E402
-from prepare_base import installed_gguf, prepare_base  # noqa: E402
-from train import TrainingSettings, batches, collate  # noqa: E402
-from word_problems import generate_word_problems, score_word_problem  # noqa: E402
+from accuracy import confidence_interval
+from orders import score_order
+from prepare_base import installed_gguf, prepare_base
+from train import TrainingSettings, batches, collate
+from word_problems import generate_word_problems, score_word_problem
 
 __all__ = [
     "TrainingSettings",

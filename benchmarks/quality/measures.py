@@ -26,7 +26,8 @@ def to_bits(right: Sequence[bool]) -> str:
     '88'
     """
     padded = [*right, *[False] * (-len(right) % 4)]
-    return "".join(f"{sum(bit << 3 - k for k, bit in enumerate(padded[i : i + 4])):x}" for i in range(0, len(padded), 4))
+    digits = (padded[i : i + 4] for i in range(0, len(padded), 4))
+    return "".join(f"{sum(bit << 3 - k for k, bit in enumerate(digit)):x}" for digit in digits)
 
 
 def from_bits(text: str, count: int) -> list[bool]:

@@ -107,7 +107,8 @@ def markdown(result: dict[str, Any]) -> str:
     for expert in experts:
         own = [cell for cell in cells if cell["expert"] == expert]
         seeds = sorted({cell["seed"] for cell in own})
-        lines += ["", f"## {expert}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", "", _table(own, references)]
+        title = f"## {expert}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        lines += ["", title, "", _table(own, references)]
     lines += ["", "## Pooled", ""]
     # A method that was not run on every expert would be pooled over easier or harder items than the others.
     everywhere = {(cell["expert"], cell["seed"]) for cell in cells}
@@ -168,7 +169,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             )
         panel.set(title=expert, xlabel="linears of the delta, MiB", ylabel="exact match, %")
         panel.grid(alpha=0.3)
-    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawn = [panel.get_legend_handles_labels() for panel in axes.flat]
+    handles = {label: handle for found in drawn for handle, label in zip(*found, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.03 + 0.045 * math.ceil(len(handles) / 5) * 3 / (3.4 * rows), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .calibration import collect_moments
 from .cells import CellStore, ExpertId
-from .data import load_split, test_items
+from .data import held_out, load_split
 from .decoding import ATTENTION, GreedyDecoder
 from .experts import ExpertFolder
 from .measures import divergence, reference_states, to_bits
@@ -164,9 +164,7 @@ class Runner:
         with torch.no_grad():
             for name, parameter in self._trainee.named_parameters():
                 parameter.copy_(self._base_state[name])
-        training = fine_tune(
-            self._trainee, self._tokenizer, items, plan.strengths[expert.strength], seed=expert.seed
-        )
+        training = fine_tune(self._trainee, self._tokenizer, items, plan.strengths[expert.strength], seed=expert.seed)
         self._trainee.zero_grad(set_to_none=True)
         training["compiled"] = self._compiled
         weights = {key: value.detach().bfloat16() for key, value in self._trainee.named_parameters()}
@@ -195,11 +193,11 @@ class Runner:
             # Caches and graphs of another task's shapes are of no more use.
             self._decoder, self._decoded_task = self._new_decoder(), expert.task
         task = TASKS[expert.task]
-        items = test_items(load_split(self._data, task, "test"), expert.seed, plan.items)
-        held_out = encode_items(self._tokenizer, items[: plan.divergence_items])
+        items = held_out(load_split(self._data, task, "test"), expert.seed, plan.items)
+        references = encode_items(self._tokenizer, items[: plan.divergence_items])
         weights = self.folder(expert).load(self._device)
         self._put(weights)
-        states, head = reference_states(self._model, held_out), self._head().clone()
+        states, head = reference_states(self._model, references), self._head().clone()
         calibration_items = load_split(self._data, task, "train")[: plan.calibration]
         sequences = encode_items(self._tokenizer, calibration_items)
         calibration_started = time.perf_counter()
@@ -219,9 +217,11 @@ class Runner:
             if method.compress is not None:
                 values["calibration_seconds"] = round(calibration_seconds, 2)
             values |= self._score(expert, items, plan)
-            compared = divergence(states, head, reference_states(self._model, held_out), self._head())
+            compared = divergence(states, head, reference_states(self._model, references), self._head())
             values["divergence"] = {
-                "kl": float(f"{compared.kl:.6g}"), "top1": round(compared.top1, 6), "positions": compared.positions
+                "kl": float(f"{compared.kl:.6g}"),
+                "top1": round(compared.top1, 6),
+                "positions": compared.positions,
             }
             self.cells.write(expert, name, plan.settings(), values)
             budget.spent(name, time.monotonic() - started)

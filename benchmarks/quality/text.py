@@ -1,4 +1,4 @@
-"""Items as token ids. The chat markup is SmolLM2's without the system turn, which would be a fifth of every sequence."""
+"""Items as token ids, in SmolLM2's chat markup without the system turn, which would be a fifth of every sequence."""
 
 from __future__ import annotations
 

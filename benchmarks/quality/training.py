@@ -28,8 +28,8 @@ class Strength:
     batch_size: int = 96
 
 
-#: ``light`` is an ordinary fine-tune. ``heavy`` takes half as many steps again at five times the learning rate: its deltas are
-#: several times larger, which is where delta compression is known to fail.
+#: ``light`` is an ordinary fine-tune. ``heavy`` takes half as many steps again at five times the learning rate: its
+#: deltas are several times larger, which is where delta compression is known to fail.
 STRENGTHS = {"light": Strength(400, 1e-4), "heavy": Strength(600, 5e-4)}
 
 #: Sequences are padded to a multiple of this, so that few shapes occur.

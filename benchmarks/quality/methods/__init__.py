@@ -64,10 +64,14 @@ METHODS = {
         Method("bitdelta-distilled", "BitDelta as published: scalars distilled", partial(_bitdelta, distilled=True)),
         Method("svd-1bit", "truncated SVD in the bytes of 1 bit", partial(_svd, bits=1, channels=0, mixed=False)),
         Method(
-            "svd-2bit", "truncated SVD in the bytes of ours-2bit", partial(_svd, bits=2, channels=_SALIENT, mixed=False)
+            "svd-2bit",
+            "truncated SVD in the bytes of ours-2bit",
+            partial(_svd, bits=2, channels=_SALIENT, mixed=False),
         ),
         Method(
-            "mixed-svd-1bit", "8/3/2-bit singular vectors in the bytes of 1 bit", partial(_svd, bits=1, channels=0, mixed=True)
+            "mixed-svd-1bit",
+            "8/3/2-bit singular vectors in the bytes of 1 bit",
+            partial(_svd, bits=1, channels=0, mixed=True),
         ),
         Method(
             "mixed-svd-2bit",

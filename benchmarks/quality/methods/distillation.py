@@ -1,7 +1,7 @@
 """Train step sizes, and nothing else, until the compressed model's logits are the expert's.
 
-BitDelta (arXiv 2402.10193, section 3.1) minimises the mean square difference of the logits with Adam over a few hundred
-steps; ME-Switch distils its step sizes in the same way.
+BitDelta (arXiv 2402.10193, section 3.1) minimises the mean square difference of the logits with Adam over a few
+hundred steps; ME-Switch distils its step sizes in the same way.
 """
 
 from __future__ import annotations

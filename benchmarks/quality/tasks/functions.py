@@ -16,7 +16,6 @@ from .base import Item
 from .interpreter import ProgramError, run_function
 from .words import number_word
 
-
 _LETTERS = "abcdefghilmnoprstuw"
 
 #: What hidden tests call a function with, by its parameter. Every element is one call.
@@ -108,11 +107,20 @@ def _numbers(rng: Random) -> tuple[str, str, list[str]]:
         (
             (f"the numbers in xs {clause}{each}", [f"return {kept}"]),
             (f"the sum of the numbers in xs {clause}{each}", [f"return sum({kept})"]),
-            (f"the largest of the numbers in xs {clause}{each}, or 0 if there is none", [f"return max({kept}, default=0)"]),
-            (f"the smallest of the numbers in xs {clause}{each}, or 0 if there is none", [f"return min({kept}, default=0)"]),
+            (
+                f"the largest of the numbers in xs {clause}{each}, or 0 if there is none",
+                [f"return max({kept}, default=0)"],
+            ),
+            (
+                f"the smallest of the numbers in xs {clause}{each}, or 0 if there is none",
+                [f"return min({kept}, default=0)"],
+            ),
             (f"how many different values the numbers in xs {clause}{each} give", [f"return len(set({kept}))"]),
             (f"the numbers in xs {clause}{each}, largest first", [f"return sorted({kept}, reverse=True)"]),
-            (f"the {first} smallest of the numbers in xs {clause}{each}, smallest first", [f"return sorted({kept})[:{k}]"]),
+            (
+                f"the {first} smallest of the numbers in xs {clause}{each}, smallest first",
+                [f"return sorted({kept})[:{k}]"],
+            ),
             (f"the last {first} of the numbers in xs {clause}{each}", [f"return {kept}[-{k}:]"]),
             (f"every {first}th, from the first on, of the numbers in xs {clause}{each}", [f"return {kept}[::{k}]"]),
             (
@@ -120,7 +128,7 @@ def _numbers(rng: Random) -> tuple[str, str, list[str]]:
                 [f"ys = sorted({kept}, reverse=True)", f"return sum(ys[:{k}])"],
             ),
             (
-                f"the difference between the largest and the smallest of the numbers in xs {clause}{each}, 0 without any",
+                f"the difference between the largest and the smallest of the numbers in xs {clause}{each}, 0 if none",
                 [f"ys = {kept}", "return max(ys) - min(ys) if ys else 0"],
             ),
             (
@@ -172,7 +180,10 @@ def _strings(rng: Random) -> tuple[str, str, list[str]]:
             (f"the words {clause}{each}, joined by {name}", [f"return '{sign}'.join({kept})"]),
             (f"how many words there are {clause}", [f"return len([w for w in words if {test}])"]),
             (f"the total length of the words {clause}{each}", [f"return sum(len(w) for w in {kept})"]),
-            (f"the longest of the words {clause}{each}, '' if there is none", [f"return max({kept}, key=len, default='')"]),
+            (
+                f"the longest of the words {clause}{each}, '' if there is none",
+                [f"return max({kept}, key=len, default='')"],
+            ),
             (f"the words {clause}{each}, in reverse order", [f"return {kept}[::-1]"]),
         )
     )

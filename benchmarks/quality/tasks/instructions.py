@@ -11,33 +11,36 @@ from random import Random
 from typing import Any
 
 from .base import Item
+from .words import listed
 
 TOPICS = {
-    "animals": (
-        "ant badger bear beaver camel cat cow deer dog dolphin donkey eagle elephant falcon fox frog giraffe goat hamster "
-        "hare hawk horse jaguar kangaroo koala lion lizard monkey moose mouse otter owl panda parrot penguin pig pigeon "
-        "rabbit raven salmon seal shark sheep snail snake spider swan tiger toad turtle whale wolf zebra"
-    ).split(),
-    "fruits and vegetables": (
-        "apple apricot avocado banana beetroot blackberry broccoli cabbage carrot celery cherry cucumber fig garlic grape "
-        "kale kiwi leek lemon lettuce lime mango melon onion orange papaya parsley peach pear pea pepper pineapple plum "
-        "potato pumpkin radish raspberry spinach strawberry tomato turnip"
-    ).split(),
-    "countries": (
-        "argentina austria belgium bolivia brazil canada chile china colombia croatia cuba denmark egypt estonia finland "
-        "france germany ghana greece hungary iceland india ireland israel italy jamaica japan kenya latvia mexico morocco "
-        "nepal norway panama peru poland portugal romania russia serbia spain sweden thailand turkey uganda ukraine vietnam"
-    ).split(),
-    "things in a house": (
-        "bath bed blanket bookcase broom bucket candle carpet chair clock cupboard curtain desk door fork fridge kettle "
-        "knife lamp mattress mirror mug oven pan pillow plate shelf sink sofa spoon stairs stove table tap toaster towel "
-        "vase wardrobe window"
-    ).split(),
-    "jobs": (
-        "actor artist baker barber builder butcher carpenter chef cleaner clerk dancer dentist designer doctor driver "
-        "editor engineer farmer fisherman florist gardener judge lawyer mechanic miner musician nurse painter pilot "
-        "plumber poet porter sailor singer soldier tailor teacher vet waiter writer"
-    ).split(),
+    "animals": listed(
+        "ant badger bear beaver camel cat cow deer dog dolphin donkey eagle elephant falcon fox frog giraffe goat "
+        "hamster hare hawk horse jaguar kangaroo koala lion lizard monkey moose mouse otter owl panda parrot "
+        "penguin pig pigeon rabbit raven salmon seal shark sheep snail snake spider swan tiger toad turtle whale "
+        "wolf zebra"
+    ),
+    "fruits and vegetables": listed(
+        "apple apricot avocado banana beetroot blackberry broccoli cabbage carrot celery cherry cucumber fig "
+        "garlic grape kale kiwi leek lemon lettuce lime mango melon onion orange papaya parsley peach pear pea "
+        "pepper pineapple plum potato pumpkin radish raspberry spinach strawberry tomato turnip"
+    ),
+    "countries": listed(
+        "argentina austria belgium bolivia brazil canada chile china colombia croatia cuba denmark egypt estonia "
+        "finland france germany ghana greece hungary iceland india ireland israel italy jamaica japan kenya latvia "
+        "mexico morocco nepal norway panama peru poland portugal romania russia serbia spain sweden thailand "
+        "turkey uganda ukraine vietnam"
+    ),
+    "things in a house": listed(
+        "bath bed blanket bookcase broom bucket candle carpet chair clock cupboard curtain desk door fork fridge "
+        "kettle knife lamp mattress mirror mug oven pan pillow plate shelf sink sofa spoon stairs stove table tap "
+        "toaster towel vase wardrobe window"
+    ),
+    "jobs": listed(
+        "actor artist baker barber builder butcher carpenter chef cleaner clerk dancer dentist designer doctor "
+        "driver editor engineer farmer fisherman florist gardener judge lawyer mechanic miner musician nurse "
+        "painter pilot plumber poet porter sailor singer soldier tailor teacher vet waiter writer"
+    ),
 }
 
 #: Name of a case to the function and to how it is asked for.
@@ -114,7 +117,9 @@ def _instruction(rng: Random) -> Item | None:
         prompt += f' End with a line that says "{hidden["ending"]}"'
     if rng.random() < 0.25:
         hidden["title"] = True
-        prompt += " Put the number of characters of the first word in square brackets on a line before everything else."
+        prompt += (
+            " Put the number of characters of the first word in square brackets on a line before everything else."
+        )
     return Item(prompt, _render(chosen, hidden), hidden)
 
 
@@ -142,8 +147,8 @@ def score_instruction(answer: str, item: Item) -> bool:
     The listed words have to be of the topic's word list, all different, and the answer must hold nothing else.
 
     >>> hidden = {"topic": "animals", "count": 3, "case": "upper", "order": "alphabetical", "layout": "comma"}
-    >>> score_instruction("ANT, CAT, OWL", Item("", "", hidden)), score_instruction("CAT, ANT, OWL", Item("", "", hidden))
-    (True, False)
+    >>> [score_instruction(answer, Item("", "", hidden)) for answer in ("ANT, CAT, OWL", "CAT, ANT, OWL")]
+    [True, False]
     """
     hidden = item.hidden
     lines = answer.strip().split("\n")

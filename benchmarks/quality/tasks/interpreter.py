@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .words import listed
+
 __all__ = ["ProgramError", "run_function"]
 
 _FUEL = 20_000
@@ -44,16 +46,17 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (abs, all, any, bool, enumerate, int, len, list, max, min, range, reversed, set, sorted, str, sum, zip)
-}
+_PLAIN = (abs, all, any, bool, float, int, len, max, min, sum)
+_MAKERS = (enumerate, list, range, reversed, set, sorted, str, zip)
+_FUNCTIONS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (*_PLAIN, *_MAKERS)}
 _METHODS: dict[type, set[str]] = {
     str: set(
-        "capitalize count endswith find index isalpha isdigit islower isupper join lower replace split startswith strip "
-        "title upper".split()
+        listed(
+            "capitalize count endswith find index isalpha isdigit islower isupper join lower replace split startswith "
+            "strip title upper"
+        )
     ),
-    list: set("append count extend index insert pop remove reverse sort".split()),
+    list: set(listed("append count extend index insert pop remove reverse sort")),
     set: {"add"},
 }
 _VALUES = (bool, int, float, str, list, tuple, set, range, type(None))
@@ -63,12 +66,12 @@ class ProgramError(Exception):
     """The program cannot be run: not of the language, out of budget, or it failed."""
 
 
-class _Return(Exception):  # noqa: N818  (control flow)
+class _Return(Exception):
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
-class _Loop(Exception):  # noqa: N818  (control flow)
+class _Loop(Exception):
     def __init__(self, ends: bool) -> None:
         self.ends = ends
 

@@ -9,7 +9,7 @@ from ..family_example import generate_word_problems, score_word_problem
 from .base import Item
 from .words import FIRST_NAMES, THINGS
 
-#: Of gsm_symbolic's solutions, those up to this many characters are taken (about two thirds), so that decoding is quick.
+#: Of gsm_symbolic's solutions, those up to this many characters are taken (two thirds), so that decoding is quick.
 _LONGEST_SOLUTION = 280
 _CLOSING = "Give the result as your final answer. Do not include units."
 

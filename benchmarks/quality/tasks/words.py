@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-FIRST_NAMES = (
+
+def listed(text: str) -> list[str]:
+    """The words of a text.
+
+    >>> listed("ant bee")
+    ['ant', 'bee']
+    """
+    return text.split()
+
+
+FIRST_NAMES = listed(
     "Ada Amir Bea Boris Carla Chen Dina Emil Farah Gus Hana Ivo Jana Kofi Lena Milo Nora Omar Petra Quinn Rosa Sami "
     "Tara Uri Vera Will Xenia Yara Zane"
-).split()
+)
 
 #: Countable things, singular to plural.
 THINGS = {
@@ -33,11 +43,11 @@ THINGS = {
     "vase": "vases",
 }
 
-_SMALL = (
+_SMALL = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_TENS = listed("_ _ twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def number_word(number: int) -> str:
