@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks.quality {base,data,run,merge,report,pieces}``. See ``README.md``."""
+"""Command line: ``python -m benchmarks.quality {base,data,run,quantized,merge,report,pieces}``. See ``README.md``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .cells import ExpertId, collect, merge
 from .data import missing, write_split
 from .experts import ExpertFolder, load_pieces, save_pieces
 from .family_example import installed_gguf, prepare_base
-from .methods import METHODS
+from .methods import METHODS, OURS
+from .quantized_base import measure_over_quantized_base
 from .report import write_report
 from .runner import Budget, Plan, Runner, plan_as_json
 from .smoke import tiny_base
@@ -100,6 +101,22 @@ def _run_plan(arguments: argparse.Namespace, plan: Plan, base: Path, work: Path,
     print("done" if done else "stopped before the time limit; run the same command to go on")
 
 
+def _quantized(arguments: argparse.Namespace) -> None:
+    experts = [ExpertId.parse(label, seed) for seed in arguments.seeds for label in arguments.experts]
+    work = arguments.work_dir
+    for bits in arguments.bits:
+        measure_over_quantized_base(
+            arguments.base or work / "base",
+            work,
+            arguments.data or work / "data",
+            experts,
+            arguments.methods,
+            bits=bits,
+            items=arguments.items,
+            device=torch.device(arguments.device),
+        )
+
+
 def _merge(arguments: argparse.Namespace) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.inputs]
     _write_json(arguments.output, merge(results))
@@ -160,6 +177,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--smoke", action="store_true", help="everything tiny, on a random base")
     command.add_argument("--output", type=Path, default=Path("benchmarks/results/quality.json"))
     command.set_defaults(run=_run)
+
+    command = commands.add_parser("quantized", help="measure over a bitsandbytes base; the next run collects it")
+    command.add_argument("--work-dir", type=Path, required=True)
+    command.add_argument("--base", type=Path)
+    command.add_argument("--data", type=Path)
+    command.add_argument("--experts", type=_list_of(_ALL_EXPERTS), default=_ALL_EXPERTS)
+    command.add_argument("--methods", type=_list_of(["expert", *OURS]), default=["expert", "ours-2bit"])
+    command.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    command.add_argument("--bits", type=lambda text: [int(bits) for bits in text.split(",")], default=[4, 8])
+    command.add_argument("--items", type=int, default=2000)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=_quantized)
 
     command = commands.add_parser("merge", help="several results as one")
     command.add_argument("inputs", type=Path, nargs="+")

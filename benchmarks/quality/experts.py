@@ -37,7 +37,10 @@ class ExpertFolder:
         """Write weights and then the account, which says that the weights are whole."""
         self._folder.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous().cpu() for key, value in weights.items()}, self._weights)
-        self._training.write_text(json.dumps(training), encoding="utf-8")
+        # Moved into place, since another process may be reading.
+        partial = self._training.with_suffix(".partial")
+        partial.write_text(json.dumps(training), encoding="utf-8")
+        partial.replace(self._training)
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameter's name to its value."""

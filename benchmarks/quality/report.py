@@ -58,8 +58,8 @@ def _row(label: str, cells: list[Cell], references: dict[tuple[str, int], Cell])
     low, high = confidence_interval(right, items)
     seconds = _mean(cell.get("seconds") for cell in cells)
     peak = _mean(cell.get("peak_bytes") for cell in cells)
-    kl = _mean(cell["divergence"]["kl"] for cell in cells)
-    top1 = _mean(cell["divergence"]["top1"] for cell in cells)
+    compared: list[dict[str, Any]] = [cell["divergence"] for cell in cells if "divergence" in cell]
+    kl, top1 = (_mean(found[key] for found in compared) for key in ("kl", "top1"))
     linear, rest = (round(_mean(cell[key] for cell in cells) or 0) for key in ("linear_bytes", "rest_bytes"))
     columns = [
         label,
@@ -68,8 +68,8 @@ def _row(label: str, cells: list[Cell], references: dict[tuple[str, int], Cell])
         f"{linear + rest:,}",
         f"{100 * right / items:.2f} ({100 * low:.1f}–{100 * high:.1f})",
         _lost(cells, references),
-        f"{kl:.4f}",
-        f"{100 * (top1 or 0):.2f}",
+        "" if kl is None else f"{kl:.4f}",
+        "" if top1 is None else f"{100 * top1:.2f}",
         "" if seconds is None else f"{seconds:.1f}",
         "" if peak is None else f"{peak / 2**20:,.0f}",
     ]

@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .tasks import Item
 
-__all__ = ["completion_text", "encode_items", "encode_prompts"]
+__all__ = ["completion_text", "encode_items", "encode_prompts", "prompt_text"]
 
 
-def _prompt_text(item: Item) -> str:
+def prompt_text(item: Item) -> str:
+    """The user's turn and the markup after which the answer starts."""
     return f"<|im_start|>user\n{item.prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -26,7 +27,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[list[int]]:
     """Token ids of each prompt, up to where the answer starts."""
-    return _encode(tokenizer, [_prompt_text(item) for item in items])
+    return _encode(tokenizer, [prompt_text(item) for item in items])
 
 
 def encode_items(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[tuple[list[int], int]]:

@@ -36,7 +36,7 @@ def test_programs_give_what_python_gives(data):
     "body",
     [
         "for a, b in zip([1, 2], [3, 4]):\n        if a == 2:\n            break\n        c = a * b\n    return c",
-        "n = 0\n    while n < 9:\n        n += 1\n        if n % 2:\n            continue\n        if n > 6: break\n    return n",
+        "n = 0\n    while n < 9:\n        n += 1\n        if n % 2: continue\n        if n > 6: break\n    return n",
         "return [i * w for i, w in enumerate(['a', 'bc']) if w]",
         "return sorted(['bb', 'a', 'ccc'], key=lambda w: (-len(w), w))",
         "return max([3, 1], default=0) if 1 < 2 <= 2 else min([])",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.cells import CellStore, ExpertId, merge
 from benchmarks.quality.data import write_split
 from benchmarks.quality.experts import ExpertFolder, load_pieces, save_pieces
+from benchmarks.quality.methods import OURS
+from benchmarks.quality.methods.ours import ours
+from benchmarks.quality.quantized_base import measure_over_quantized_base
 from benchmarks.quality.report import markdown
 from benchmarks.quality.runner import Budget, Plan, Runner
 from benchmarks.quality.tasks import TASKS
@@ -203,6 +207,36 @@ def test_an_expert_counts_as_trained_once_its_weights_are_whole(tmp_path):
 def test_heavy_is_heavier_than_light():
     assert STRENGTHS["heavy"].steps > STRENGTHS["light"].steps
     assert STRENGTHS["heavy"].learning_rate > STRENGTHS["light"].learning_rate
+
+
+@pytest.mark.slow
+def test_deltas_are_measured_over_a_quantised_base(runner, pair, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    runner.train(EXPERT, plan())
+    runner.run(plan("expert"), Budget(None, 1))
+    measure_over_quantized_base(
+        pair.base,
+        tmp_path / "work",
+        tmp_path / "data",
+        [EXPERT],
+        ["expert", "ours-2bit"],
+        bits=8,
+        items=4,
+        device=torch.device("cpu"),
+        calibration=8,
+        batch_size=3,
+        max_new_tokens=3,
+    )
+    cells = {cell["method"]: cell for cell in runner.cells.cells()}
+    assert set(cells) == {"expert", "expert@8bit-base", "ours-2bit@8bit-base"}
+    weights = cells["expert"]["linear_weights"]
+    # One byte a weight and a scale a row of the checkpoint; 2 bits, steps and 16 of 32 channels in 16 bit of the delta.
+    assert weights < cells["expert@8bit-base"]["linear_bytes"] < 1.5 * weights
+    assert cells["ours-2bit@8bit-base"]["linear_weights"] == weights
+    found = ours(dataclasses.replace(pair.inputs, expert=runner.folder(EXPERT).load()), OURS["ours-2bit"])
+    assert cells["ours-2bit@8bit-base"]["linear_bytes"] == found.linear_bytes
+    head = {**HEAD, "experts": {}, "cells": list(cells.values())}
+    assert "| ours-2bit@8bit-base |" in markdown(head)
 
 
 @pytest.mark.slow

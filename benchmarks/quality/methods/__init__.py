@@ -12,7 +12,7 @@ from .low_rank import mixed_precision_svd, truncated_svd
 from .ours import linear_budget, ours
 from .stepped import bitdelta, compress_stepped, rounded
 
-__all__ = ["METHODS", "Compressed", "Inputs", "Method", "dense_weights", "rest_bytes"]
+__all__ = ["METHODS", "OURS", "Compressed", "Inputs", "Method", "dense_weights", "rest_bytes"]
 
 _SALIENT = 16
 #: The layers that get the second bit at 1.5 bits, which are half of SmolLM2-135M's linear weights.
@@ -33,10 +33,25 @@ def _svd(inputs: Inputs, *, bits: int, channels: int, mixed: bool) -> Compressed
     return (mixed_precision_svd if mixed else truncated_svd)(inputs, linear_budget(inputs, bits, channels))
 
 
-def _ours(name: str, about: str, **config: object) -> Method:
-    settings = MESwitchConfig(**config)  # type: ignore[arg-type]
-    return Method(name, f"this package, {about}", partial(ours, config=settings))
-
+#: How the package compresses, by the name of the method.
+OURS = {
+    "ours-1bit-plain": MESwitchConfig(bits=1, salient_channels=0),
+    "ours-1bit": MESwitchConfig(bits=1, salient_channels=_SALIENT),
+    "ours-1bit-columns": MESwitchConfig(bits=1, salient_channels=0, column_steps=True),
+    "ours-1.5bit": MESwitchConfig(bits=1, salient_channels=_SALIENT, layer_bits=_HALF),
+    "ours-2bit": MESwitchConfig(bits=2, salient_channels=_SALIENT),
+    "ours-2bit-plain": MESwitchConfig(bits=2, salient_channels=0),
+    "ours-3bit": MESwitchConfig(bits=3, salient_channels=_SALIENT),
+}
+_ABOUT_OURS = {
+    "ours-1bit-plain": "1 bit, no salient channels",
+    "ours-1bit": "1 bit, 16 salient channels",
+    "ours-1bit-columns": "1 bit, no salient channels, steps a row and a column",
+    "ours-1.5bit": "1 bit, 2 in half of the layers, 16 salient channels",
+    "ours-2bit": "2 bits, 16 salient channels",
+    "ours-2bit-plain": "2 bits, no salient channels",
+    "ours-3bit": "3 bits, 16 salient channels",
+}
 
 METHODS = {
     method.name: method
@@ -78,18 +93,9 @@ METHODS = {
             "8/3/2-bit singular vectors in the bytes of ours-2bit",
             partial(_svd, bits=2, channels=_SALIENT, mixed=True),
         ),
-        _ours("ours-1bit-plain", "1 bit, no salient channels", bits=1, salient_channels=0),
-        _ours("ours-1bit", "1 bit, 16 salient channels", bits=1, salient_channels=_SALIENT),
-        _ours(
-            "ours-1bit-columns",
-            "1 bit, no salient channels, steps a row and a column",
-            bits=1,
-            salient_channels=0,
-            column_steps=True,
+        *(
+            Method(name, f"this package, {about}", partial(ours, config=OURS[name]))
+            for name, about in _ABOUT_OURS.items()
         ),
-        _ours("ours-1.5bit", "1 bit, 2 in half of the layers", bits=1, salient_channels=_SALIENT, layer_bits=_HALF),
-        _ours("ours-2bit", "2 bits, 16 salient channels", bits=2, salient_channels=_SALIENT),
-        _ours("ours-2bit-plain", "2 bits, no salient channels", bits=2, salient_channels=0),
-        _ours("ours-3bit", "3 bits, 16 salient channels", bits=3, salient_channels=_SALIENT),
     )
 }

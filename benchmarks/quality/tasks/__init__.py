@@ -16,6 +16,6 @@ TASKS = {
         Task("math", generate_maths, score_maths, max_new_tokens=176),
         Task("code", generate_functions, score_function, max_new_tokens=88),
         Task("json", generate_receipts, score_receipt, max_new_tokens=112),
-        Task("instruct", generate_instructions, score_instruction, max_new_tokens=88),
+        Task("instruct", generate_instructions, score_instruction, max_new_tokens=112),
     )
 }

@@ -262,7 +262,7 @@ def _by_example(rng: Random) -> tuple[str, str, list[str]]:
 def generate_functions(seed: int) -> Iterator[Item]:
     """Endless items; the same seed gives the same ones."""
     rng = Random(seed)
-    kinds = (_numbers, _numbers, _strings, _steps, _by_example, _by_example)
+    kinds = (_numbers, _strings, _steps, _by_example, _by_example, _by_example)
     while True:
         kind = rng.choice(kinds)
         what, parameter, body = kind(rng)

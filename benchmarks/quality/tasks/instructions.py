@@ -84,7 +84,7 @@ def ordered(words: list[str], order: str) -> bool:
 def _instruction(rng: Random) -> Item | None:
     """One item; `None` where the constraints that were drawn leave too few words."""
     topic = rng.choice(list(TOPICS))
-    hidden: dict[str, Any] = {"topic": topic, "count": rng.randint(3, 9), "case": "lower", "order": None}
+    hidden: dict[str, Any] = {"topic": topic, "count": rng.randint(4, 12), "case": "lower", "order": None}
     words = list(TOPICS[topic])
     asked = []
     if rng.random() < 0.35:
