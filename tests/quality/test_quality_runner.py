@@ -230,7 +230,7 @@ def test_deltas_are_measured_over_a_quantised_base(runner, pair, tmp_path):
     cells = {cell["method"]: cell for cell in runner.cells.cells()}
     assert set(cells) == {"expert", "expert@8bit-base", "ours-2bit@8bit-base"}
     weights = cells["expert"]["linear_weights"]
-    # One byte a weight and a scale a row of the checkpoint; 2 bits, steps and 16 of 32 channels in 16 bit of the delta.
+    # Of the checkpoint, one byte a weight and a scale a row.
     assert weights < cells["expert@8bit-base"]["linear_bytes"] < 1.5 * weights
     assert cells["ours-2bit@8bit-base"]["linear_weights"] == weights
     found = ours(dataclasses.replace(pair.inputs, expert=runner.folder(EXPERT).load()), OURS["ours-2bit"])
