@@ -19,7 +19,7 @@ from .family_example import installed_gguf, prepare_base
 from .methods import METHODS, OURS
 from .quantized_base import measure_over_quantized_base
 from .report import write_report
-from .runner import Budget, Plan, Runner, plan_as_json
+from .runner import CALIBRATION, Budget, Plan, Runner, plan_as_json
 from .smoke import tiny_base
 from .tasks import TASKS
 from .training import STRENGTHS, Strength
@@ -53,10 +53,17 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     experts = [ExpertId.parse(label, seed) for seed in arguments.seeds for label in arguments.experts]
     plan = Plan(
-        experts, arguments.methods, arguments.items, batch_size=arguments.batch_size, exact_rest=not arguments.own_rest
+        experts,
+        arguments.methods,
+        arguments.items,
+        calibration=arguments.calibration,
+        calibration_task=arguments.calibration_task,
+        batch_size=arguments.batch_size,
+        exact_rest=not arguments.own_rest,
     )
     data = arguments.data or arguments.work_dir / "data"
-    for task in missing(data, {expert.task: TASKS[expert.task] for expert in experts}.values()):
+    needed = {expert.task for expert in experts} | ({arguments.calibration_task} - {None})
+    for task in missing(data, [TASKS[name] for name in sorted(needed)]):
         write_split(data, task, train=arguments.train_items, test=arguments.test_items)
     base = arguments.base or arguments.work_dir / "base"
     _run_plan(arguments, plan, base, arguments.work_dir, data)
@@ -74,7 +81,6 @@ def _smoke(arguments: argparse.Namespace, folder: Path) -> tuple[Plan, Path, Pat
         arguments.methods,
         items=8,
         divergence_items=4,
-        calibration=8,
         distillation_steps=2,
         batch_size=5,
         exact_rest=not arguments.own_rest,
@@ -170,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     command.add_argument("--items", type=int, default=2000)
     command.add_argument("--batch-size", type=int, default=1024, help="prompts decoded at once")
+    command.add_argument("--calibration", type=int, default=CALIBRATION, help="sequences")
+    command.add_argument("--calibration-task", choices=list(TASKS), help="another than the expert's own")
     command.add_argument("--own-rest", action="store_true", help="embeddings and norms as each method stores them")
     command.add_argument("--budget-seconds", type=float, help="stop before this, keeping what is done")
     command.add_argument("--compile", action="store_true", help="compile the layers for training")

@@ -24,7 +24,10 @@ from .tasks import TASKS, Item
 from .text import encode_items, encode_prompts
 from .training import STRENGTHS, Strength, compile_layers, fine_tune
 
-__all__ = ["Budget", "Plan", "Runner"]
+__all__ = ["CALIBRATION", "Budget", "Plan", "Runner"]
+
+#: Calibration sequences in the main comparison.
+CALIBRATION = 256
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Plan:
         items: held-out items of each expert.
         divergence_items: of these, how many reference answers KL and agreement are measured on.
         calibration: training sequences that methods may calibrate and train on.
+        calibration_task: of another task than the expert's, to see what the wrong domain costs.
         distillation_steps: optimiser steps of the methods that train.
         batch_size: prompts decoded at once.
         exact_rest: whether embeddings and norms are the expert's own for every method.
@@ -49,7 +53,8 @@ class Plan:
     methods: Sequence[str]
     items: int = 2000
     divergence_items: int = 256
-    calibration: int = 256
+    calibration: int = CALIBRATION
+    calibration_task: str | None = None
     distillation_steps: int = 200
     batch_size: int = 1024
     exact_rest: bool = True
@@ -57,12 +62,26 @@ class Plan:
     max_new_tokens: int = 10**6
     train_items: int | None = None
 
+    def label(self, method: str) -> str:
+        """A method's name in the results: with what departs from the rules of the main comparison.
+
+        >>> Plan([], [], calibration=8, exact_rest=False).label("ours-2bit")
+        'ours-2bit+calibration8+own-rest'
+        """
+        changes = {
+            f"calibration{self.calibration}": self.calibration != CALIBRATION,
+            f"calibration-{self.calibration_task}": self.calibration_task is not None,
+            "own-rest": not self.exact_rest,
+        }
+        return "+".join([method, *(change for change, made in changes.items() if made)])
+
     def settings(self) -> dict[str, Any]:
         """What a cell has to have been made with to count as done."""
         return {
             "items": self.items,
             "divergence_items": self.divergence_items,
             "calibration": self.calibration,
+            "calibration_task": self.calibration_task,
             "distillation_steps": self.distillation_steps,
             "exact_rest": self.exact_rest,
         }
@@ -148,7 +167,7 @@ class Runner:
                 training = self.train(expert, plan)
                 budget.spent(f"train {expert.strength}", time.monotonic() - started)
                 print(f"{expert}: trained in {training['seconds']} s, loss {training['last_loss']}", flush=True)
-            missing = [name for name in plan.methods if not self.cells.has(expert, name, plan.settings())]
+            missing = [name for name in plan.methods if not self.cells.has(expert, plan.label(name), plan.settings())]
             if missing and not self._measure(expert, plan, missing, budget):
                 return False
         return True
@@ -198,7 +217,8 @@ class Runner:
         weights = self.folder(expert).load(self._device)
         self._put(weights)
         states, head = reference_states(self._model, references), self._head().clone()
-        calibration_items = load_split(self._data, task, "train")[: plan.calibration]
+        calibration_task = task if plan.calibration_task is None else TASKS[plan.calibration_task]
+        calibration_items = load_split(self._data, calibration_task, "train")[: plan.calibration]
         sequences = encode_items(self._tokenizer, calibration_items)
         calibration_started = time.perf_counter()
         moments = collect_moments(self._model, sequences)
@@ -223,10 +243,10 @@ class Runner:
                 "top1": round(compared.top1, 6),
                 "positions": compared.positions,
             }
-            self.cells.write(expert, name, plan.settings(), values)
+            self.cells.write(expert, plan.label(name), plan.settings(), values)
             budget.spent(name, time.monotonic() - started)
             print(
-                f"{expert} {name}: {values['right']} of {values['items']}, KL {compared.kl:.4f}, "
+                f"{expert} {plan.label(name)}: {values['right']} of {values['items']}, KL {compared.kl:.4f}, "
                 f"{values['linear_bytes']:,} bytes, {time.monotonic() - started:.1f} s",
                 flush=True,
             )

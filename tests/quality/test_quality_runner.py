@@ -30,7 +30,7 @@ def runner(pair, tmp_path):
 
 
 def plan(*methods: str, **changes) -> Plan:
-    settings = {"items": 4, "divergence_items": 2, "calibration": 4, "max_new_tokens": 4, "batch_size": 4}
+    settings = {"items": 4, "divergence_items": 2, "max_new_tokens": 4, "batch_size": 4}
     strengths = {"light": Strength(2, 1e-3, 4)}
     return Plan([EXPERT], methods, strengths=strengths, **{**settings, **changes})
 
@@ -56,6 +56,21 @@ def test_what_is_done_is_not_done_again(runner, monkeypatch):
     # Other settings make other cells.
     assert runner.run(plan("bitdelta", items=3), Budget(None, 1))
     assert len(measured) == 2
+
+
+def test_what_departs_from_the_main_comparison_is_a_method_of_its_own(runner, tmp_path):
+    write_split(tmp_path / "data", TASKS["json"], train=16, test=3)
+    main_plan = plan("expert", "ours-2bit")
+    other = plan("ours-2bit", calibration_task="json", exact_rest=False)
+    assert runner.run(main_plan, Budget(None, 1))
+    assert runner.run(other, Budget(None, 1))
+    cells = {cell["method"]: cell for cell in runner.cells.cells()}
+    assert set(cells) == {"expert", "ours-2bit", "ours-2bit+calibration-json+own-rest"}
+    own = cells["ours-2bit+calibration-json+own-rest"]
+    # The package stores which rows of the embedding it holds beside the rows.
+    assert own["rest_bytes"] > cells["ours-2bit"]["rest_bytes"]
+    assert own["linear_bytes"] == cells["ours-2bit"]["linear_bytes"]
+    assert own["divergence"] != cells["ours-2bit"]["divergence"]
 
 
 def test_a_trained_expert_is_the_same_again_and_differs_from_another_seed(runner):
