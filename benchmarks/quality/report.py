@@ -129,6 +129,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+#: As many as share no factor with the ten colours, so that the first 70 methods all look different.
+_MARKERS = "osD^vP*"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Exact match against the bytes of the linears' deltas, a panel an expert."""
     import matplotlib
@@ -141,32 +145,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
     columns = min(4, len(experts))
     rows = math.ceil(len(experts) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    # The base is left out: it answers next to nothing, and its line would press the others together.
     shown = sorted({cell["method"] for cell in cells} - {_EXPERT, "base"})
-    families = sorted({name.rsplit("-", 1)[0] if name.startswith("ours") else name.split("-")[0] for name in shown})
-    colours = {family: f"C{number % 10}" for number, family in enumerate(families)}
+    styles = {name: (f"C{number % 10}", _MARKERS[number % len(_MARKERS)]) for number, name in enumerate(shown)}
     for panel in axes.flat[len(experts) :]:
         panel.set_visible(False)
     for panel, expert in zip(axes.flat, experts, strict=False):
         own = [cell for cell in cells if cell["expert"] == expert]
-        for name, style in ((_EXPERT, "-"), ("base", ":")):
-            flat = [cell for cell in own if cell["method"] == name]
-            if flat:
-                share = sum(cell["right"] for cell in flat) / sum(cell["items"] for cell in flat)
-                panel.axhline(100 * share, color="black", linestyle=style, linewidth=1, label=name)
-        for name in shown:
-            group = [cell for cell in own if cell["method"] == name]
+        points = {name: [cell for cell in own if cell["method"] == name] for name in (_EXPERT, *shown)}
+        for name, group in points.items():
             if not group:
                 continue
-            family = next(f for f in sorted(families, key=len, reverse=True) if name.startswith(f))
-            share = sum(cell["right"] for cell in group) / sum(cell["items"] for cell in group)
-            panel.plot(
-                group[0]["linear_bytes"] / 2**20,
-                100 * share,
-                "*" if name.startswith("ours") else "o",
-                color=colours[family],
-                markersize=9 if name.startswith("ours") else 6,
-                label=name,
-            )
+            share = 100 * sum(cell["right"] for cell in group) / sum(cell["items"] for cell in group)
+            if name == _EXPERT:
+                panel.axhline(share, color="black", linewidth=1, label=name)
+                continue
+            colour, marker = styles[name]
+            size = group[0]["linear_bytes"] / 2**20
+            panel.plot(size, share, marker, color=colour, markersize=9 if name.startswith("ours") else 6, label=name)
         panel.set(title=expert, xlabel="linears of the delta, MiB", ylabel="exact match, %")
         panel.grid(alpha=0.3)
     drawn = [panel.get_legend_handles_labels() for panel in axes.flat]
