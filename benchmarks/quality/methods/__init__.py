@@ -1,0 +1,101 @@
+"""The methods that are compared, by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transformers_meswitch import MESwitchConfig
+
+from .base import Compressed, Inputs, Method, dense_weights, rest_bytes
+from .distillation import distil
+from .low_rank import mixed_precision_svd, truncated_svd
+from .ours import linear_budget, ours
+from .stepped import bitdelta, compress_stepped, rounded
+
+__all__ = ["METHODS", "OURS", "Compressed", "Inputs", "Method", "dense_weights", "rest_bytes"]
+
+_SALIENT = 16
+#: The layers that get the second bit at 1.5 bits, which are half of SmolLM2-135M's linear weights.
+_HALF = {r"(self_attn\.\w+|down_proj)$": 2}
+
+
+def _rounded(inputs: Inputs, *, distilled: bool = False, **how: object) -> Compressed:
+    layers = rounded(inputs, **how)  # type: ignore[arg-type]
+    return compress_stepped(distil(inputs, layers, steps=inputs.distillation_steps) if distilled else layers)
+
+
+def _bitdelta(inputs: Inputs, *, distilled: bool) -> Compressed:
+    layers = bitdelta(inputs)
+    return compress_stepped(distil(inputs, layers, steps=inputs.distillation_steps) if distilled else layers)
+
+
+def _svd(inputs: Inputs, *, bits: int, channels: int, mixed: bool) -> Compressed:
+    return (mixed_precision_svd if mixed else truncated_svd)(inputs, linear_budget(inputs, bits, channels))
+
+
+#: How the package compresses, by the name of the method.
+OURS = {
+    "ours-1bit-plain": MESwitchConfig(bits=1, salient_channels=0),
+    "ours-1bit": MESwitchConfig(bits=1, salient_channels=_SALIENT),
+    "ours-1bit-columns": MESwitchConfig(bits=1, salient_channels=0, column_steps=True),
+    "ours-1.5bit": MESwitchConfig(bits=1, salient_channels=_SALIENT, layer_bits=_HALF),
+    "ours-2bit": MESwitchConfig(bits=2, salient_channels=_SALIENT),
+    "ours-2bit-plain": MESwitchConfig(bits=2, salient_channels=0),
+    "ours-3bit": MESwitchConfig(bits=3, salient_channels=_SALIENT),
+}
+_ABOUT_OURS = {
+    "ours-1bit-plain": "1 bit, no salient channels",
+    "ours-1bit": "1 bit, 16 salient channels",
+    "ours-1bit-columns": "1 bit, no salient channels, steps a row and a column",
+    "ours-1.5bit": "1 bit, 2 in half of the layers, 16 salient channels",
+    "ours-2bit": "2 bits, 16 salient channels",
+    "ours-2bit-plain": "2 bits, no salient channels",
+    "ours-3bit": "3 bits, 16 salient channels",
+}
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("expert", "the full-precision expert", None),
+        Method("base", "the base in the expert's place", None),
+        Method("rtn-2bit", "2 bits, step a row, round to nearest", partial(_rounded, bits=2)),
+        Method("rtn-3bit", "3 bits, step a row, round to nearest", partial(_rounded, bits=3)),
+        Method(
+            "magnitude-2bit",
+            "2 bits, step a row, 16 salient channels by magnitude",
+            partial(_rounded, bits=2, channels=_SALIENT, saliency="magnitude"),
+        ),
+        Method(
+            "meswitch-2bit",
+            "2 bits, step a row, 16 salient channels by reconstruction error",
+            partial(_rounded, bits=2, channels=_SALIENT),
+        ),
+        Method(
+            "meswitch-2bit-distilled",
+            "ME-Switch as published: the same with steps distilled",
+            partial(_rounded, bits=2, channels=_SALIENT, distilled=True),
+        ),
+        Method("bitdelta", "1 bit, one scalar a matrix", partial(_bitdelta, distilled=False)),
+        Method("bitdelta-distilled", "BitDelta as published: scalars distilled", partial(_bitdelta, distilled=True)),
+        Method("svd-1bit", "truncated SVD in the bytes of 1 bit", partial(_svd, bits=1, channels=0, mixed=False)),
+        Method(
+            "svd-2bit",
+            "truncated SVD in the bytes of ours-2bit",
+            partial(_svd, bits=2, channels=_SALIENT, mixed=False),
+        ),
+        Method(
+            "mixed-svd-1bit",
+            "8/3/2-bit singular vectors in the bytes of 1 bit",
+            partial(_svd, bits=1, channels=0, mixed=True),
+        ),
+        Method(
+            "mixed-svd-2bit",
+            "8/3/2-bit singular vectors in the bytes of ours-2bit",
+            partial(_svd, bits=2, channels=_SALIENT, mixed=True),
+        ),
+        *(
+            Method(name, f"this package, {about}", partial(ours, config=OURS[name]))
+            for name, about in _ABOUT_OURS.items()
+        ),
+    )
+}
