@@ -279,7 +279,7 @@ def check_vocabulary(
 
 
 def _check_assistant(switch: ExpertSwitch, row: str | None, assistant: Any) -> None:
-    """Refuse an assistant without tokenizers to translate between, unless it has the row's ids and the logits' width."""
+    """Refuse an assistant without tokenizers to translate between, unless it has the row's ids and logits."""
     own = vars(assistant).get("_meswitch_switch")
     if own is switch:
         return

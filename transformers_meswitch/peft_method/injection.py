@@ -125,7 +125,7 @@ def plan_injection(
         )
     switch = switch_of(model)
     taken = switch.experts if switch else ()
-    check_expert_name(name, taken, _base_module_names(model))
+    check_expert_name(name, taken, (module for module, _ in model.named_modules()))
     if switch is not None and switch.merged is not None:
         raise UnsupportedOperationError(
             f"Expert {switch.merged!r} is merged into the base weights; call unmerge_adapter() before loading "
@@ -137,12 +137,6 @@ def plan_injection(
     _check_vocabulary(model, config, targets)
     _check_weights_at_hand(model, targets)
     return targets
-
-
-def _base_module_names(model: nn.Module) -> set[str]:
-    """Module names of the base, as they are without the wrapped layers of other experts."""
-    names = (name.replace(".base_layer", "") for name, _ in model.named_modules())
-    return {name for name in names if f".{LEAF_PREFIX}" not in name}
 
 
 def _check_placement(model: PreTrainedModel) -> None:
