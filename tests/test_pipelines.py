@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from tests.fixtures_models import CODE_EOS, CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
@@ -196,3 +197,18 @@ def test_an_explicit_copy_of_the_bases_tokenizer_is_replaced(tiny_family: TinyFa
     pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_family.base))
     with pipe._tokenizer_of({"expert": "code"}):
         assert len(pipe.tokenizer) == CODE_VOCAB_SIZE
+
+
+def test_inputs_of_any_kind_with_an_expert_each(tiny_family: TinyFamily, expected: Any) -> None:
+    """In a ``PeftModel`` too."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    model = PeftModel.from_pretrained(base, tiny_family.deltas["math"], adapter_name="math")
+    model.load_adapter(tiny_family.deltas["code"], adapter_name="code")
+    pipe = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny_family.base))
+    texts, experts = ["2+2=", "3+3="], ["code", "math"]
+    for inputs in (texts, tuple(texts), iter(texts)):
+        found = ask(pipe, inputs, expert=experts)
+        assert [f["generated_text"] for f in found] == [expected(e, t) for e, t in zip(experts, texts, strict=True)]
+    assert ask(pipe, CHAT, expert="code") == expected("code", CHAT)
+    with pytest.raises(ValueError, match="2 experts were named for 1 inputs"):
+        ask(pipe, "2+2=", expert=experts)

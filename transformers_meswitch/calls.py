@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedOperationError
+from .errors import UnsupportedModelError, UnsupportedOperationError
+from .peft_method.deltas import StoredDelta
 from .peft_method.switch import ExpertSwitch
 
 __all__ = ["ExpertCallMixin"]
@@ -28,6 +29,7 @@ class ExpertCallMixin:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone; another number of
                 ``adapter_names`` than rows; ``expert``.
+            UnsupportedModelError: the model was offloaded by accelerate.
         """
         switch = self._meswitch_switch
         if "expert" in kwargs:
@@ -52,6 +54,8 @@ class ExpertCallMixin:
                 "are no longer chosen, so gradients would be wrong. Choose one with set_expert(), or call "
                 "gradient_checkpointing_disable()."
             )
+        if "_hf_hook" in vars(self):
+            self._refuse_offload()
         with switch.batch_of(batch):
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             logits = getattr(output, "logits", None)
@@ -59,6 +63,15 @@ class ExpertCallMixin:
                 # Capping, which comes after the head, makes finite numbers of the head's -inf.
                 output.logits = switch.mask_unknown(logits)
         return output
+
+    def _refuse_offload(self) -> None:
+        first = next((m for m in self.modules() if isinstance(m, StoredDelta)), None)  # type: ignore[attr-defined]
+        if first is not None and next(first.parameters()).is_meta:
+            raise UnsupportedModelError(
+                "The weights of the experts are on the device 'meta': the model was offloaded after they were loaded, "
+                "which deltas do not support. Keep the model on devices that hold all of it, or load the base "
+                "quantised with bitsandbytes."
+            )
 
     def _checkpoints_gradients(self) -> bool:
         # Releases of transformers differ in what they call the property that says so.

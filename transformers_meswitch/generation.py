@@ -63,7 +63,7 @@ class ExpertGenerationMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router, experts
-                named twice, different experts with ``cache_implementation="paged"``.
+                named twice, different experts with ``cache_implementation="paged"``, an assistant of another vocabulary.
             ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
@@ -90,6 +90,9 @@ class ExpertGenerationMixin:
         if padding is not None:
             readable = prompt.masked_fill(padding, 0)  # type: ignore[union-attr]
             inputs, kwargs = (inputs, {**kwargs, "input_ids": readable}) if inputs is None else (readable, kwargs)
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and kwargs.get("assistant_tokenizer") is None and batch == 1:
+            _check_assistant(switch, rows[0], assistant)
         changed = self._row_endings(rows, prompt, generation_config, kwargs)
         pad = changed.get("pad_token_id")
         if generation_config is not None:
@@ -117,7 +120,8 @@ class ExpertGenerationMixin:
             if chosen is not None:
                 return chosen
             configs = [vars(c) for c in (generation_config, self.generation_config) if hasattr(c, "expert")]
-            expert = configs[0]["expert"] if configs else switch.active_expert
+            # A default is no wish for an expert while adapters are disabled.
+            expert = configs[0]["expert"] if configs and not switch.disabled else switch.active_expert
         if not (expert is None or isinstance(expert, str | Iterable)):
             known_expert(expert, switch.experts)  # which refuses it
         if not isinstance(expert, str) and isinstance(expert, Iterable):
@@ -278,6 +282,21 @@ def check_vocabulary(
             f"the row with model.tokenizer_for({expert!r})."
         )
     return unknown
+
+
+def _check_assistant(switch: ExpertSwitch, row: str | None, assistant: Any) -> None:
+    """Refuse an assistant without tokenizers to translate between, unless it has the row's ids and logits."""
+    own = vars(assistant).get("_meswitch_switch")
+    if own is switch:
+        return
+    width = assistant.config.get_text_config().vocab_size
+    known = width if own is None else own.vocab_size(own.active_expert)
+    if not switch.vocab_size(row) == known == width == switch.vocab_capacity:
+        raise UnsupportedOperationError(
+            f"The assistant knows {known} ids and its logits are {width} wide; {named(row)} knows "
+            f"{switch.vocab_size(row)} and the logits of this model are {switch.vocab_capacity} wide, which must be "
+            "the same. Give tokenizer= and assistant_tokenizer= as well, or use prompt_lookup_num_tokens= instead."
+        )
 
 
 def _put_back(output: Any, prompt: torch.Tensor, padding: torch.Tensor) -> None:

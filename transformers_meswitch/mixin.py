@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_utils import LoadStateDictInfo
+from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from .calls import ExpertCallMixin
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
@@ -130,9 +130,10 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
             local_files_only: do not ask the Hub.
             adapter_kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ...
             load_config: transformers' own, from which download arguments are taken.
-            **kwargs: the same as ``adapter_kwargs``.
+            **kwargs: the same as ``adapter_kwargs``; fields of transformers' ``LoadStateDictConfig`` have no effect.
 
         Raises:
+            TypeError: an argument that transformers does not know either.
             MESwitchError: the delta is malformed, belongs to another base, or its name is taken; the model is as it
                 was before.
         """
@@ -141,6 +142,10 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
                 "hotswap=True is not supported: experts differ in shape. Load the new expert under another name, "
                 "set_expert() to it, and delete_adapter() the old one."
             )
+        known = {*_DOWNLOAD_ARGUMENTS, *(field.name for field in dataclasses.fields(LoadStateDictConfig))}
+        unknown = next((key for key in kwargs if key not in known), None)
+        if unknown is not None:
+            raise TypeError(f"load_adapter() got an unexpected keyword argument {unknown!r}")
         name = "default" if adapter_name is None else adapter_name
         download = {**getattr(load_config, "download_kwargs", {}), **(adapter_kwargs or {}), **kwargs}
         download = {key: download[key] for key in _DOWNLOAD_ARGUMENTS if download.get(key) is not None}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from peft import PeftModel
 from transformers import TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -35,12 +36,18 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._explicit_tokenizer = True
         super().__init__(*args, **kwargs)
-        if isinstance(self.model, MESwitchMixin) and self.tokenizer is not None:
-            defaults = {str(self.model.name_or_path), str(self.model._meswitch_source)}
+        if self._experts_model is not None and self.tokenizer is not None:
+            defaults = {str(self._experts_model.name_or_path), str(self._experts_model._meswitch_source)}
             self._explicit_tokenizer = str(getattr(self.tokenizer, "name_or_path", "")) not in defaults
             expert = self._expert(self._forward_params)
             if not self._explicit_tokenizer and expert is not None:
                 self.tokenizer = self._left_padded(expert)
+
+    @property
+    def _experts_model(self) -> Any:
+        """The model with experts, which may be inside a ``PeftModel``; `None` for a model without."""
+        inner = self.model.base_model.model if isinstance(self.model, PeftModel) else self.model
+        return inner if isinstance(inner, MESwitchMixin) else None
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
@@ -56,7 +63,7 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
         """Complete the prompts as in transformers.
 
         Args:
-            text_inputs: as in transformers.
+            text_inputs: as in transformers; where a list of experts is given, a generator is read to its end first.
             *args: as in transformers.
             **kwargs: as in transformers, and ``expert``: a name for all inputs, or a list with one for each input;
                 inputs of one expert are batched together.
@@ -68,6 +75,8 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
         if experts is None or isinstance(experts, str):
             return super().__call__(text_inputs, *args, **kwargs)
         experts = list(experts)
+        if not isinstance(text_inputs, (str, list)) and isinstance(text_inputs, Iterable):
+            text_inputs = list(text_inputs)
         is_chat = isinstance(text_inputs, list) and bool(text_inputs) and isinstance(text_inputs[0], dict)
         if not isinstance(text_inputs, list) or is_chat or len(text_inputs) != len(experts):
             given = len(text_inputs) if isinstance(text_inputs, list) and not is_chat else 1
@@ -83,24 +92,25 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
 
     def _expert(self, parameters: dict[str, Any]) -> str | None:
         """The expert of a call, by the precedence of ``generate``."""
-        expert = parameters.get("expert", _UNSET)
+        model, expert = self._experts_model, parameters.get("expert", _UNSET)
         if expert is _UNSET:
             # Releases differ in whether a pipeline keeps a generation config of its own.
             configs = (parameters.get("generation_config"), vars(self).get("generation_config"))
             stated = [vars(c) for c in (*configs, self.model.generation_config) if hasattr(c, "expert")]
-            expert = stated[0]["expert"] if stated else self.model.active_expert
-        return expert if isinstance(expert, str) and expert in self.model.experts else None
+            defaults = bool(stated) and not model._meswitch_switch.disabled
+            expert = stated[0]["expert"] if defaults else model.active_expert
+        return expert if isinstance(expert, str) and expert in model.experts else None
 
     def _left_padded(self, expert: str | None) -> Any:
         """An expert's tokenizer for batches of prompts, another object than the caller gets of ``tokenizer_for``."""
-        tokenizer = self.model.tokenizer_for(expert, padding_side="left")
+        tokenizer = self._experts_model.tokenizer_for(expert, padding_side="left")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     @contextmanager
     def _tokenizer_of(self, parameters: dict[str, Any]) -> Iterator[None]:
-        if not isinstance(self.model, MESwitchMixin) or self._explicit_tokenizer:
+        if self._experts_model is None or self._explicit_tokenizer:
             yield
             return
         token = _AT_WORK.set((self, self._left_padded(self._expert(parameters))))

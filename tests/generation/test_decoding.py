@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from tests.fixtures_models import TinyFamily
 from tests.generation.conftest import NAMES, PROMPT
 from tests.generation.equality import same_answer
+from transformers_meswitch.errors import UnsupportedOperationError
 
 NEW = 8
 NO_EOS: dict[str, Any] = {"eos_token_id": 999, "pad_token_id": 0}
@@ -104,3 +106,16 @@ def test_classifier_free_guidance(family: Any, references: dict[str | None, Any]
     how: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "guidance_scale": 1.5, **NO_EOS}
     found = family.generate(PROMPT, expert="math", **how)
     assert torch.equal(found, references["math"].generate(PROMPT, **how))
+
+
+def test_an_assistant_must_have_the_rows_vocabulary(family: Any, references: dict[str | None, Any]) -> None:
+    own = family.generate(PROMPT, expert="code", do_sample=False, max_new_tokens=8)
+    for assistant in (references["code"], family):
+        found = family.generate(PROMPT, expert="code", assistant_model=assistant, do_sample=False, max_new_tokens=8)
+        assert torch.equal(found, own)
+    for name, assistant in (("math", references[None]), ("code", references[None]), ("math", references["code"])):
+        with pytest.raises(UnsupportedOperationError, match=rf"assistant knows .*'{name}'.*assistant_tokenizer"):
+            family.generate(PROMPT, expert=name, assistant_model=assistant, do_sample=False, max_new_tokens=8)
+    other = copy.deepcopy(family)
+    with pytest.raises(UnsupportedOperationError, match=r"assistant knows 128 ids.*'code' knows 132"):
+        family.generate(PROMPT, expert="code", assistant_model=other, do_sample=False, max_new_tokens=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -99,6 +100,11 @@ def test_what_cannot_be_answered(family: Any) -> None:
         family.generate(PROMPT, expert=["math", "code"], **GREEDY)
     with pytest.raises(ExpertNotFoundError, match=r"'poet'.*'math', 'code'"):
         family.generate(PROMPT, expert="poet", **GREEDY)
+    for name in (3, [3], object()):
+        with pytest.raises(ExpertNotFoundError, match="No expert named"):
+            family.generate(PROMPT, expert=name, **GREEDY)
+    array, listed = (family.generate(PROMPT, expert=e, **GREEDY) for e in (np.array(["math"]), ["math"]))
+    assert torch.equal(array, listed)
     for auto in ("auto", ["auto"]):
         with pytest.raises(UnsupportedOperationError, match="router"):
             family.generate(PROMPT, expert=auto, **GREEDY)
@@ -112,6 +118,8 @@ def test_disabled_adapters(family: Any, references: dict[str | None, Any]) -> No
     assert same_answer(references[None], expected[0], family.generate(PROMPT, expert=None, **GREEDY, **NO_EOS)[0])
     with pytest.raises(UnsupportedOperationError, match="disabled"):
         family.generate(PROMPT, expert="math", **GREEDY)
+    family.generation_config.expert = "code"  # a default, not a wish
+    assert same_answer(references[None], expected[0], family.generate(PROMPT, **GREEDY, **NO_EOS)[0])
 
 
 def test_threads_do_not_mix(family: Any) -> None:

@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.fixtures_models import TinyFamily
 from tests.model_state import ModelState, prompt
-from transformers_meswitch.errors import DeltaFormatError, UnsupportedModelError, UnsupportedOperationError
+from transformers_meswitch.errors import (
+    DeltaFormatError,
+    ExpertNameError,
+    UnsupportedModelError,
+    UnsupportedOperationError,
+)
 
 
 def lora() -> LoraConfig:
@@ -133,6 +139,18 @@ def test_offload_to_the_cpu_is_refused_by_module(tiny_family: TinyFamily) -> Non
     assert torch.equal(hooked(prompt()).logits, logits)
 
 
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloading_a_model_with_experts_is_refused_when_it_is_called(
+    tiny_family: TinyFamily, tmp_path: Path, offload: Any
+) -> None:
+    where = {"offload_dir": tmp_path} if offload is disk_offload else {}
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.deltas["math"])
+    offload(model, execution_device=torch.device("cpu"), **where)
+    for call in (model, model.generate):
+        with pytest.raises(UnsupportedModelError, match=r"experts are on the device 'meta'.*offloaded"):
+            call(prompt())
+
+
 def test_a_model_without_any_weights_takes_an_expert_without_any(tiny_family: TinyFamily) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_family.base))
@@ -173,3 +191,25 @@ def test_an_expert_without_tensors_does_not_answer(tiny_family: TinyFamily, peft
         model(prompt())
     model.load_adapter(tiny_family.deltas["math"], adapter_name="math")
     torch.testing.assert_close(model(prompt()).logits, peft_model(prompt()).logits[..., :128], atol=1e-5, rtol=0)
+
+
+def test_arguments_that_nobody_knows_are_refused_on_every_load(tiny_family: TinyFamily) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    for name in ("math", "code"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'frobnicate'"):
+            model.load_adapter(str(tiny_family.deltas[name]), adapter_name=name, frobnicate=1)
+        model.load_adapter(str(tiny_family.deltas[name]), adapter_name=name)
+
+
+def test_parts_of_tensor_names_are_no_names_whether_or_not_an_expert_is_loaded(tiny_family: TinyFamily) -> None:
+    """As the name of one expert they would take tensors from what ``PeftModel`` saves of another."""
+    keys = load_file(tiny_family.deltas["math"] / "adapter_model.safetensors")
+    parts = {part for key in keys for part in key.partition(".meswitch_delta.")[2].split(".")} | {"base_layer"}
+    assert {"codes", "values", "weight", "row_index"} < parts
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    for _ in range(2):
+        for part in sorted(parts):
+            with pytest.raises(ExpertNameError, match=f"'{part}' is part of the names of experts' tensors"):
+                model.load_adapter(str(tiny_family.deltas["math"]), adapter_name=part)
+        if not getattr(model, "experts", None):
+            model.load_adapter(str(tiny_family.deltas["math"]), adapter_name="math")

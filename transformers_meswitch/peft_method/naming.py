@@ -19,6 +19,22 @@ __all__ = ["BASE_NAMES", "RESERVED_NAMES", "check_expert_name", "known_expert", 
 BASE_NAMES = ("__base__", "base")
 RESERVED_NAMES = ("auto", *BASE_NAMES)
 _RESERVED_CHARACTERS = ":/@"
+#: Parts of the keys of any expert's tensors, by which PEFT would drop them when it saves another expert.
+_KEY_PARTS = frozenset(
+    [
+        "base_layer",
+        "bias",
+        "codes",
+        "column_step",
+        "row_index",
+        "rows",
+        "salient",
+        "salient_index",
+        "step",
+        "values",
+        "weight",
+    ]
+)
 
 
 def module_key(name: str) -> str:
@@ -55,6 +71,11 @@ def check_expert_name(name: object, taken: Collection[str], module_names: Iterab
         raise ExpertNameError(f"{name!r} holds {bad!r}; the characters ': / @' are reserved. Choose another name.")
     if name in taken:
         raise ExpertNameError(f"An expert named {name!r} is already loaded. Delete it first or choose another name.")
+    if name in _KEY_PARTS:
+        raise ExpertNameError(
+            f"{name!r} is part of the names of experts' tensors, which PEFT would take for that expert's. Choose "
+            "another name."
+        )
     if LEAF_PREFIX in name or name.lower() == PEFT_TYPE.lower():
         raise ExpertNameError(f"{name!r} collides with the PEFT prefix {LEAF_PREFIX!r}; choose another name.")
     dotted = f".{name}."

@@ -39,7 +39,7 @@ class _FollowsSwitch:
 
 
 @functools.cache
-def _following(base: type) -> type:
+def _following(base: Any) -> Any:
     # The base's own name: libraries compare class names.
     return type(base.__name__, (_FollowsSwitch, base), {"__module__": base.__module__})
 
@@ -53,4 +53,5 @@ def follow_switch(model: Any) -> None:
     """Let ``model.active_adapter`` be what the switch of the model inside says. Idempotent."""
     if not isinstance(model, _FollowsSwitch):
         model.__dict__["_noted_adapter"] = model.__dict__.pop("active_adapter")
-        model.__class__ = _following(type(model))
+        base: Any = type(model)
+        model.__class__ = _following(base)
