@@ -63,7 +63,8 @@ class ExpertGenerationMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router, experts
-                named twice, different experts with ``cache_implementation="paged"``, an assistant of another vocabulary.
+                named twice, different experts with ``cache_implementation="paged"``, an assistant of another
+                vocabulary.
             ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
