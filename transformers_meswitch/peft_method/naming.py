@@ -26,6 +26,7 @@ _KEY_PARTS = frozenset(
         "bias",
         "codes",
         "column_step",
+        "exact_index",
         "row_index",
         "rows",
         "salient",

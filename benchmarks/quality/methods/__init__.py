@@ -7,6 +7,7 @@ from functools import partial
 from transformers_meswitch import MESwitchConfig
 
 from .base import Compressed, Inputs, Method, dense_weights, rest_bytes
+from .compensated import compensated
 from .distillation import distil
 from .low_rank import mixed_precision_svd, truncated_svd
 from .ours import linear_budget, ours
@@ -39,6 +40,7 @@ OURS = {
     "ours-1bit": MESwitchConfig(bits=1, salient_channels=_SALIENT),
     "ours-1bit-columns": MESwitchConfig(bits=1, salient_channels=0, column_steps=True),
     "ours-1.5bit": MESwitchConfig(bits=1, salient_channels=_SALIENT, layer_bits=_HALF),
+    "ours-1bit-salient-columns": MESwitchConfig(bits=1, salient_channels=_SALIENT, column_steps=True),
     "ours-2bit": MESwitchConfig(bits=2, salient_channels=_SALIENT),
     "ours-2bit-plain": MESwitchConfig(bits=2, salient_channels=0),
     "ours-3bit": MESwitchConfig(bits=3, salient_channels=_SALIENT),
@@ -47,6 +49,7 @@ _ABOUT_OURS = {
     "ours-1bit-plain": "1 bit, no salient channels",
     "ours-1bit": "1 bit, 16 salient channels",
     "ours-1bit-columns": "1 bit, no salient channels, steps a row and a column",
+    "ours-1bit-salient-columns": "1 bit, 16 salient channels, steps a row and a column",
     "ours-1.5bit": "1 bit, 2 in half of the layers, 16 salient channels",
     "ours-2bit": "2 bits, 16 salient channels",
     "ours-2bit-plain": "2 bits, no salient channels",
@@ -96,6 +99,26 @@ METHODS = {
         *(
             Method(name, f"this package, {about}", partial(ours, config=OURS[name]))
             for name, about in _ABOUT_OURS.items()
+        ),
+        Method(
+            "ours-1bit-diagonal",
+            "this package, 1 bit, 16 salient channels, fitted to each channel's energy alone",
+            partial(ours, config=OURS["ours-1bit"], diagonal=True),
+        ),
+        Method(
+            "ours-2bit-diagonal",
+            "this package, 2 bits, 16 salient channels, fitted to each channel's energy alone",
+            partial(ours, config=OURS["ours-2bit"], diagonal=True),
+        ),
+        Method(
+            "compensated-1bit",
+            "ours-1bit with codes rounded by GPTQ",
+            partial(compensated, bits=1, channels=_SALIENT),
+        ),
+        Method(
+            "compensated-2bit",
+            "ours-2bit with codes rounded by GPTQ",
+            partial(compensated, bits=2, channels=_SALIENT),
         ),
     )
 }

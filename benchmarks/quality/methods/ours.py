@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from transformers_meswitch import MESwitchConfig
 from transformers_meswitch.compression.driver import compress_modules
-from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
-from transformers_meswitch.delta_format.spec import LinearRecord, ModuleRecord, RowsRecord, ValuesRecord
-from transformers_meswitch.errors import CompressionError
+from transformers_meswitch.compression.linear import reconstruct_linear
+from transformers_meswitch.compression.rows import coded_index
+from transformers_meswitch.delta_format.spec import (
+    LinearRecord,
+    ModuleRecord,
+    QuantizedRowsRecord,
+    RowsRecord,
+    ValuesRecord,
+)
 
 from .base import Compressed, Inputs, State
 
-__all__ = ["accepts_full_moments", "linear_budget", "ours"]
-
-
-@functools.cache
-def accepts_full_moments() -> bool:
-    """Whether ``compress_linear`` takes the whole second moment matrix of a layer's inputs, or its diagonal only."""
-    try:
-        compress_linear(torch.ones(2, 3), bits=2, salient_channels=0, second_moment=torch.eye(3))
-    except CompressionError:
-        return False
-    return True
+__all__ = ["leaf_bytes", "linear_budget", "ours"]
 
 
 class StateParameters:
@@ -58,22 +52,24 @@ class StateParameters:
         """A module's own parameters by name."""
         return {key: self._value(full) for key, full in self._owned[module].items()}
 
+    def announce(self, module: str) -> None:
+        """Nothing to fetch: all is in memory."""
+
 
 def leaf_bytes(tensors: dict[str, Tensor]) -> int:
     """Bytes of a module's tensors, which are stored as they are."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def ours(inputs: Inputs, config: MESwitchConfig) -> Compressed:
+def ours(inputs: Inputs, config: MESwitchConfig, *, diagonal: bool = False) -> Compressed:
     """The delta that ``meswitch compress`` makes of the expert, calibrated.
 
     Args:
         inputs: the expert.
         config: bits, salient channels and column steps.
+        diagonal: fit to the second moments' diagonal alone, to tell what the rest of them is worth.
     """
-    moments = dict(inputs.moments)
-    if not accepts_full_moments():
-        moments = {name: moment.diagonal().contiguous() for name, moment in moments.items()}
+    moments = {name: moment.diagonal() if diagonal else moment for name, moment in inputs.moments.items()}
     result = Compressed({}, 0, rest_bytes=0)
     modules = compress_modules(
         inputs.model,
@@ -99,18 +95,20 @@ def ours(inputs: Inputs, config: MESwitchConfig) -> Compressed:
 
 
 def _rest(name: str, record: ModuleRecord, tensors: dict[str, Tensor], base: State) -> dict[str, Tensor]:
-    """Parameters of a module that is no linear, by full name.
-
-    Raises:
-        NotImplementedError: a kind of module that the delta format did not have when this was written.
-    """
+    """Parameters of a module that is no linear, by full name."""
     if isinstance(record, ValuesRecord):
         return {f"{name}.{key}": tensors[f"values.{key}"] for key in record.shapes}
+    assert isinstance(record, RowsRecord | QuantizedRowsRecord)
+    weight = base[f"{name}.weight"][: record.num_rows].clone()
     if isinstance(record, RowsRecord):
-        weight = base[f"{name}.weight"][: record.num_rows].clone()
         weight[tensors["row_index"].long()] = tensors["rows"]
         return {f"{name}.weight": weight}
-    raise NotImplementedError(f"{name} is stored as {type(record).__name__}; teach benchmarks/quality to read it")
+    coded = coded_index(record, tensors)
+    delta = reconstruct_linear(record.as_linear(record.coded_rows), tensors)
+    weight[coded] = (weight[coded].float() + delta).to(weight.dtype)
+    if record.exact_rows:
+        weight[tensors["exact_index"].long()] = tensors["rows"]
+    return {f"{name}.weight": weight}
 
 
 def linear_budget(inputs: Inputs, bits: int, channels: int) -> dict[str, int]:
