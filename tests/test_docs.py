@@ -229,10 +229,10 @@ def test_every_error_type_is_in_troubleshooting_or_says_all_itself() -> None:
     """The page has those whose message leaves a question; the rest name the argument that was wrong."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     self_explanatory = {
-        "CompressionError",
         "ExpertNameError",
         "ExpertNotFoundError",
         "MESwitchError",
         "UnsupportedModelError",
+        "VerificationError",
     }
     assert {name for name in errors.__all__ if f"`{name}: " not in page} == self_explanatory

@@ -14,7 +14,7 @@ import torch
 
 from transformers_meswitch.compression.linear import reconstruct_linear
 from transformers_meswitch.delta_format.reader import check_delta, open_delta
-from transformers_meswitch.delta_format.spec import FORMAT_VERSION, LinearRecord, tensor_key
+from transformers_meswitch.delta_format.spec import FORMAT_RELEASES, FORMAT_VERSION, LinearRecord, tensor_key
 from transformers_meswitch.delta_format.writer import write_delta
 from transformers_meswitch.errors import DeltaFormatError
 
@@ -110,7 +110,8 @@ def test_todays_writer_keeps_everything(delta, tmp_path):
     # All that version 1 can hold means the same in later versions, and only the latest is written.
     config = dataclasses.replace(delta.config, format_version=FORMAT_VERSION)
     again = open_delta(write_delta(tmp_path, config, delta.tensors()))
-    assert again.config.to_dict() == delta.config.to_dict() | {"format_version": FORMAT_VERSION}
+    newest = {"format_version": FORMAT_VERSION, "format_release": FORMAT_RELEASES[FORMAT_VERSION]}
+    assert again.config.to_dict() == delta.config.to_dict() | newest
     with pytest.raises(DeltaFormatError, match=f"format_version is 1; this release writes {FORMAT_VERSION} only"):
         write_delta(tmp_path, delta.config, delta.tensors())
     for key, tensor in delta.tensors().items():

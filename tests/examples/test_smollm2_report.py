@@ -124,18 +124,7 @@ def test_tables_and_transcript_show_each_row_and_no_path(results, tmp_path):
 
 @pytest.mark.parametrize(
     "heading",
-    [
-        pytest.param(
-            heading,
-            marks=pytest.mark.xfail(
-                heading in ("Setting", "Lost and won", "Mixed batches"),
-                raises=KeyError,
-                strict=True,
-                reason="the result file is of a run from before these were recorded",
-            ),
-        )
-        for heading in report.TABLES
-    ],
+    list(report.TABLES),
 )
 def test_the_page_shows_the_tables_of_the_result_file(heading):
     results = json.loads((ROOT / "benchmarks" / "results" / "smollm2_family.json").read_text())

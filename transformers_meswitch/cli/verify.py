@@ -105,7 +105,7 @@ def _render(evidence: Evidence) -> str:
     width = max(map(len, errors), default=0)
     lines = [f"{name.ljust(width)}  {error:.4f}" for name, error in errors.items()]
     if lines:
-        lines = [f"{'linear layer'.ljust(width)}  relative error", f"{'-' * width}  {'-' * 14}", *lines]
+        lines = [f"{'quantised layer'.ljust(width)}  relative error", f"{'-' * width}  {'-' * 14}", *lines]
         lines += [f"{'mean'.ljust(width)}  {weights.mean:.4f}", ""]
     if text is not None:
         perplexities = (text.perplexity_base, text.perplexity_delta, text.perplexity_expert)

@@ -48,7 +48,7 @@ class WeightEvidence:
     """What the checkpoints tell without running them.
 
     Attributes:
-        relative_errors: linear layer to ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of its weight.
+        relative_errors: linear layer, embedding or output head to ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of what is quantised.
         weights_by_bits: bits of a code, as a string, to the number of weights coded with so many.
     """
 
@@ -57,7 +57,7 @@ class WeightEvidence:
 
     @property
     def mean(self) -> float | None:
-        """Mean over the layers; `None` of a delta without linear layers."""
+        """Mean over the layers; `None` of a delta without quantised ones."""
         errors = self.relative_errors.values()
         return sum(errors) / len(errors) if errors else None
 
