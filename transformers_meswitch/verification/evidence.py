@@ -49,7 +49,7 @@ class WeightEvidence:
 
     Attributes:
         relative_errors: linear layer, embedding or output head to ``‖Δ − Δ̂‖ / ‖Δ‖`` (Frobenius) of what is quantised.
-        weights_by_bits: bits of a code, as a string, to the number of weights coded with so many.
+        weights_by_bits: bits of a code, as a string, to the number of weights of linears coded with so many.
     """
 
     relative_errors: dict[str, float]

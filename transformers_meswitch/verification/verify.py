@@ -26,7 +26,7 @@ from ..compression.sources import Source, locate
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
-from ..delta_format.spec import LinearRecord, QuantizedRowsRecord
+from ..delta_format.spec import LinearRecord
 from ..errors import CheckpointError, VerificationError
 from ..inspection import relative_errors
 from ..modeling import MESwitchModelForCausalLM
@@ -150,8 +150,6 @@ def _folder(source: Source) -> str:
 def _weights_by_bits(delta: Delta) -> dict[str, int]:
     counts: dict[str, int] = {}
     for record in delta.records.values():
-        if isinstance(record, QuantizedRowsRecord):
-            record = record.as_linear(record.coded_rows)
         if isinstance(record, LinearRecord):
             bits = str(record.bits)
             counts[bits] = counts.get(bits, 0) + record.out_features * record.coded_channels
