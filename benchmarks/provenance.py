@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["device_name", "provenance"]
+__all__ = ["device_name", "provenance", "write_result"]
 
 _PACKAGES = ("torch", "transformers", "peft", "huggingface_hub", "safetensors", "triton", "bitsandbytes")
 
@@ -41,6 +43,12 @@ def provenance(module: str, device: str) -> dict[str, Any]:
         "device": device,
         "versions": versions,
     }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_output(arguments: list[str]) -> list[str]:

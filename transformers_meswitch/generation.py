@@ -127,9 +127,7 @@ class ExpertGenerationMixin:
             known_expert(expert, switch.experts)  # which refuses it
         if not isinstance(expert, str) and isinstance(expert, Iterable):
             expert = list(expert)
-        if expert == "auto" or (
-            isinstance(expert, list) and any(name is not None and name == "auto" for name in expert)
-        ):
+        if expert == "auto" or (isinstance(expert, list) and "auto" in expert):
             raise UnsupportedOperationError(
                 "expert='auto' needs a router, and this family has none. Name the expert: "
                 f"{', '.join(map(repr, switch.experts)) or 'none is loaded'}."

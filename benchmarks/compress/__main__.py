@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compress.random_pair import SHAPES, shape_of, write_pair
-from benchmarks.provenance import device_name, provenance
+from benchmarks.provenance import device_name, provenance, write_result
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -149,8 +149,7 @@ def main() -> None:
         "rows": rows,
     }
     output = args.output or RESULTS / f"compress_{args.shape}_{args.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(output, result)
     print(render(rows))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from benchmarks.load.random_family import SHAPES as load_shapes
 from transformers_meswitch.compression.sources import meta_model
 from transformers_meswitch.delta_format.serialize import write_tensors
 
@@ -23,10 +24,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16,
         num_key_value_heads=4, max_position_embeddings=2048,
     ),
-    "mistral-7b": MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None,
-    ),
+    "mistral-7b": load_shapes["mistral-7b"],
 }  # fmt: skip
 
 

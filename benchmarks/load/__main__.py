@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import resource
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from benchmarks.load.random_family import SHAPES, write_base, write_delta_repo
-from benchmarks.provenance import device_name, provenance
+from benchmarks.provenance import device_name, provenance, write_result
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -250,8 +249,7 @@ def main() -> None:
         "rows": rows,
     }
     output = args.output or RESULTS / f"load_{args.shape}_{args.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(output, result)
     print(render(rows))
 
 

@@ -8,14 +8,13 @@ No weights are made: models are built on the meta device. Writes ``benchmarks/re
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, write_result
 from benchmarks.size.architectures import ARCHITECTURES, ROUTER, ROUTER_NAME, on_meta
 from benchmarks.size.others import bitdelta_delta, dense_bytes, paper_delta
 from benchmarks.size.ours import predict
@@ -97,8 +96,7 @@ def main() -> None:
         "router_bytes": router,
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(args.output, result)
     print(render(rows))
 
 
