@@ -18,8 +18,9 @@ from .data import held_out, load_split
 from .decoding import ATTENTION, GreedyDecoder
 from .experts import ExpertFolder
 from .measures import divergence, reference_states, to_bits
-from .methods import METHODS, Compressed, Inputs, Method, dense_weights, rest_bytes
+from .methods import METHODS, Compressed, Inputs, Method, merged_weights, rest_bytes
 from .methods.base import linear_names, synchronize
+from .serving import prepare_serving, put_weights
 from .tasks import TASKS, Item
 from .text import encode_items, encode_prompts
 from .training import STRENGTHS, Strength, compile_layers, fine_tune
@@ -44,6 +45,7 @@ class Plan:
         distillation_steps: optimiser steps of the methods that train.
         batch_size: prompts decoded at once.
         exact_rest: whether embeddings and norms are the expert's own for every method.
+        merged: whether deltas are merged into the base's weights and rounded with them; else they are served apart.
         strengths: name to settings.
         max_new_tokens: cuts the tasks' own limits down.
         train_items: training items, at most.
@@ -58,6 +60,7 @@ class Plan:
     distillation_steps: int = 200
     batch_size: int = 1024
     exact_rest: bool = True
+    merged: bool = False
     strengths: dict[str, Strength] = field(default_factory=lambda: STRENGTHS)
     max_new_tokens: int = 10**6
     train_items: int | None = None
@@ -72,6 +75,7 @@ class Plan:
             f"calibration{self.calibration}": self.calibration != CALIBRATION,
             f"calibration-{self.calibration_task}": self.calibration_task is not None,
             "own-rest": not self.exact_rest,
+            "merged": self.merged,
         }
         return "+".join([method, *(change for change, made in changes.items() if made)])
 
@@ -84,6 +88,7 @@ class Plan:
             "calibration_task": self.calibration_task,
             "distillation_steps": self.distillation_steps,
             "exact_rest": self.exact_rest,
+            "merged": self.merged,
         }
 
 
@@ -130,6 +135,10 @@ class Runner:
         self._model = self._load(torch.bfloat16 if device.type == "cuda" else torch.float32)
         self._model.set_attn_implementation(ATTENTION)
         self._model.eval().requires_grad_(False)
+        prepare_serving(self._model)
+        # For methods that run it: without the second product that serving adds to every layer.
+        self._plain = self._load(self._model.dtype).eval().requires_grad_(False)
+        self._plain.set_attn_implementation(ATTENTION)
         self._base_state = {key: value.bfloat16().clone() for key, value in self._model.named_parameters()}
         self._decoder = self._new_decoder()
         self._decoded_task = ""
@@ -192,11 +201,6 @@ class Runner:
         self.folder(expert).save(weights, training)
         return training
 
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(weights[name])
-
     def _head(self) -> Tensor:
         head = self._model.get_output_embeddings()
         assert head is not None
@@ -215,7 +219,7 @@ class Runner:
         items = held_out(load_split(self._data, task, "test"), expert.seed, plan.items)
         references = encode_items(self._tokenizer, items[: plan.divergence_items])
         weights = self.folder(expert).load(self._device)
-        self._put(weights)
+        put_weights(self._model, weights, {})
         states, head = reference_states(self._model, references), self._head().clone()
         calibration_task = task if plan.calibration_task is None else TASKS[plan.calibration_task]
         calibration_items = load_split(self._data, calibration_task, "train")[: plan.calibration]
@@ -225,7 +229,7 @@ class Runner:
         synchronize()
         calibration_seconds = time.perf_counter() - calibration_started
         inputs = Inputs(
-            self._model, self._base_state, weights, moments, sequences, expert.seed, plan.distillation_steps
+            self._plain, self._base_state, weights, moments, sequences, expert.seed, plan.distillation_steps
         )
         budget.spent("expert", time.monotonic() - started)
         for name in methods:
@@ -259,7 +263,7 @@ class Runner:
         whole = rest_bytes(base, expert, linears)
         elements = sum(base[f"{name}.weight"].numel() for name in linears)
         if method.compress is None:
-            self._put(dict(expert if method.name == "expert" else base))
+            put_weights(self._model, expert if method.name == "expert" else base, {})
             full = method.name == "expert"
             return {"linear_bytes": 2 * elements * full, "rest_bytes": whole * full, "linear_weights": elements}
         cuda = self._device.type == "cuda"
@@ -274,7 +278,12 @@ class Runner:
         seconds = time.perf_counter() - started
         seconds += sum(inputs.shared_seconds(key) for key in compressed.seconds_of if key in known)
         peak = torch.cuda.max_memory_allocated() - before if cuda else None
-        self._put(dense_weights(base, expert, compressed, exact_rest=plan.exact_rest))
+        rest = expert if plan.exact_rest else {**expert, **compressed.rest}
+        if plan.merged:
+            put_weights(self._model, merged_weights(base, rest, compressed.deltas), {})
+        else:
+            inside = {f"{name}.weight": base[f"{name}.weight"] for name in linears}
+            put_weights(self._model, {**rest, **inside}, compressed.deltas)
         own = compressed.rest_bytes is not None and not plan.exact_rest
         return {
             "linear_bytes": compressed.linear_bytes,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.calibration import collect_moments
 from benchmarks.quality.measures import reference_states
-from benchmarks.quality.methods import METHODS, dense_weights, rest_bytes
+from benchmarks.quality.methods import METHODS, merged_weights, rest_bytes
 from benchmarks.quality.methods.distillation import _Weight, distil
 from benchmarks.quality.methods.low_rank import (
     mixed_precision_svd,
@@ -162,7 +162,7 @@ def test_distillation_brings_the_logits_nearer_and_leaves_the_codes(pair, make):
         states = []
         for weights in (
             dict(inputs.expert),
-            dense_weights(inputs.base, inputs.expert, compress_stepped(found), exact_rest=True),
+            merged_weights(inputs.base, inputs.expert, compress_stepped(found).deltas),
         ):
             with torch.no_grad():
                 for name, parameter in inputs.model.named_parameters():
@@ -189,7 +189,7 @@ CONFIGS = [
 def test_ours_is_the_delta_repo_that_is_written(pair, config, tmp_path):
     compress(pair.base, pair.expert, tmp_path / "delta", config, progress=False)
     # Inputs of which no channel is used more than another weigh as no calibration does.
-    even = {name: torch.eye(len(moment)) for name, moment in pair.inputs.moments.items()}
+    even = {name: torch.ones(len(moment)) for name, moment in pair.inputs.moments.items()}
     found = ours(dataclasses.replace(pair.inputs, moments=even), config)
     stored = 0
     with safe_open(tmp_path / "delta" / "adapter_model.safetensors", framework="pt") as file:
@@ -198,7 +198,7 @@ def test_ours_is_the_delta_repo_that_is_written(pair, config, tmp_path):
             stored += tensor.numel() * tensor.element_size()
     assert found.linear_bytes + found.rest_bytes == stored
     assert 0 < found.rest_bytes < rest_bytes(pair.inputs.base, pair.inputs.expert, pair.inputs.linears())
-    weights = dense_weights(pair.inputs.base, pair.inputs.expert, found, exact_rest=False)
+    weights = merged_weights(pair.inputs.base, {**pair.inputs.expert, **found.rest}, found.deltas)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "delta", dtype=torch.bfloat16)
     loaded.merge_adapter()
     merged = dict(loaded.state_dict())
@@ -235,7 +235,7 @@ def test_every_method_comes_nearer_to_the_expert_than_the_base_is(pair, name):
     assert set(found.deltas) == set(pair.inputs.linears())
     assert found.linear_bytes > 0
     assert relative_error(pair.inputs, found) < 0.9
-    weights = dense_weights(pair.inputs.base, pair.inputs.expert, found, exact_rest=True)
+    weights = merged_weights(pair.inputs.base, pair.inputs.expert, found.deltas)
     assert set(weights) == set(pair.inputs.expert)
     for key, value in weights.items():
         if "proj" not in key:

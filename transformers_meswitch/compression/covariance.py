@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .levels import divisor, nearest_levels
 
-__all__ = ["Absorption", "fit_column_steps", "fit_levels_and_step", "refit_step", "salient_absorption"]
+__all__ = ["Absorption", "fit_column_steps", "fit_levels_and_step", "refit_step", "row_gain", "salient_absorption"]
 
 #: The alternation stops when no row gains this share of its error, at the latest after so many rounds.
 _GAIN = 1e-3
@@ -103,6 +103,25 @@ def _products(delta: Tensor, levels: Tensor, covariance: Tensor) -> tuple[Tensor
     """``d C qᵀ`` and ``q C qᵀ`` of each row."""
     projected = levels @ covariance
     return (delta * projected).sum(dim=1), (levels * projected).sum(dim=1)
+
+
+def row_gain(delta: Tensor, levels: Tensor, covariance: Tensor, step: Tensor) -> Tensor:
+    """How much less than all of its energy ``d C dᵀ`` each row loses at given levels and steps.
+
+    Args:
+        delta: float32 ``[out, n]``.
+        levels: float32 ``[out, n]``, times the column steps if there are some.
+        covariance: float32 ``[n, n]``.
+        step: float32 ``[out]``.
+
+    Returns:
+        float32 ``[out]``; negative where the row would better be left out.
+
+    >>> row_gain(torch.tensor([[3.0]]), torch.tensor([[0.5]]), torch.eye(1), torch.tensor([4.0])).item()
+    8.0
+    """
+    product, square = _products(delta, levels, covariance)
+    return step * (2 * product - step * square)
 
 
 def _optimum(product: Tensor, square: Tensor, step: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..delta_format.spec import LinearRecord
 from ..errors import CompressionError
+from .compensation import compensate
 from .covariance import fit_column_steps, fit_levels_and_step, refit_step, salient_absorption
 from .levels import codes_of, dequantize, dequantize_packed, quantize
 from .packing import pack
@@ -168,6 +169,7 @@ def _fit_covariance(delta: Tensor, bits: int, covariance: Tensor, steps: _Steps)
     if column is not None:
         column = fit_column_steps(delta, levels, covariance, row, column)
         row = refit_step(delta, levels * column, covariance, row)
+    levels, row, column = compensate(delta, bits, covariance, levels, row, column)
     unused = (row == 0)[:, None] if column is None else (row == 0)[:, None] | (column == 0)
     return _Steps(row, column), codes_of(levels, bits).masked_fill_(unused, 0)
 

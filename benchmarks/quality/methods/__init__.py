@@ -6,18 +6,15 @@ from functools import partial
 
 from transformers_meswitch import MESwitchConfig
 
-from .base import Compressed, Inputs, Method, dense_weights, rest_bytes
-from .compensated import compensated
+from .base import Compressed, Inputs, Method, merged_weights, rest_bytes
 from .distillation import distil
 from .low_rank import mixed_precision_svd, truncated_svd
 from .ours import linear_budget, ours
 from .stepped import bitdelta, compress_stepped, rounded
 
-__all__ = ["METHODS", "OURS", "Compressed", "Inputs", "Method", "dense_weights", "rest_bytes"]
+__all__ = ["METHODS", "OURS", "Compressed", "Inputs", "Method", "merged_weights", "rest_bytes"]
 
 _SALIENT = 16
-#: The layers that get the second bit at 1.5 bits, which are half of SmolLM2-135M's linear weights.
-_HALF = {r"(self_attn\.\w+|down_proj)$": 2}
 
 
 def _rounded(inputs: Inputs, *, distilled: bool = False, **how: object) -> Compressed:
@@ -36,23 +33,21 @@ def _svd(inputs: Inputs, *, bits: int, channels: int, mixed: bool) -> Compressed
 
 #: How the package compresses, by the name of the method.
 OURS = {
-    "ours-1bit-plain": MESwitchConfig(bits=1, salient_channels=0),
-    "ours-1bit": MESwitchConfig(bits=1, salient_channels=_SALIENT),
-    "ours-1bit-columns": MESwitchConfig(bits=1, salient_channels=0, column_steps=True),
-    "ours-1.5bit": MESwitchConfig(bits=1, salient_channels=_SALIENT, layer_bits=_HALF),
-    "ours-1bit-salient-columns": MESwitchConfig(bits=1, salient_channels=_SALIENT, column_steps=True),
-    "ours-2bit": MESwitchConfig(bits=2, salient_channels=_SALIENT),
+    "ours-1bit": MESwitchConfig(bits=1, salient_channels=0, column_steps=True),
+    "ours-1bit-salient": MESwitchConfig(bits=1, salient_channels=_SALIENT, column_steps=True),
     "ours-2bit-plain": MESwitchConfig(bits=2, salient_channels=0),
+    "ours-2bit-4": MESwitchConfig(bits=2, salient_channels=4),
+    "ours-2bit": MESwitchConfig(bits=2, salient_channels=_SALIENT),
+    "ours-2bit-64": MESwitchConfig(bits=2, salient_channels=64),
     "ours-3bit": MESwitchConfig(bits=3, salient_channels=_SALIENT),
 }
 _ABOUT_OURS = {
-    "ours-1bit-plain": "1 bit, no salient channels",
-    "ours-1bit": "1 bit, 16 salient channels",
-    "ours-1bit-columns": "1 bit, no salient channels, steps a row and a column",
-    "ours-1bit-salient-columns": "1 bit, 16 salient channels, steps a row and a column",
-    "ours-1.5bit": "1 bit, 2 in half of the layers, 16 salient channels",
-    "ours-2bit": "2 bits, 16 salient channels",
+    "ours-1bit": "1 bit, no salient channels, steps a row and a column",
+    "ours-1bit-salient": "1 bit, 16 salient channels, steps a row and a column",
     "ours-2bit-plain": "2 bits, no salient channels",
+    "ours-2bit-4": "2 bits, 4 salient channels",
+    "ours-2bit": "2 bits, 16 salient channels",
+    "ours-2bit-64": "2 bits, 64 salient channels",
     "ours-3bit": "3 bits, 16 salient channels",
 }
 
@@ -102,23 +97,13 @@ METHODS = {
         ),
         Method(
             "ours-1bit-diagonal",
-            "this package, 1 bit, 16 salient channels, fitted to each channel's energy alone",
+            "this package, 1 bit, steps a row and a column, fitted to each channel's energy alone",
             partial(ours, config=OURS["ours-1bit"], diagonal=True),
         ),
         Method(
             "ours-2bit-diagonal",
             "this package, 2 bits, 16 salient channels, fitted to each channel's energy alone",
             partial(ours, config=OURS["ours-2bit"], diagonal=True),
-        ),
-        Method(
-            "compensated-1bit",
-            "ours-1bit with codes rounded by GPTQ",
-            partial(compensated, bits=1, channels=_SALIENT),
-        ),
-        Method(
-            "compensated-2bit",
-            "ours-2bit with codes rounded by GPTQ",
-            partial(compensated, bits=2, channels=_SALIENT),
         ),
     )
 }

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transformers_meswitch.module_kinds import module_kinds
 
-__all__ = ["Compressed", "Inputs", "Method", "dense_weights", "linear_names", "rest_bytes"]
+__all__ = ["Compressed", "Inputs", "Method", "linear_names", "merged_weights", "rest_bytes"]
 
 State = Mapping[str, Tensor]
 
@@ -110,21 +110,18 @@ class Method:
     compress: Callable[[Inputs], Compressed] | None
 
 
-def dense_weights(base: State, expert: State, compressed: Compressed, *, exact_rest: bool) -> dict[str, Tensor]:
-    """All parameters of base + delta: linears are ``base + delta`` summed in float32 and rounded to bfloat16.
+def merged_weights(base: State, rest: State, deltas: State) -> dict[str, Tensor]:
+    """All parameters of base + delta: linears are ``base + delta`` summed in float32 and rounded to the base's dtype.
 
     Args:
         base: the base's parameters.
-        expert: the expert's.
-        compressed: what a method made of them.
-        exact_rest: whether embeddings and norms are the expert's own for every method; else the method's.
+        rest: the parameters that are not the linears', by name; the linears' play no part.
+        deltas: linear's name to its delta, float32 ``[out, in]``.
     """
-    weights = dict(expert)
-    if not exact_rest:
-        weights.update(compressed.rest)
-    for name, delta in compressed.deltas.items():
+    weights = dict(rest)
+    for name, delta in deltas.items():
         key = f"{name}.weight"
-        weights[key] = (base[key].float() + delta).to(expert[key].dtype)
+        weights[key] = (base[key].float() + delta).to(base[key].dtype)
     return weights
 
 

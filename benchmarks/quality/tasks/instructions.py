@@ -84,14 +84,14 @@ def ordered(words: list[str], order: str) -> bool:
 def _instruction(rng: Random) -> Item | None:
     """One item; `None` where the constraints that were drawn leave too few words."""
     topic = rng.choice(list(TOPICS))
-    hidden: dict[str, Any] = {"topic": topic, "count": rng.randint(4, 12), "case": "lower", "order": None}
+    hidden: dict[str, Any] = {"topic": topic, "count": rng.randint(3, 7), "case": "lower", "order": None}
     words = list(TOPICS[topic])
     asked = []
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         hidden["without"] = rng.choice("aeiorst")
         asked.append(f"none of which contains the letter {hidden['without']}")
         words = [word for word in words if hidden["without"] not in word]
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         hidden["length"] = rng.choice((4, 5, 6))
         asked.append(f"none longer than {hidden['length']} letters")
         words = [word for word in words if len(word) <= hidden["length"]]
@@ -99,9 +99,9 @@ def _instruction(rng: Random) -> Item | None:
         return None
     chosen = rng.sample(words, hidden["count"])
     if rng.random() < 0.6:
-        hidden["include"] = sorted(rng.sample(chosen, min(rng.choice((1, 1, 2, 3)), len(chosen))))
+        hidden["include"] = sorted(rng.sample(chosen, min(rng.choice((1, 1, 2)), len(chosen))))
         asked.append(f"{' and '.join(rng.sample(hidden['include'], len(hidden['include'])))} among them")
-    if rng.random() < 0.75:
+    if rng.random() < 0.5:
         hidden["order"] = rng.choice(list(_ORDERS))
         key, descending, phrases = _ORDERS[hidden["order"]]
         asked.append(rng.choice(phrases))
@@ -115,7 +115,7 @@ def _instruction(rng: Random) -> Item | None:
     if rng.random() < 0.4:
         hidden["ending"] = rng.choice(_ENDINGS)
         prompt += f' End with a line that says "{hidden["ending"]}"'
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         hidden["title"] = True
         prompt += (
             " Put the number of characters of the first word in square brackets on a line before everything else."

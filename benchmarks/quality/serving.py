@@ -1,0 +1,56 @@
+"""A model whose linears add a delta's output to the base's, as the package's layers do, with both exchanged in place.
+
+Merging rounds ``base + delta`` to bfloat16 once more, and the rounding of a small delta on a large weight is an error
+of its own, which is not the compression's; see ``docs/quality.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .methods.base import linear_names
+
+__all__ = ["prepare_serving", "put_weights"]
+
+
+class _Served(nn.Linear):
+    """``x Wᵀ + x Δ̂ᵀ``, each rounded to the dtype of ``x``: what :func:`transformers_meswitch.ops.delta_linear` adds.
+
+    Attributes:
+        delta: dense delta ``[out, in]``, in the dtype of the weight.
+    """
+
+    delta: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) + F.linear(input, self.delta)
+
+
+def prepare_serving(model: PreTrainedModel) -> None:
+    """Give every linear but the output head a delta of zeros, in place."""
+    for name in linear_names(model):
+        module = model.get_submodule(name)
+        module.__class__ = _Served
+        module.register_buffer("delta", torch.zeros_like(module.weight), persistent=False)
+
+
+@torch.no_grad()
+def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> None:
+    """Write parameters and deltas into a prepared model.
+
+    Args:
+        model: prepared by :func:`prepare_serving`.
+        weights: every parameter by its full name.
+        deltas: linear's name to its dense delta, any floating dtype; those that are left out are zero.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    for name, buffer in model.named_buffers():
+        if name.endswith(".delta"):
+            known = deltas.get(name.removesuffix(".delta"))
+            buffer.zero_() if known is None else buffer.copy_(known)
