@@ -19,7 +19,7 @@ from ..errors import DistillationError
 from .split_model import OutputHead, check_split, checkpoint_layers, hidden_states
 from .weights import TrainedDelta
 
-__all__ = ["DistillationBatch", "Distillation", "Loss"]
+__all__ = ["Distillation", "DistillationBatch", "Loss"]
 
 #: ``"kl"``: KL(expert ‖ student) in nats; ``"mse"``: mean square difference of the logits. Both a token.
 Loss = Literal["kl", "mse"]

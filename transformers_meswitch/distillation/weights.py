@@ -53,6 +53,8 @@ class TrainedDelta(nn.Module):
     salient_index: Tensor | None
     salient: Tensor | None
     bias: Tensor | None
+    _coded: Tensor | None
+    _unit: Tensor | None
 
     def __init__(
         self, record: LinearRecord, leaves: Mapping[str, Tensor], train: Collection[Trainable] = TRAINABLE
@@ -62,10 +64,10 @@ class TrainedDelta(nn.Module):
         for leaf in ("codes", "step", "column_step", "salient_index", "salient", "bias"):
             tensor = leaves.get(leaf)
             self.register_buffer(leaf, None if tensor is None else tensor.detach(), persistent=False)
-        steps, columns = "steps" in train, "salient" in train and self.salient is not None
-        self.log_step = _zeros_like(self.step) if steps else None
-        self.log_column_step = _zeros_like(self.column_step) if steps and self.column_step is not None else None
-        self.salient_shift = _zeros_like(self.salient) if columns else None
+        steps, columns = "steps" in train, "salient" in train
+        self.log_step = _zeros_like(self.step if steps else None)
+        self.log_column_step = _zeros_like(self.column_step if steps else None)
+        self.salient_shift = _zeros_like(self.salient if columns else None)
         coded = unit = None
         if self.log_column_step is not None:
             # Worked out once: finding what is not salient makes an accelerator wait for the host.
@@ -103,13 +105,13 @@ class TrainedDelta(nn.Module):
             step = step * self.log_step.exp()
         if self.log_column_step is not None and column_step is not None:
             column_step = column_step * self.log_column_step.exp()
-        if self.salient_shift is not None and salient is not None:
+        if self.salient_shift is not None and salient is not None and self._unit is not None:
             salient = salient + self.salient_shift * self._unit
         return step, column_step, salient
 
 
-def _zeros_like(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
+def _zeros_like(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(torch.zeros_like(tensor, dtype=torch.float32))
 
 
 class _Product(torch.autograd.Function):
