@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .compression.recipe import compress
 from .configuration import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig
+from .distillation.recipe import distill
 from .errors import MESwitchError
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
@@ -27,6 +28,7 @@ __all__ = [
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
     "compress",
+    "distill",
     "verify",
 ]
 

@@ -117,6 +117,7 @@ def delta_card(
         salient=" or ".join(map(str, salient)) + " a layer" if any(salient) else "none",
         saliency=config.saliency if any(salient) else None,
         calibration=calibration,
+        distilled=config.distilled,
         format_version=config.format_version,
         evidence=evidence,
     )

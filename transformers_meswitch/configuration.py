@@ -150,6 +150,8 @@ class MESwitchExpertConfig(PeftConfig):
         pad_token_id: the expert's padding token.
         expert_model_name_or_path: Hub id of the fine-tune the delta was made from.
         saliency: how salient channels were chosen, ``"reconstruction"`` or ``"weight"``.
+        distilled: how step sizes were trained on the expert's logits, see :func:`transformers_meswitch.distill`:
+            ``steps``, ``text``, and KL from the expert on held-out text, ``kl_before`` and ``kl_after``.
     """
 
     format_version: int = FORMAT_VERSION
@@ -165,6 +167,7 @@ class MESwitchExpertConfig(PeftConfig):
     pad_token_id: int | None = None
     expert_model_name_or_path: str | None = None
     saliency: str | None = None
+    distilled: dict[str, Any] | None = None
     #: PEFT reads this from every tuner's config; the modules table replaces it.
     target_modules: list[str] | None = None
 
@@ -186,6 +189,13 @@ class MESwitchExpertConfig(PeftConfig):
             raise DeltaFormatError(
                 f"adapter_config.json: modules is {type(self.modules).__name__}, expected an object."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; a delta whose steps were not distilled has nothing to say of it."""
+        content = super().to_dict()
+        if content.get("distilled") is None:
+            content.pop("distilled", None)
+        return content
 
     @classmethod
     def from_pretrained(

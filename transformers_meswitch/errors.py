@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "CompressionError",
     "DeltaFormatError",
+    "DistillationError",
     "ExpertNameError",
     "ExpertNotFoundError",
     "FormatVersionError",
@@ -70,6 +71,10 @@ class VocabularyError(MESwitchError, ValueError):
 
 class CompressionError(MESwitchError, ValueError):
     """An expert cannot be compressed against the base as asked."""
+
+
+class DistillationError(MESwitchError, ValueError):
+    """A delta's step sizes cannot be distilled as asked."""
 
 
 class VerificationError(MESwitchError, ValueError):

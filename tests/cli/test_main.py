@@ -22,7 +22,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"meswitch {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "generate", "demo"])
+@pytest.mark.parametrize("command", ["compress", "distill", "inspect", "verify", "generate", "demo"])
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"meswitch {command}" in capsys.readouterr().out.split("example")[-1]
@@ -38,6 +38,11 @@ def test_every_command_shows_an_example(command, capsys):
         ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj"],
         ["compress", "base", "expert", "-o", "x", "--layer-bits", "down_proj=7"],
         ["compress", "base", "expert", "-o", "x", "--salient-channels", "-1"],
+        ["distill", "base", "expert", "delta"],
+        ["distill", "base", "expert", "delta", "-o", "x", "--steps", "0"],
+        ["distill", "base", "expert", "delta", "-o", "x", "--batch-size", "0"],
+        ["distill", "base", "expert", "delta", "-o", "x", "--learning-rate", "nan"],
+        ["distill", "base", "expert", "delta", "-o", "x", "--device", "abacus"],
         ["inspect", "delta", "--expert", "expert"],
         ["inspect", "delta", "--layer", "model.layers.0.mlp.up_proj"],
         ["verify", "base", "expert"],

@@ -32,7 +32,7 @@ from .request import check_layer_bits, check_request
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .work_folder import partial_folder, work_folder
 
-__all__ = ["compress"]
+__all__ = ["calibration_text", "compress", "source_identity", "usable", "versions"]
 
 
 def compress(
@@ -90,7 +90,7 @@ def compress(
     """
     config = config if config is not None else MESwitchConfig()
     check_request(base, expert, output_dir, config, calibration)
-    where = _usable(device)
+    where = usable(device)
 
     def located(repo: str | os.PathLike[str], revision: str | None) -> Source:
         return locate(
@@ -113,7 +113,7 @@ def compress(
     text = moments = used = None
     if calibration is not None:
         vocab_size = expert_parameters.shapes(input_embedding(model))["weight"][0]
-        text = _calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
+        text = calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
         used = f"{describe(calibration)}: {text.samples:,} samples, {text.tokens:,} tokens"
         # On a CPU, half precision is slower than float32, where it is not missing.
         dtype = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
@@ -177,32 +177,44 @@ def _request(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that determines the tensors of a delta."""
-    from .. import __version__
-
-    def of(source: Source) -> dict[str, Any]:
-        files = [path.stat() for path in source.checkpoint.paths]
-        return {
-            "config": source.config.to_dict(),
-            "fingerprint": fingerprint_checkpoint(source.checkpoint.paths)["digest"],
-            # The fingerprint looks at a part of each tensor.
-            "files": [[file.st_size, file.st_mtime_ns] for file in files],
-        }
-
     return {
-        "base": of(base),
-        "expert": of(expert),
+        "base": source_identity(base),
+        "expert": source_identity(expert),
         "config": config.to_dict(),
         "calibration": None if text is None else text.digest(),
         "device": device.type,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_meswitch": __version__,
-        },
+        "versions": versions(),
     }
 
 
-def _usable(device: torch.device | str | None) -> torch.device:
+def source_identity(source: Source) -> dict[str, Any]:
+    """What tells a checkpoint from another, or from the same one after a change, as JSON."""
+    files = [path.stat() for path in source.checkpoint.paths]
+    return {
+        "config": source.config.to_dict(),
+        "fingerprint": fingerprint_checkpoint(source.checkpoint.paths)["digest"],
+        # The fingerprint looks at a part of each tensor.
+        "files": [[file.st_size, file.st_mtime_ns] for file in files],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: package to version."""
+    from .. import __version__
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "transformers_meswitch": __version__,
+    }
+
+
+def usable(device: torch.device | str | None) -> torch.device:
+    """The device asked for, else a CUDA device if there is one, else the CPU.
+
+    Raises:
+        CompressionError: it cannot be used here.
+    """
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where)
@@ -213,9 +225,19 @@ def _usable(device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _calibration_text(
-    source: Source, calibration: Calibration, vocab_size: int, max_tokens: int
-) -> CalibrationBatches:
+def calibration_text(source: Source, calibration: Calibration, vocab_size: int, max_tokens: int) -> CalibrationBatches:
+    """A calibration set in an expert's tokens.
+
+    Args:
+        source: the expert's files.
+        calibration: the set, see :func:`~.calibration.read_samples`.
+        vocab_size: rows of the expert's input embedding.
+        max_tokens: how many tokens to take at most.
+
+    Raises:
+        CompressionError: text that cannot be read or has too few tokens; a tokenizer that is missing or of another
+            model.
+    """
     expert = source.location
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -26,7 +26,15 @@ from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
 from ..errors import CompressionError, MESwitchError
 
-__all__ = ["FinishedModules", "ModulesInMemory", "WorkFolder", "partial_folder", "work_folder"]
+__all__ = [
+    "FinishedModules",
+    "ModulesInMemory",
+    "WorkFolder",
+    "partial_folder",
+    "request_folder",
+    "work_folder",
+    "write_whole",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +98,7 @@ class WorkFolder:
             OSError: the disk is full or not writable.
         """
         tensors = {tensor_key(name, leaf): tensor for leaf, tensor in leaves.items()}
-        path = self._folder / f"{name}{_SUFFIX}"
-        partial = self._folder / f"{name}{_UNFINISHED}"
-        metadata = {"record": json.dumps(asdict(record))}
-        try:
-            write_tensors(partial, tensor_headers(tensors), tensors.__getitem__, metadata)
-            # Windows syncs only what is open for writing.
-            with partial.open("r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self._folder / f"{name}{_SUFFIX}", tensors, {"record": json.dumps(asdict(record))})
         self.records[name] = record
 
     def tensors(self) -> TensorFiles:
@@ -110,6 +108,28 @@ class WorkFolder:
             DeltaFormatError: a file that cannot be read any more.
         """
         return TensorFiles([self._folder / f"{name}{_SUFFIX}" for name in self.records])
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file into a work folder, all of it or nothing; it survives the death of the machine.
+
+    Args:
+        path: the file; one that is there is replaced.
+        tensors: its tensors by name, on any device.
+        metadata: the file's ``__metadata__``.
+
+    Raises:
+        OSError: the disk is full or not writable; an earlier file is as it was.
+    """
+    partial = path.with_suffix(_UNFINISHED)
+    try:
+        write_tensors(partial, tensor_headers(tensors), tensors.__getitem__, metadata)
+        # Windows syncs only what is open for writing.
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> ModuleRecord | None:
@@ -127,6 +147,13 @@ def _read_record(path: Path) -> ModuleRecord | None:
 
 @contextmanager
 def work_folder(output: Path, request: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """The modules of an output that are finished; see :func:`request_folder`, whose arguments and errors it has."""
+    with request_folder(output, request) as folder:
+        yield WorkFolder(folder)
+
+
+@contextmanager
+def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
     """The work folder of an output, for this process alone while the context lasts.
 
     What an earlier run of the same request finished is found in it; what is left of another request is removed.
@@ -153,7 +180,7 @@ def work_folder(output: Path, request: Mapping[str, Any]) -> Iterator[WorkFolder
     try:
         _prepare(folder, request)
         try:
-            yield WorkFolder(folder)
+            yield folder
         except MESwitchError:
             _remove(folder)
             raise

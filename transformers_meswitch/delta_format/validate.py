@@ -58,7 +58,15 @@ _FIELDS: dict[str, type] = {
     "pad_token_id": int,
     "expert_model_name_or_path": str,
     "saliency": str,
+    "distilled": dict,
     "task_type": str,
+}
+#: Types of the fields of ``distilled``, all of which it has.
+_DISTILLED: dict[str, tuple[type, ...]] = {
+    "steps": (int,),
+    "text": (str,),
+    "kl_before": (float, int),
+    "kl_after": (float, int),
 }
 _WAY_OUT = "The delta repo is damaged or was edited; download it or compress the expert again."
 
@@ -121,6 +129,12 @@ def check_config(config: Mapping[str, Any] | MESwitchExpertConfig) -> dict[str, 
     eos = fields.get("eos_token_id")
     if isinstance(eos, list) and not all(_is(token, int) and token >= 0 for token in eos):
         problems.append(f"eos_token_id is {eos!r}, expected a list of token ids")
+    distilled = fields.get("distilled")
+    if isinstance(distilled, dict):
+        for name, kinds in _DISTILLED.items():
+            value = distilled.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                problems.append(f"distilled[{name!r}] is {value!r}, expected {kinds[0].__name__}")
     modules = fields.get("modules")
     if not isinstance(modules, Mapping) or not modules:
         problems.append(f"modules is {modules!r}, expected an object with at least one module")

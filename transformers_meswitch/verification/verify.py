@@ -22,16 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..cards import hub_id
 from ..compression.calibration import Calibration, read_samples
-from ..compression.sources import Source, locate
-from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..compression.sources import Source
 from ..delta_format.location import RepoLocation
-from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
+from ..delta_format.reader import Delta
 from ..delta_format.spec import LinearRecord
-from ..errors import CheckpointError, VerificationError
+from ..errors import VerificationError
 from ..inspection import relative_errors
 from ..modeling import MESwitchModelForCausalLM
 from .evidence import Evidence, TextEvidence, WeightEvidence, tensors_digest
 from .fidelity import Fidelity, perplexity
+from .inputs import folder_of, open_inputs
 from .saved import check_saveable, save_evidence
 
 __all__ = ["verify"]
@@ -99,27 +99,24 @@ def verify(
     """
     if save:
         check_saveable(delta)
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    opened = open_delta(resolve_delta(delta, revision=revision, **hub))
-    check_delta(opened)
-    if base_revision is None and os.fspath(base) == opened.config.base_model_name_or_path:
-        base_revision = opened.config.revision
-
-    def located(repo: str | os.PathLike[str], wanted: str | None) -> Source:
-        return locate(
-            RepoLocation(os.fspath(repo), wanted, None, token, cache_dir, local_files_only, error=CheckpointError)
-        )
-
-    of_base, of_expert = located(base, base_revision), located(expert, expert_revision)
-    if opened.config.base_fingerprint is not None:
-        found = fingerprint_checkpoint(of_base.checkpoint.paths)
-        compare_fingerprints(opened.config.base_fingerprint, found, base=str(of_base.location))
+    inputs = open_inputs(
+        base,
+        expert,
+        delta,
+        base_revision=base_revision,
+        expert_revision=expert_revision,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    of_base, of_expert, opened = inputs.base, inputs.expert, inputs.delta
 
     def bar(names: Iterable[str]) -> Iterable[str]:
         return tqdm(names, desc="Comparing weights", unit="layer", disable=not progress)
 
     weights = WeightEvidence(
-        relative_errors(opened, _folder(of_base), _folder(of_expert), progress=bar), _weights_by_bits(opened)
+        relative_errors(opened, folder_of(of_base), folder_of(of_expert), progress=bar), _weights_by_bits(opened)
     )
     text = None
     if texts is not None:
@@ -138,13 +135,8 @@ def verify(
         text=text,
     )
     if save:
-        save_evidence(opened, evidence, _folder(of_base))
+        save_evidence(opened, evidence, folder_of(of_base))
     return evidence
-
-
-def _folder(source: Source) -> str:
-    """The folder, of the user or of the Hub's cache, that holds the configuration and the weights found."""
-    return str(source.checkpoint.paths[0].parent)
 
 
 def _weights_by_bits(delta: Delta) -> dict[str, int]:
@@ -197,7 +189,7 @@ def _run(
             )
         gc.collect()  # the expert's memory is wanted for the base
         model: Any = MESwitchModelForCausalLM.from_pretrained(
-            _folder(base), experts={_DELTA: str(delta.files.directory)}, dtype=dtype
+            folder_of(base), experts={_DELTA: str(delta.files.directory)}, dtype=dtype
         )
         model.to(device).eval()
         shared = min(model._meswitch_switch.base_vocab_size, vocab_size)
@@ -326,7 +318,7 @@ def _keep_logits(
     progress: bool,
 ) -> int:
     """Run the expert, and write a piece's logits into each file; returns the size of the expert's vocabulary."""
-    model: Any = AutoModelForCausalLM.from_pretrained(_folder(expert), dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder_of(expert), dtype=dtype)
     model.to(device).eval()
     vocab_size = int(model.get_input_embeddings().num_embeddings)
     largest = max(map(max, pieces))

@@ -1,0 +1,1 @@
+"""Training a delta's step sizes on its expert's logits."""
