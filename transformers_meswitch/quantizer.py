@@ -78,8 +78,8 @@ class MESwitchHfQuantizer(HfQuantizer):
         if self.quantization_config.budget is not None:
             name, value = self.quantization_config.budget
             raise CompressionError(
-                f"{name}={value!r} is a budget, which compressing on load does not keep: it has no calibration text to "
-                "find out where bits matter. Use compress() or `meswitch compress`, or give bits."
+                f"{name}={value!r} is a budget, which compressing on load does not keep: it has no calibration text "
+                "to find out where bits matter. Use compress() or `meswitch compress`, or give bits."
             )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UnsupportedModelError("Compressing on load does not support disk offload; use compress() instead.")

@@ -76,7 +76,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--bits", type=int, choices=_BITS, help="bits a weight; default: the preset's")
     parser.add_argument(
-        "--salient-channels", type=int, metavar="N", help="input channels a layer kept in bfloat16; default: the preset's"
+        "--salient-channels",
+        type=int,
+        metavar="N",
+        help="input channels a layer kept in bfloat16; default: the preset's",
     )
     parser.add_argument(
         "--embedding-bits",
@@ -179,9 +182,10 @@ def run(args: argparse.Namespace) -> None:
         "ratio": inspection.ratio,
         "bits_per_weight": inspection.bits_per_weight,
         "candidates": _candidates(inspection),
-        **{"kl": allocation.kl for allocation in chosen if allocation.kl is not None},
         "seconds": round(seconds, 3),
     }
+    if chosen and chosen[0].kl is not None:
+        result["kl"] = chosen[0].kl
     if args.json:
         print(json.dumps(result, indent=2))
         return
@@ -191,9 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _candidates(inspection: Inspection) -> list[dict[str, int]]:
     """How many linear layers have which bits and salient channels."""
-    counts = Counter(
-        (row.bits or 0, row.salient_channels or 0) for row in inspection.modules if row.kind == "linear"
-    )
+    counts = Counter((row.bits or 0, row.salient_channels or 0) for row in inspection.modules if row.kind == "linear")
     return [
         {"bits": bits, "salient_channels": salient, "modules": count}
         for (bits, salient), count in sorted(counts.items())

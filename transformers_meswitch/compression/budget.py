@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 __all__ = ["Option", "allocate", "allocate_to_loss", "total"]
@@ -118,7 +119,7 @@ def _steps(options: Sequence[Sequence[Option]], hulls: Sequence[Sequence[int]]) 
     steps = [
         _Step(_rate(of_item[one], of_item[other]), item, other, of_item[other].size - of_item[one].size)
         for item, (of_item, hull) in enumerate(zip(options, hulls, strict=True))
-        for one, other in zip(hull, hull[1:], strict=False)
+        for one, other in pairwise(hull)
     ]
     return sorted(steps, key=lambda step: -step.rate)
 

@@ -1,9 +1,9 @@
 """The ways to store a linear that a budget chooses from, fitted one after the other while its moments are in memory.
 
-What a candidate costs the model is its ``loss``: the output error that it makes on the calibration text, times how much
-a unit of such error in this module hurts, which is measured once a module, with the error of the smallest candidate
-(:mod:`.damage`). So a loss is the share of a decoder layer's output that the candidate gets wrong, squared; losses of
-modules and layers can be compared, and add up as far as errors are independent.
+What a candidate costs the model is its ``loss``: the output error that it makes on the calibration text, times how
+much a unit of such error in this module hurts, which is measured once a module, with the error of the smallest
+candidate (:mod:`.damage`). So a loss is the share of a decoder layer's output that the candidate gets wrong, squared;
+losses of modules and layers can be compared, and add up as far as errors are independent.
 
 Where that cannot be measured (without calibration, in a model that does not run layer by layer, and outside of the
 layers), the output of the module itself stands for that of the layer: the loss is the error's energy over that of what
@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ..configuration import MESwitchConfig

@@ -48,7 +48,7 @@ class DeltaParameters:
         return self._expert.shapes(module)
 
     def of(self, module: str) -> dict[str, Tensor]:
-        """A module's own parameters by name, on the CPU; of a quantised module in float32, else in the file's dtype."""
+        """A module's own parameters by name, on the CPU; float32 where it is quantised, else in the file's dtype."""
         parameters = dict(self._base.of(module))
         stored = self._stored_as.get(module, module)
         record = self._records.get(stored)

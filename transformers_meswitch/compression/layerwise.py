@@ -357,7 +357,7 @@ class LayerwiseMoments:
 
     @contextmanager
     def _loaded(self, root: nn.Module, dtype: torch.dtype | None = None, head: bool = False) -> Iterator[None]:
-        """The weights of a module and all within on the device while the context lasts; the output head's if wanted."""
+        """The weights of a module and all within on the device while the context lasts; the head's if wanted."""
         inside = set(root.modules())
         empty: dict[nn.Module, dict[str, Any]] = {}
         try:

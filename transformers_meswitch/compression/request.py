@@ -45,8 +45,8 @@ def check_request(
         raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
     if config.max_kl is not None and calibration is None:
         raise CompressionError(
-            f"max_kl={config.max_kl:g} is measured on calibration text, and there is none. Give calibration text (on the "
-            "command line, leave --calibration none out), or target_bits or target_size."
+            f"max_kl={config.max_kl:g} is measured on calibration text, and there is none. Give some (on the command "
+            "line, leave --calibration none out), or target_bits or target_size."
         )
     output = Path(output_dir).resolve()
     for what, repo in (("base", base), ("expert", expert)):

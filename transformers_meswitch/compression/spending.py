@@ -149,8 +149,8 @@ def _within_bits(problem: _Problem, target: float) -> list[int]:
         # Rounded up, so that what is named can be had.
         possible = math.ceil(80_000 * (least + problem.pinned_bytes()) / weights) / 10_000
         raise CompressionError(
-            f"target_bits is {target}; the linear layers of this expert take {possible} bits a weight at least: one of "
-            "a code, and the step sizes. Give at least that much, or fewer bits in layer_bits."
+            f"target_bits is {target}; the linear layers of this expert take {possible} bits a weight at least: one "
+            "of a code, and the step sizes. Give at least that much, or fewer bits in layer_bits."
         )
     return allocate(options, room)
 
@@ -208,8 +208,8 @@ def _within_kl(problem: _Problem, target: float, divergence: Callable[[], float]
         kl = measured[tuple(best)][1] if tuple(best) in measured else measure(best)
         if kl > target:
             raise CompressionError(
-                f"max_kl is {target:g}; at 4 bits, the most there are, the KL divergence from the expert is {kl:.3g} on "
-                f"the calibration text kept apart. Keep it as a full model, or allow max_kl={_rounded_up(kl):g}; "
+                f"max_kl is {target:g}; at 4 bits, the most there are, the KL divergence from the expert is {kl:.3g} "
+                f"on the calibration text kept apart. Keep it as a full model, or allow max_kl={_rounded_up(kl):g}; "
                 "embedding_bits=4 or None helps where the embedding was trained."
             )
     fitting = {choice: found for choice, found in measured.items() if found[1] <= target}

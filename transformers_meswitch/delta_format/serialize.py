@@ -59,9 +59,7 @@ def write_tensors(
             _write(file, get(name))
 
 
-def file_bytes(
-    headers: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> int:
+def file_bytes(headers: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
     """Bytes of the file that :func:`write_tensors` writes.
 
     >>> file_bytes({"a": ("BF16", (3, 5))})
