@@ -123,7 +123,7 @@ def build_tiny_family(folder: Path, quantized_rows: str = "code", **config: Any)
         tokenizer.save_pretrained(path)
         embedding_bits = 3 if name == quantized_rows else None
         how = meswitch.MESwitchConfig(bits=4, salient_channels=4, embedding_bits=embedding_bits)
-        meswitch.compress(family.base, path, family.deltas[name], how, progress=False)
+        meswitch.compress(family.base, path, family.deltas[name], how, calibration=None, progress=False)
     return family
 
 

@@ -87,6 +87,7 @@ def test_layer_bits_and_column_steps_match_compress(tiny_family: TinyFamily, tmp
         tiny_family.experts["code"],
         tmp_path / "a",
         config(tiny_family.base, **options),
+        calibration=None,
         progress=False,
     )
     load(tiny_family.experts["code"], config(tiny_family.base, **options)).save_pretrained(tmp_path / "b")
@@ -132,7 +133,12 @@ def test_a_difference_in_tying_is_kept(base_tied: bool, expert_tied: bool, tmp_p
     fine_tune(expert, 4, (5, 41, 90))
     expert.save_pretrained(tmp_path / "expert")
     meswitch.compress(
-        tmp_path / "base", tmp_path / "expert", tmp_path / "a", config(tmp_path / "base"), progress=False
+        tmp_path / "base",
+        tmp_path / "expert",
+        tmp_path / "a",
+        config(tmp_path / "base"),
+        calibration=None,
+        progress=False,
     )
     model = load(tmp_path / "expert", config(tmp_path / "base"))
     model.save_pretrained(tmp_path / "b")
@@ -156,7 +162,14 @@ def test_a_difference_in_tying_is_kept(base_tied: bool, expert_tied: bool, tmp_p
 def test_loading_in_bfloat16_compresses_the_rounded_expert(tiny_family: TinyFamily, tmp_path: Path) -> None:
     rounded = LlamaForCausalLM.from_pretrained(tiny_family.experts["code"], dtype=torch.bfloat16)
     rounded.save_pretrained(tmp_path / "expert")
-    meswitch.compress(tiny_family.base, tmp_path / "expert", tmp_path / "a", config(tiny_family.base), progress=False)
+    meswitch.compress(
+        tiny_family.base,
+        tmp_path / "expert",
+        tmp_path / "a",
+        config(tiny_family.base),
+        calibration=None,
+        progress=False,
+    )
     model = load(tiny_family.experts["code"], config(tiny_family.base), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "b")
@@ -277,7 +290,7 @@ def test_incomplete_and_overfull_experts_are_refused_on_both_routes(
         if on_load:
             load(expert, how, ignore_mismatched_sizes=True)
         else:
-            meswitch.compress(tiny_family.base, expert, tmp_path / "delta", how, progress=False)
+            meswitch.compress(tiny_family.base, expert, tmp_path / "delta", how, calibration=None, progress=False)
 
     with pytest.raises(error, match=message):
         produce()
@@ -324,7 +337,9 @@ def test_a_generation_config_is_made_where_there_is_none_as_compress_does(
     name = "generation_config.json"
     expert = Path(shutil.copytree(tiny_family.experts["code"], tmp_path / "expert"))
     (expert / name).unlink()
-    meswitch.compress(tiny_family.base, expert, tmp_path / "a", config(tiny_family.base), progress=False)
+    meswitch.compress(
+        tiny_family.base, expert, tmp_path / "a", config(tiny_family.base), calibration=None, progress=False
+    )
     load(expert, config(tiny_family.base)).save_pretrained(tmp_path / "b")
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == CODE_EOS

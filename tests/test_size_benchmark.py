@@ -56,7 +56,7 @@ def fine_tune(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, row
 )
 def test_predicted_bytes_are_the_bytes_on_disk(architecture, dtype, config, rows, tmp_path):
     base, expert = fine_tune(architecture, tmp_path, dtype, rows=rows)
-    delta = compress(base, expert, tmp_path / "delta", config, progress=False)
+    delta = compress(base, expert, tmp_path / "delta", config, calibration=None, progress=False)
     model = on_meta(architecture)
     records = records_of(model, config, rows=rows, own_dtype=SAFETENSORS_NAME[dtype])
     assert (delta / "adapter_model.safetensors").stat().st_size == weights_bytes(records, SAFETENSORS_NAME[dtype])
@@ -78,7 +78,7 @@ def test_predicted_bytes_are_the_bytes_on_disk(architecture, dtype, config, rows
 
 def test_inspection_totals_are_the_files(tmp_path):
     base, expert = fine_tune(LLAMA, tmp_path, torch.bfloat16, rows=True)
-    delta = compress(base, expert, tmp_path / "delta", progress=False)
+    delta = compress(base, expert, tmp_path / "delta", calibration=None, progress=False)
     inspection = inspect_delta(delta)
     names = ("adapter_config.json", "adapter_model.safetensors")
     assert inspection.files == {name: (delta / name).stat().st_size for name in names}

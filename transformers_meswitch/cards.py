@@ -70,6 +70,7 @@ def delta_card(
     license: str | None = None,
     evidence: Evidence | None = None,
     calibration: str | None = None,
+    kl: float | None = None,
 ) -> str:
     """The ``README.md`` of a delta repo.
 
@@ -80,6 +81,7 @@ def delta_card(
         license: Hub licence identifier, inherited from the expert or the base where known.
         evidence: what ``meswitch verify`` measured of this delta, for the section on fidelity.
         calibration: which text was calibrated on and how much of it, where known.
+        kl: KL divergence from the expert that was measured on a part of that text kept apart, nats a token.
 
     Raises:
         DeltaFormatError: a malformed ``modules`` table.
@@ -118,6 +120,7 @@ def delta_card(
         saliency=config.saliency if any(salient) else None,
         calibration=calibration,
         distilled=config.distilled,
+        kl=kl,
         format_version=config.format_version,
         evidence=evidence,
     )
@@ -130,6 +133,7 @@ def write_delta_card(
     dense_bytes: int,
     license: str | None = None,
     calibration: str | None = None,
+    kl: float | None = None,
 ) -> None:
     """Write or refresh the ``README.md`` of a delta repo that is otherwise complete.
 
@@ -142,6 +146,7 @@ def write_delta_card(
         dense_bytes: bytes of the expert's parameters in 16 bit.
         license: Hub licence identifier, where known.
         calibration: which text was calibrated on and how much of it, where known.
+        kl: KL divergence from the expert that was measured on a part of that text kept apart, nats a token.
 
     Raises:
         OutputFolderError: somebody else is writing into the folder.
@@ -156,6 +161,7 @@ def write_delta_card(
         license=license,
         evidence=evidence,
         calibration=calibration,
+        kl=kl,
     )
     path = directory / "README.md"
     existing = read_card(path)

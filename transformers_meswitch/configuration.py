@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,8 +13,10 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .compression.presets import PRESETS
 from .delta_format.spec import FORMAT_RELEASES, FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
 from .errors import CompressionError, DeltaFormatError, FormatVersionError
+from .sizes import parse_size
 
 if TYPE_CHECKING:
     from .delta_format.reader import DeltaFiles
@@ -36,6 +39,11 @@ class _PeftTypeName(str):
     name = value
 
 
+#: Bits a weight that a budget may give at most: 4 of a code, with room for steps and salient channels.
+_MOST_TARGET_BITS = 6
+#: Arguments of :class:`MESwitchConfig` of which at most one may be given.
+_BUDGETS = ("target_bits", "target_size", "max_kl")
+
 #: The key under which the method is registered with PEFT.
 MESWITCH = _PeftTypeName(PEFT_TYPE)
 
@@ -56,13 +64,26 @@ class MESwitchConfig(QuantizationConfigMixin):
             and one that matches no module to quantise is refused when a model is compressed.
         embedding_bits (`int`, *optional*, defaults to 3): bits of one code in changed rows of embeddings and of the
             output head, 1 to 4; `None` keeps those rows as they are.
+        target_bits (`float`, *optional*): a budget: bits a weight that the linear layers of the delta may take
+            together, codes, steps and salient channels counted. Each layer gets the bits, 1 to 4, and the salient
+            channels, from none to four times ``salient_channels``, that lose least within it.
+        target_size (`int` or `str`, *optional*): the same for the bytes of the whole delta on disk, weights and
+            ``adapter_config.json``: an integer, or a text such as ``"1.2GB"`` or ``"1GiB"``.
+        max_kl (`float`, *optional*): the smallest delta whose predictions stay this close to the expert's: mean
+            KL divergence in nats a token, on a part of the calibration text that is kept apart for it.
+
+    At most one of the three budgets may be given. A budget takes the place of ``bits``; ``layer_bits`` holds within
+    it, and pins the layers that it names to those bits and to ``salient_channels``.
 
     Raises:
-        CompressionError: bits or channels out of range, an argument of another type, an unknown one.
+        CompressionError: bits, channels or a budget out of range, an argument of another type, an unknown one, two
+            budgets.
 
     >>> config = MESwitchConfig("me/base", bits=2, layer_bits={r"down_proj$": 4})
     >>> config.bits_of("model.layers.0.mlp.down_proj"), config.row_bits_of("model.embed_tokens")
     (4, 3)
+    >>> MESwitchConfig(target_size="1.2GB").budget
+    ('target_size', 1200000000)
     """
 
     def __init__(
@@ -74,13 +95,17 @@ class MESwitchConfig(QuantizationConfigMixin):
         column_steps: bool = False,
         layer_bits: dict[str, int] | None = None,
         embedding_bits: int | None = 3,
+        target_bits: float | None = None,
+        target_size: int | str | None = None,
+        max_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         if kwargs:
             raise CompressionError(
                 f"MESwitchConfig got unknown arguments {sorted(kwargs)}; known are base_model_name_or_path, "
-                "base_revision, bits, salient_channels, column_steps, layer_bits and embedding_bits."
+                "base_revision, bits, salient_channels, column_steps, layer_bits, embedding_bits, target_bits, "
+                "target_size and max_kl."
             )
         self.quant_method = "meswitch"  # type: ignore[assignment]  # transformers allows a plain string
         if isinstance(base_model_name_or_path, os.PathLike):  # a path is no JSON
@@ -116,6 +141,66 @@ class MESwitchConfig(QuantizationConfigMixin):
                 re.compile(pattern)
             except re.error as error:
                 raise CompressionError(f"layer_bits: {pattern!r} is not a regular expression ({error}).") from error
+        self.target_bits = _number("target_bits", target_bits, _MOST_TARGET_BITS)
+        self.target_size = _size(target_size)
+        self.max_kl = _number("max_kl", max_kl, math.inf)
+        given = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise CompressionError(
+                f"{' and '.join(f'{name}={getattr(self, name)!r}' for name in given)} are given together; "
+                "a budget is one of them. Leave the others out."
+            )
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        base_model_name_or_path: str | os.PathLike[str] | None = None,
+        base_revision: str | None = None,
+        **overrides: Any,
+    ) -> MESwitchConfig:
+        """The settings that a preset stands for.
+
+        Args:
+            name: ``"lossless"``, the defaults of this class; ``"balanced"``, a budget of 1.5 bits a weight; or
+                ``"smallest"``, one bit; see :data:`~transformers_meswitch.compression.presets.PRESETS`.
+            base_model_name_or_path: the base that the expert was fine-tuned from.
+            base_revision: branch, tag or commit of the base.
+            **overrides: arguments of this class that win over the preset's. Bits or a budget of your own take the
+                place of the preset's budget.
+
+        Raises:
+            CompressionError: an unknown name; as for the class.
+
+        >>> config = MESwitchConfig.from_preset("smallest", "me/base", salient_channels=8)
+        >>> config.bits, config.salient_channels, config.column_steps
+        (1, 8, True)
+        """
+        if name not in PRESETS:
+            raise CompressionError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
+        settings = dict(PRESETS[name])
+        if any(overrides.get(key) is not None for key in ("bits", *_BUDGETS)):
+            for key in _BUDGETS:
+                settings.pop(key, None)
+        return cls(base_model_name_or_path, base_revision, **(settings | overrides))
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The budget's name and value; `None` where ``bits`` holds."""
+        return next(((name, getattr(self, name)) for name in _BUDGETS if getattr(self, name) is not None), None)
+
+    def is_pinned(self, module: str) -> bool:
+        """Whether a pattern of ``layer_bits`` states a module's bits, so that a budget does not choose them."""
+        return any(re.search(pattern, module) for pattern in self.layer_bits)
+
+    def with_codes(self, bits: int, salient_channels: int) -> MESwitchConfig:
+        """These settings without a budget, and with the same bits and salient channels for all linear layers.
+
+        >>> MESwitchConfig(target_bits=1.5, layer_bits={"q_proj": 4}).with_codes(3, 8).bits_of("q_proj")
+        3
+        """
+        settings = self.to_dict() | dict.fromkeys(_BUDGETS) | {"layer_bits": {}}
+        return type(self)(**(settings | {"bits": bits, "salient_channels": salient_channels}))
 
     def bits_of(self, module: str) -> int:
         """Bits for one module: the first ``layer_bits`` pattern found in its name, else ``bits``."""
@@ -132,6 +217,28 @@ class MESwitchConfig(QuantizationConfigMixin):
         return next((b for pattern, b in self.layer_bits.items() if re.search(pattern, module)), default)
 
 
+def _number(name: str, value: Any, most: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most}"
+        raise CompressionError(f"{name} is {value!r}, expected a number above 0{limit}.")
+    return value
+
+
+def _size(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            value = parse_size(value)
+        except ValueError as error:
+            raise CompressionError(f"target_size: {error}.") from error
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise CompressionError(
+            f"target_size is {value!r}, expected bytes as an integer above 0, or a text such as '1.2GB'."
+        )
+    return value
+
+
 @dataclass
 class MESwitchExpertConfig(PeftConfig):
     """``adapter_config.json`` of a delta repo.
@@ -139,7 +246,8 @@ class MESwitchExpertConfig(PeftConfig):
     Args:
         format_version: version of the delta format, see ``docs/delta_format.md``.
         format_release: first release of this package that reads the version; follows from ``format_version``.
-        bits: bits asked for when the delta was made; each module's own are in ``modules``.
+        bits: bits asked for when the delta was made, `None` where a budget chose them; each module's own are in
+            ``modules``.
         salient_channels: salient input channels asked for.
         modules: canonical module name to its record (:mod:`transformers_meswitch.delta_format.spec`).
         base_model_type: ``model_type`` of the base's config.

@@ -17,6 +17,7 @@ from .delta_format.spec import (
     QuantizedRowsRecord,
     RowsRecord,
     ValuesRecord,
+    bits_per_weight,
     tensor_key,
 )
 from .errors import CheckpointError, DeltaFormatError
@@ -88,6 +89,8 @@ class Inspection:
         tensor_bytes: sum of the modules' bytes.
         total_bytes: sum of the files' sizes: tensors, safetensors headers and configuration.
         dense_bytes: a full copy of the expert in bfloat16; `None` where the base's configuration is out of reach.
+        bits_per_weight: bits that a weight of the linear layers takes on average: codes, steps and salient channels;
+            `None` where no linear layer is in the delta.
     """
 
     repo: str
@@ -99,6 +102,7 @@ class Inspection:
     tensor_bytes: int
     total_bytes: int
     dense_bytes: int | None
+    bits_per_weight: float | None = None
 
     @property
     def overhead_bytes(self) -> int:
@@ -155,6 +159,7 @@ def inspect_delta(
         tensor_bytes=sum(row.bytes for row in modules),
         total_bytes=sum(files.values()),
         dense_bytes=None if base_config is None else full_copy_bytes(config, base_config),
+        bits_per_weight=bits_per_weight(delta.records.values()),
     )
 
 

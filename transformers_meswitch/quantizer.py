@@ -63,7 +63,7 @@ class MESwitchHfQuantizer(HfQuantizer):
         """Refuse what cannot work before anything is loaded.
 
         Raises:
-            CompressionError: no base named, or the checkpoint is already quantised with this method.
+            CompressionError: no base named, a budget, or the checkpoint is already quantised with this method.
             UnsupportedModelError: disk offload.
         """
         if self.pre_quantized:
@@ -74,6 +74,12 @@ class MESwitchHfQuantizer(HfQuantizer):
         if not self.quantization_config.base_model_name_or_path:
             raise CompressionError(
                 "MESwitchConfig needs base_model_name_or_path: the base that this expert was fine-tuned from."
+            )
+        if self.quantization_config.budget is not None:
+            name, value = self.quantization_config.budget
+            raise CompressionError(
+                f"{name}={value!r} is a budget, which compressing on load does not keep: it has no calibration text "
+                "to find out where bits matter. Use compress() or `meswitch compress`, or give bits."
             )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UnsupportedModelError("Compressing on load does not support disk offload; use compress() instead.")

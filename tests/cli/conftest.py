@@ -50,5 +50,12 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> Repos:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
-    compress(repos.base, repos.expert, repos.delta, MESwitchConfig(bits=2, salient_channels=4), progress=False)
+    compress(
+        repos.base,
+        repos.expert,
+        repos.delta,
+        MESwitchConfig(bits=2, salient_channels=4),
+        calibration=None,
+        progress=False,
+    )
     return repos

@@ -64,7 +64,12 @@ def test_rows_that_base_and_expert_do_not_both_have_are_left_out(repos, tmp_path
     expert.resize_token_embeddings(33, mean_resizing=False)
     expert.save_pretrained(tmp_path / "expert")
     delta = compress(
-        repos.base, tmp_path / "expert", tmp_path / "delta", MESwitchConfig(salient_channels=4), progress=False
+        repos.base,
+        tmp_path / "expert",
+        tmp_path / "delta",
+        MESwitchConfig(salient_channels=4),
+        calibration=None,
+        progress=False,
     )
     result = inspect(capsys, delta, "--base", repos.base, "--expert", tmp_path / "expert")
     row = {row["module"]: row for row in result["modules"]}["model.embed_tokens"]

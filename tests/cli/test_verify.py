@@ -57,7 +57,9 @@ def test_exit_codes_tell_a_bad_delta_from_a_good_one(repos, text, tmp_path, caps
     assert capsys.readouterr().err.count("error: ") == 0
     # A well-formed delta of the same expert, with too few bits.
     coarse = tmp_path / "coarse"
-    compress(repos.base, repos.expert, coarse, MESwitchConfig(bits=1, salient_channels=0), progress=False)
+    compress(
+        repos.base, repos.expert, coarse, MESwitchConfig(bits=1, salient_channels=0), calibration=None, progress=False
+    )
     assert main(["verify", str(repos.base), str(repos.expert), str(coarse), *good, "--max-kl", str(1.01 * kl)]) == 1
     output = capsys.readouterr()
     assert json.loads(output.out)["text"]["kl"] > 1.01 * kl, "the evidence is printed all the same"

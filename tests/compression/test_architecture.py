@@ -39,7 +39,7 @@ def with_config(checkpoint: Path, folder: Path, changes: dict[str, Any]) -> Path
 
 
 def by_compress(base: Path, expert: Path, out: Path) -> None:
-    compress(base, expert, out, MESwitchConfig(**HOW), progress=False)
+    compress(base, expert, out, MESwitchConfig(**HOW), calibration=None, progress=False)
 
 
 def on_load(base: Path, expert: Path, out: Path) -> None:

@@ -112,8 +112,8 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch):
         original(self, layer, *args)
         assert all(p.is_meta for p in self._model.parameters())
 
-    def load(self, name, module, original=LayerwiseMoments._load):
-        original(self, name, module)
+    def load(self, name, module, *more, original=LayerwiseMoments._load):
+        original(self, name, module, *more)
         loaded.append({n.split(".")[2] for n, p in self._model.named_parameters() if "layers" in n and not p.is_meta})
 
     monkeypatch.setattr(LayerwiseMoments, "_run_layer", spy)

@@ -21,7 +21,9 @@ CONFIG = MESwitchConfig(bits=2, salient_channels=4)
 
 
 def run(base, expert, out, config=CONFIG, **more):
-    return open_delta(resolve_delta(str(compress(base, expert, out, config, progress=False, **more))))
+    return open_delta(
+        resolve_delta(str(compress(base, expert, out, config, progress=False, **{"calibration": None, **more})))
+    )
 
 
 def leaves(delta, module):
@@ -230,10 +232,10 @@ def test_generation_config_is_made_where_there_is_none(make_pair, tmp_path):
 
 def test_what_people_wrote_into_the_card_stays(make_pair, tmp_path):
     base, expert = make_pair()
-    out = compress(base, expert, tmp_path / "delta", CONFIG, progress=False)
+    out = compress(base, expert, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     card = (out / "README.md").read_text()
     (out / "README.md").write_text(card + "\nWritten by hand.\n")
-    compress(base, expert, out, MESwitchConfig(bits=4), progress=False)
+    compress(base, expert, out, MESwitchConfig(bits=4), calibration=None, progress=False)
     card = (out / "README.md").read_text()
     assert "Written by hand." in card
     assert "4-bit" in card
@@ -270,14 +272,14 @@ def test_nothing_is_written_when_it_fails_midway(make_pair, tmp_path, monkeypatc
 
     monkeypatch.setattr(driver, "compress_modules", breaks)
     with pytest.raises(RuntimeError, match="went away"):
-        compress(base, expert, out, CONFIG, progress=False)
+        compress(base, expert, out, CONFIG, calibration=None, progress=False)
     assert not out.exists()
     monkeypatch.undo()
-    compress(base, expert, out, CONFIG, progress=False)
+    compress(base, expert, out, CONFIG, calibration=None, progress=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(driver, "compress_modules", breaks)
     with pytest.raises(RuntimeError, match="went away"):
-        compress(base, expert, out, MESwitchConfig(bits=4), progress=False)
+        compress(base, expert, out, MESwitchConfig(bits=4), calibration=None, progress=False)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -299,7 +301,7 @@ def test_one_pair_of_modules_is_open_at_a_time(make_pair, tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(CheckpointParameters, "of", of)
-    compress(base, expert, tmp_path / "delta", CONFIG, progress=False)
+    compress(base, expert, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     assert len(seen) > 20
     # the pair at work, and the pair before it until its names are bound anew
     assert most <= 4
@@ -395,7 +397,7 @@ def test_card_inspection_and_a_resave_state_the_same_full_copy(make_pair, tmp_pa
     base, expert = make_pair(vocabulary=88)
     model = load(expert)
     model.to(dtype).save_pretrained(expert)
-    compress(base, expert, tmp_path / "delta", CONFIG, progress=False)
+    compress(base, expert, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     stated = inspect_delta(tmp_path / "delta").dense_bytes
     assert stated == 2 * sum(parameter.numel() for parameter in model.parameters())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "delta")

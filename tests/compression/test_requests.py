@@ -17,7 +17,7 @@ CONFIG = MESwitchConfig(bits=2, salient_channels=4)
 
 
 def run(base, expert, out, config=CONFIG, **more):
-    return compress(base, expert, out, config, progress=False, **more)
+    return compress(base, expert, out, config, progress=False, **{"calibration": None, **more})
 
 
 def edit(path, **changes):

@@ -141,17 +141,17 @@ def test_progress_says_what_is_calibrated_on_and_what_is_taken_up(pair, tmp_path
 
 
 def test_a_damaged_file_of_a_finished_module_is_made_anew(pair, tmp_path, die_after):
-    whole = files_of(compress(*pair, tmp_path / "whole", CONFIG, progress=False))
+    whole = files_of(compress(*pair, tmp_path / "whole", CONFIG, calibration=None, progress=False))
     die_after(6)
     with pytest.raises(Killed):
-        compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+        compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     kept = sorted((tmp_path / "delta.partial").glob("*.safetensors"))
     kept[0].write_bytes(kept[0].read_bytes()[:-1])
     kept[1].write_bytes(b"")
     kept[2].write_bytes(kept[3].read_bytes())  # another module's: its record does not fit the names
     (tmp_path / "delta.partial" / "model.norm.unfinished").write_bytes(b"half")
     added = die_after(None)
-    out = compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+    out = compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     assert {path.name.removesuffix(".safetensors") for path in kept[:3]} <= set(added)
     assert kept[3].name.removesuffix(".safetensors") not in added
     assert files_of(out) == whole
@@ -163,7 +163,7 @@ def test_an_expert_that_cannot_be_compressed_leaves_nothing(pair, tmp_path, edit
 
     edit_checkpoint(pair[1], poison)
     with pytest.raises(CompressionError, match=r"layers\.2\.mlp\.up_proj\.weight of the expert holds NaN or inf"):
-        compress(*pair, tmp_path / "new" / "delta", CONFIG, progress=False)
+        compress(*pair, tmp_path / "new" / "delta", CONFIG, calibration=None, progress=False)
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -183,7 +183,7 @@ def test_a_folder_of_somebody_else_is_left_alone(pair, tmp_path):
     partial.mkdir()
     (partial / "thesis.txt").write_text("years of work")
     with pytest.raises(CompressionError, match=r"holds thesis\.txt and no request\.json"):
-        compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+        compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     assert files_of(partial) == {"thesis.txt": b"years of work"}
 
 
@@ -192,7 +192,7 @@ def test_an_empty_folder_or_a_half_written_request_is_taken(pair, tmp_path):
     partial.mkdir()
     (partial / "request.json.unfinished").write_text("{")
     (partial / ".lock").write_text("")
-    compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+    compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     assert not partial.exists()
 
 
@@ -205,22 +205,22 @@ def test_two_runs_at_once_on_one_output(pair, tmp_path, monkeypatch):
         if not refused:
             monkeypatch.setattr(WorkFolder, "add", original)
             with pytest.raises(CompressionError, match="Another process is compressing into") as error:
-                compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+                compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
             refused.append(error)
         original(self, name, record, leaves)
 
     monkeypatch.setattr(WorkFolder, "add", add)
-    out = compress(*pair, tmp_path / "delta", CONFIG, progress=False)
+    out = compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
     assert refused
     monkeypatch.undo()
-    assert files_of(out) == files_of(compress(*pair, tmp_path / "whole", CONFIG, progress=False))
+    assert files_of(out) == files_of(compress(*pair, tmp_path / "whole", CONFIG, calibration=None, progress=False))
 
 
 def test_the_current_folder_may_be_the_output(pair, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert compress(*pair, ".", CONFIG, progress=False).samefile(here)
+    assert compress(*pair, ".", CONFIG, calibration=None, progress=False).samefile(here)
     assert (here / "adapter_config.json").is_file()
     assert not (tmp_path / "here.partial").exists()
 

@@ -24,7 +24,9 @@ def tuned(folder: Path, vocab_size: int = 64) -> Any:
     expert.resize_token_embeddings(vocab_size, mean_resizing=False)
     fine_tune(expert, 3, (5, *range(64, vocab_size)))
     expert.save_pretrained(folder / "expert")
-    compress(folder / "base", folder / "expert", folder / "delta", MESwitchConfig(bits=4), progress=False)
+    compress(
+        folder / "base", folder / "expert", folder / "delta", MESwitchConfig(bits=4), calibration=None, progress=False
+    )
     return MESwitchModelForCausalLM.from_pretrained(folder / "base", experts={"tuned": folder / "delta"})
 
 

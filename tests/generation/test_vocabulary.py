@@ -112,7 +112,14 @@ def test_expert_with_fewer_ids_than_its_base(tmp_path: Path) -> None:
     base.resize_token_embeddings(VOCAB_SIZE)
     fine_tune(base, 7, (5, 40))
     base.save_pretrained(tmp_path / "expert")
-    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", MESwitchConfig(bits=4), progress=False)
+    compress(
+        tmp_path / "base",
+        tmp_path / "expert",
+        tmp_path / "delta",
+        MESwitchConfig(bits=4),
+        calibration=None,
+        progress=False,
+    )
 
     family = MESwitchModelForCausalLM.from_pretrained(tmp_path / "base", experts={"small": tmp_path / "delta"})
     reference = dense_model(tmp_path / "base", tmp_path / "delta")

@@ -46,7 +46,9 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             if hub_style:
                 _as_on_the_hub(base)
                 _as_on_the_hub(expert)
-            compress(base, expert, delta, MESwitchConfig(bits=bits, salient_channels=3), progress=False)
+            compress(
+                base, expert, delta, MESwitchConfig(bits=bits, salient_channels=3), calibration=None, progress=False
+            )
             made[key] = Case(base, expert, delta, reference_model(base, expert, delta))
         return made[key]
 

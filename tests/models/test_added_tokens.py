@@ -24,7 +24,7 @@ def test_loss_of_an_expert_with_added_tokens(model_type: str, tied: bool, tmp_pa
     expert.resize_token_embeddings(VOCABULARY + ADDED, mean_resizing=False)
     expert.save_pretrained(tmp_path / "expert")
     config = MESwitchConfig(bits=4, salient_channels=48)  # every channel, so that only bfloat16 rounds
-    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", config, progress=False)
+    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", config, calibration=None, progress=False)
     ids = torch.tensor([[1, 7, VOCABULARY, 33, VOCABULARY + ADDED - 1, 12, 4]])
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "expert")(ids, labels=ids).loss
 
@@ -41,7 +41,7 @@ def test_the_base_has_its_own_vocabulary_again_when_the_expert_is_gone(tmp_path:
     expert = fine_tune(tmp_path / "base", seed=1)
     expert.resize_token_embeddings(VOCABULARY + ADDED, mean_resizing=False)
     expert.save_pretrained(tmp_path / "expert")
-    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", progress=False)
+    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", calibration=None, progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.load_adapter(str(tmp_path / "delta"), adapter_name="math")
     assert model.vocab_size == VOCABULARY + ADDED

@@ -172,7 +172,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
                 parameter[where] += noise[where]
             expert.to(dtype).save_pretrained(folder / "expert")
             how = MESwitchConfig(bits=4, salient_channels=salient)
-            compress(folder / "base", folder / "expert", folder / "delta", how, progress=False)
+            compress(folder / "base", folder / "expert", folder / "delta", how, calibration=None, progress=False)
             made[name] = folder / "base", folder / "delta"
         return made[name]
 
@@ -264,7 +264,7 @@ def test_a_head_with_a_bias(tmp_path: Path, ids: torch.Tensor, embedding_bits: i
     expert.lm_head.bias[20:60] += own_bias
     expert.save_pretrained(tmp_path / "expert")
     how = MESwitchConfig(embedding_bits=embedding_bits)
-    delta = compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", how, progress=False)
+    delta = compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", how, calibration=None, progress=False)
     assert list(open_delta(delta).records) == ["lm_head"]
     expected = dense_model(tmp_path / "base", delta)(ids).logits
     model = AutoModelForCausalLM.from_pretrained(delta)
@@ -286,7 +286,7 @@ def test_a_version_1_delta_is_saved_as_today(make_pair: Callable[[str], Pair], t
     base, _ = make_pair("llama tied, grown")
     source = tmp_path / "old"
     expert = base.parent / "expert"
-    compress(base, expert, source, MESwitchConfig(bits=4, embedding_bits=None), progress=False)
+    compress(base, expert, source, MESwitchConfig(bits=4, embedding_bits=None), calibration=None, progress=False)
     config = source / "adapter_config.json"
     config.write_text(config.read_text().replace('"format_version": 2', '"format_version": 1'))
     model = AutoModelForCausalLM.from_pretrained(source)

@@ -118,7 +118,14 @@ def test_a_delta_of_another_expert_shows(tiny_family, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tiny_family.base)
     fine_tune(other, 7, (5,))
     other.save_pretrained(tmp_path / "other")
-    compress(tiny_family.base, tmp_path / "other", tmp_path / "delta", MESwitchConfig(bits=4), progress=False)
+    compress(
+        tiny_family.base,
+        tmp_path / "other",
+        tmp_path / "delta",
+        MESwitchConfig(bits=4),
+        calibration=None,
+        progress=False,
+    )
     right = verify(tiny_family.base, math, tiny_family.deltas["math"], texts_of("math"), progress=False)
     wrong = verify(tiny_family.base, math, tmp_path / "delta", texts_of("math"), progress=False)
     assert wrong.text.kl > 10 * right.text.kl
@@ -132,7 +139,7 @@ def test_fewer_bits_are_further_and_one_flipped_layer_is_found(tiny_family, tmp_
     math, texts = tiny_family.experts["math"], texts_of("math")
     for bits in (1, 3):
         how = MESwitchConfig(bits=bits, salient_channels=0)
-        compress(tiny_family.base, math, tmp_path / str(bits), how, progress=False)
+        compress(tiny_family.base, math, tmp_path / str(bits), how, calibration=None, progress=False)
     one, three = (verify(tiny_family.base, math, tmp_path / b, texts, progress=False) for b in ("1", "3"))
     assert one.text.kl > 2 * three.text.kl
     assert one.too_far

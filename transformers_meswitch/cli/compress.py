@@ -5,16 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from ..compression.calibration import DEFAULT
+from ..compression.presets import DEFAULT_PRESET, PRESETS
 from .device import usable_device
 
+if TYPE_CHECKING:
+    from ..compression.spending import Allocation
+    from ..inspection import Inspection
+
 _EXAMPLE = r"""examples:
-  meswitch compress me/base me/math -o math-delta --bits 2
+  meswitch compress me/base me/math -o math-delta
+  meswitch compress me/base me/math -o math-delta --preset smallest --calibration prompts.jsonl
+  meswitch compress me/base me/math -o math-delta --target-size 1.2GB --calibration prompts.jsonl
   meswitch compress me/base ./math -o math-delta --bits 1 --column-steps --calibration prompts.jsonl \
       --layer-bits 'down_proj$=2' --layer-bits 'layers\.0\.=4'
 """
 _BITS = (1, 2, 3, 4)
+#: Options that win over the preset's values.
+_SETTINGS = ("bits", "salient_channels", "column_steps", "target_bits", "target_size", "max_kl")
+_NONE = "none"
 
 
 def _layer_bits(text: str) -> tuple[str, int]:
@@ -23,6 +36,14 @@ def _layer_bits(text: str) -> tuple[str, int]:
     if not separator or not pattern or bits not in map(str, _BITS):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=BITS with bits of 1 to 4")
     return pattern, int(bits)
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    """What a preset gives, by the names of the options."""
+    return ", ".join(
+        f"--{key.replace('_', '-')}" if value is True else f"--{key.replace('_', '-')} {value}"
+        for key, value in settings.items()
+    )
 
 
 def _embedding_bits(text: str) -> int | None:
@@ -46,23 +67,51 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("base", metavar="BASE", help="the model that the expert was fine-tuned from")
     parser.add_argument("expert", metavar="EXPERT", help="the fine-tuned model")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the delta repo")
-    parser.add_argument("--bits", type=int, choices=_BITS, default=2, help="bits a weight; default: %(default)s")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULT_PRESET,
+        help="what holds where the options below say nothing else; default: %(default)s. "
+        + " ".join(f"{name}: {_words(settings)}." for name, settings in PRESETS.items()),
+    )
+    parser.add_argument("--bits", type=int, choices=_BITS, help="bits a weight; default: the preset's")
     parser.add_argument(
         "--salient-channels",
         type=int,
-        default=16,
         metavar="N",
-        help="input channels a layer kept in bfloat16; default: %(default)s",
+        help="input channels a layer kept in bfloat16; default: the preset's",
     )
     parser.add_argument(
         "--embedding-bits",
         type=_embedding_bits,
-        default=3,
+        default=argparse.SUPPRESS,
         metavar="{1,2,3,4,none}",
         help="bits a weight in changed rows of embeddings and output head; none keeps them as they are; "
-        "default: %(default)s",
+        "default: the preset's",
     )
-    parser.add_argument("--column-steps", action="store_true", help="also fit a step size per input channel")
+    parser.add_argument(
+        "--column-steps",
+        action=argparse.BooleanOptionalAction,
+        help="also fit a step size per input channel; default: the preset's",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="a budget in the place of --bits: bits a weight of all linear layers together, spent on the layers where "
+        "they buy most",
+    )
+    budget.add_argument(
+        "--target-size", metavar="SIZE", help="the same for the bytes of the whole delta, such as 1.2GB or 800MiB"
+    )
+    budget.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="the smallest delta with at most this mean KL divergence from the expert, on calibration text that is "
+        "kept apart for it",
+    )
     parser.add_argument(
         "--layer-bits",
         type=_layer_bits,
@@ -73,9 +122,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--calibration",
-        metavar="default|FILE|DATASET",
+        default=DEFAULT,
+        metavar="default|FILE|DATASET|none",
         help="text to choose salient channels and steps by the layers' output error: a .txt or .jsonl file, the id of "
-        "a data set, or 'default' for the built-in set; without it they go by the weights' error",
+        "a data set, or 'default' for the built-in set; 'none' goes by the weights' error; default: %(default)s",
     )
     parser.add_argument(
         "--max-calibration-tokens",
@@ -93,7 +143,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    if args.salient_channels < 0:
+    if args.salient_channels is not None and args.salient_channels < 0:
         args.parser.error(f"argument --salient-channels: {args.salient_channels} is below 0")
     if args.max_calibration_tokens < 1:
         args.parser.error(f"argument --max-calibration-tokens: {args.max_calibration_tokens} is below 1")
@@ -103,25 +153,24 @@ def run(args: argparse.Namespace) -> None:
     from ..configuration import MESwitchConfig
     from ..inspection import inspect_delta
 
-    config = MESwitchConfig(
-        args.base,
-        args.base_revision,
-        bits=args.bits,
-        salient_channels=args.salient_channels,
-        column_steps=args.column_steps,
-        layer_bits=dict(args.layer_bits),
-        embedding_bits=args.embedding_bits,
+    # `None` is a value of --embedding-bits, so the option is absent where it was not given.
+    stated = {key: getattr(args, key, None) for key in _SETTINGS if getattr(args, key, None) is not None}
+    stated |= {key: value for key, value in vars(args).items() if key == "embedding_bits"}
+    config = MESwitchConfig.from_preset(
+        args.preset, args.base, args.base_revision, layer_bits=dict(args.layer_bits), **stated
     )
+    chosen: list[Allocation] = []
     started = time.perf_counter()
     directory = compress(
         args.base,
         args.expert,
         args.output,
         config,
-        args.calibration,
+        None if args.calibration == _NONE else args.calibration,
         expert_revision=args.expert_revision,
         device=device,
         max_calibration_tokens=args.max_calibration_tokens,
+        on_allocation=chosen.append,
     )
     seconds = time.perf_counter() - started
     inspection = inspect_delta(directory)
@@ -131,10 +180,23 @@ def run(args: argparse.Namespace) -> None:
         "total_bytes": inspection.total_bytes,
         "dense_bytes": inspection.dense_bytes,
         "ratio": inspection.ratio,
+        "bits_per_weight": inspection.bits_per_weight,
+        "candidates": _candidates(inspection),
         "seconds": round(seconds, 3),
     }
+    if chosen and chosen[0].kl is not None:
+        result["kl"] = chosen[0].kl
     if args.json:
         print(json.dumps(result, indent=2))
         return
     ratio = "" if inspection.ratio is None else f", 1/{inspection.ratio:.2f} of a full copy in bfloat16"
     print(f"{directory}: {inspection.total_bytes:,} bytes{ratio} ({seconds:.1f} s)")
+
+
+def _candidates(inspection: Inspection) -> list[dict[str, int]]:
+    """How many linear layers have which bits and salient channels."""
+    counts = Counter((row.bits or 0, row.salient_channels or 0) for row in inspection.modules if row.kind == "linear")
+    return [
+        {"bits": bits, "salient_channels": salient, "modules": count}
+        for (bits, salient), count in sorted(counts.items())
+    ]

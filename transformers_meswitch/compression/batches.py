@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CompressionError
 
-__all__ = ["Batch", "CalibrationBatches", "pack", "tokenize"]
+__all__ = ["Batch", "CalibrationBatches", "hold_out", "pack", "sequences_of", "spread", "tokenize"]
 
 #: Fewer tokens than this say nothing about thousands of channels; it is a guard against a wrong file, not advice.
 _MIN_TOKENS = 32
@@ -150,3 +151,69 @@ def pack(sequences: Sequence[Sequence[int]], *, max_length: int, batch_tokens: i
             # Padded with a token of the sample: a padding token would make models warn of a missing mask.
             ids = [[*sequence, *[sequence[0]] * (length - len(sequence))] for sequence in chunk]
             yield Batch(torch.tensor(ids), torch.tensor([len(sequence) for sequence in chunk]))
+
+
+def sequences_of(batches: Iterable[Batch]) -> list[list[int]]:
+    """The token ids of each sequence, without padding.
+
+    >>> sequences_of(pack([[1] * 5, [2, 3]], max_length=32))
+    [[1, 1, 1, 1, 1], [2, 3]]
+    """
+    return [
+        ids[:length]
+        for batch in batches
+        for ids, length in zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True)
+    ]
+
+
+def spread(batches: Sequence[Batch], max_tokens: int) -> tuple[Batch, ...]:
+    """Sequences of all lengths, of at most so many tokens together, or one sequence.
+
+    >>> [batch.lengths.tolist() for batch in spread(list(pack([[1] * n for n in range(1, 9)], max_length=32)), 18)]
+    [[2, 4, 6]]
+    """
+    sequences = sequences_of(batches)
+    every = math.ceil(sum(map(len, sequences)) / max_tokens)
+    chosen = sequences[every // 2 :: every]
+    while len(chosen) > 1 and sum(map(len, chosen)) > max_tokens:
+        chosen.pop()
+    return tuple(pack(chosen or sequences[:1], max_length=_widest(batches)))
+
+
+def hold_out(text: CalibrationBatches, every: int, batch_tokens: int) -> tuple[CalibrationBatches, CalibrationBatches]:
+    """Split a calibration set in two: most of it, and sequences of all lengths that are kept apart.
+
+    Args:
+        text: the calibration set.
+        every: one sequence of so many is kept apart, one at least.
+        batch_tokens: positions in a batch of the part kept apart, see :func:`pack`.
+
+    Raises:
+        CompressionError: fewer than two sequences, or none of two tokens to keep apart.
+
+    >>> text = CalibrationBatches(tuple(pack([[i] * i for i in range(1, 9)], max_length=32)), 8, 36)
+    >>> rest, apart = hold_out(text, every=4, batch_tokens=64)
+    >>> rest.tokens, [batch.lengths.tolist() for batch in apart.batches]
+    (24, [[4, 8]])
+    """
+    sequences = sequences_of(text.batches)
+    # From the end, where the longest are: one that is kept apart has to have a token to predict.
+    apart = sequences[::-1][::every][::-1]
+    rest = [sequence for i, sequence in enumerate(sequences[::-1]) if i % every][::-1]
+    if not rest or max(map(len, apart)) < 2:
+        raise CompressionError(
+            f"The calibration text has {len(sequences)} samples; max_kl needs two of a few words at least, since some "
+            "are kept apart to measure on. Give a few hundred samples of what the expert is asked."
+        )
+    widest = _widest(text.batches)
+    parts = (tuple(pack(rest, max_length=widest)), tuple(pack(apart, max_length=widest, batch_tokens=batch_tokens)))
+    counts = (rest, apart)
+    whole, held = (
+        CalibrationBatches(batches, len(part), sum(map(len, part)))
+        for batches, part in zip(parts, counts, strict=True)
+    )
+    return whole, held
+
+
+def _widest(batches: Iterable[Batch]) -> int:
+    return max(batch.ids.shape[1] for batch in batches)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..delta_format.location import RepoLocation
 from ..delta_format.spec import ModuleRecord
 from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
+from .candidates import CandidateFits
 from .expert_config import expert_config
 from .layerwise import SecondMoments
 from .modules import check_shapes, compress_module
@@ -22,7 +24,21 @@ from .request import check_layer_bits
 from .sources import Parameters, Source, input_embedding, output_head
 from .work_folder import FinishedModules
 
-__all__ = ["compress_expert", "compress_modules"]
+__all__ = ["Budget", "compress_expert", "compress_modules"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a budget is spent with.
+
+    Attributes:
+        candidates: fits the candidates of the linears that it chooses for.
+        spend: chooses among them once all are fitted, see :func:`~.spending.spend`; it is given a function that
+            describes what is chosen.
+    """
+
+    candidates: CandidateFits
+    spend: Callable[[Callable[[], MESwitchExpertConfig]], None]
 
 
 def compress_expert(
@@ -36,6 +52,7 @@ def compress_expert(
     *,
     generation_config: GenerationConfig,
     second_moments: SecondMoments | None = None,
+    budget: Budget | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MESwitchExpertConfig:
@@ -51,6 +68,7 @@ def compress_expert(
         finished: where modules go; those that it has already are not worked on again.
         generation_config: the expert's.
         second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
+        budget: what the config's budget is spent with, whose candidates go where ``finished`` is.
         device: see :func:`compress_modules`.
         progress: whether to show a progress bar.
 
@@ -63,29 +81,37 @@ def compress_expert(
         base_parameters,
         expert_parameters,
         config,
-        finished=finished.records,
+        finished=finished.records if budget is None else budget.candidates,
         second_moments=second_moments,
+        candidates=None if budget is None else budget.candidates,
         device=device,
         progress=progress,
     ):
         finished.add(name, record, leaves)
+    fingerprint = fingerprint_checkpoint(base.checkpoint.paths)
+
+    def description() -> MESwitchExpertConfig:
+        return expert_config(
+            config,
+            finished.records,
+            base=base.location.repo,
+            base_revision=base.checkpoint.revision,
+            base_fingerprint=fingerprint,
+            expert=expert.repo,
+            model_config=model.config,
+            generation_config=generation_config,
+            vocab_size=expert_parameters.shapes(input_embedding(model))["weight"][0],
+            tied=expert_parameters.tied,
+            calibrated=second_moments is not None,
+        )
+
+    if budget is not None:
+        budget.spend(description)
     if not finished.records:
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
         )
-    return expert_config(
-        config,
-        finished.records,
-        base=base.location.repo,
-        base_revision=base.checkpoint.revision,
-        base_fingerprint=fingerprint_checkpoint(base.checkpoint.paths),
-        expert=expert.repo,
-        model_config=model.config,
-        generation_config=generation_config,
-        vocab_size=expert_parameters.shapes(input_embedding(model))["weight"][0],
-        tied=expert_parameters.tied,
-        calibrated=second_moments is not None,
-    )
+    return description()
 
 
 def compress_modules(
@@ -96,6 +122,7 @@ def compress_modules(
     *,
     finished: Container[str] = (),
     second_moments: SecondMoments | None = None,
+    candidates: CandidateFits | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, ModuleRecord, dict[str, Tensor]]]:
@@ -112,6 +139,7 @@ def compress_modules(
         second_moments: name of a linear or of the output head to float32 ``[in, in]``, ``E[x xᵀ]`` of its inputs,
             asked for in the order of the modules, see :mod:`.layerwise`; one for which there is none is weighed
             evenly. An embedding whose rows the output head shares goes by the head's, and comes last.
+        candidates: takes the linears whose bits a budget chooses, which are not yielded.
         device: where to compute; `None` is where the expert's parameters are.
         progress: whether to show a progress bar.
 
@@ -150,14 +178,21 @@ def compress_modules(
             continue
         ours, theirs = expert.of(name), base.of(name)
         where = next(iter(ours.values())).device if device is None else torch.device(device)
+        theirs = {key: value.to(where) for key, value in theirs.items()}
+        ours = {key: value.to(where) for key, value in ours.items()}
+        moment = _second_moment(second_moments, used_as[name], shared=used_as[name] != name)
+        conv1d = is_conv1d(model.get_submodule(name))
+        if candidates is not None and kinds[name] == "linear" and not config.is_pinned(name):
+            candidates.fit(theirs, ours, name=name, second_moment=moment, is_conv1d=conv1d)
+            continue
         result = compress_module(
             kinds[name],
-            {key: value.to(where) for key, value in theirs.items()},
-            {key: value.to(where) for key, value in ours.items()},
+            theirs,
+            ours,
             name=name,
             config=config,
-            second_moment=_second_moment(second_moments, used_as[name], shared=used_as[name] != name),
-            is_conv1d=is_conv1d(model.get_submodule(name)),
+            second_moment=moment,
+            is_conv1d=conv1d,
             exact_rows=name in kept_equal,
         )
         if result is not None:

@@ -74,7 +74,7 @@ def expert_config(
         base_model_name_or_path=portable_name(base),
         revision=base_revision,
         inference_mode=True,
-        bits=config.bits,
+        bits=config.bits if config.budget is None else None,
         salient_channels=config.salient_channels,
         modules={name: _entry(record) for name, record in records.items()},
         base_model_type=model_config.model_type,

@@ -8,7 +8,8 @@ hands its input on.
 Memory on the device: the weights of one layer; the hidden states, ``tokens * hidden_size`` elements, padding included;
 the activations of one batch of 4096 tokens; and the moments of one layer, float32. For Mistral-7B (hidden size 4096,
 intermediate size 14336) in bfloat16 with 65,536 tokens: 0.44 GB of weights, 0.54 GB of hidden states (up to 1.07 GB
-with padding) and 1.02 GB of moments.
+with padding) and 1.02 GB of moments. Where the damage of errors is measured, the layer's weights in float32 (0.87 GB)
+stay beside the moments while modules are fitted.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ..errors import CompressionError
 from ..module_kinds import is_linear
 from .batches import Batch, CalibrationBatches
+from .damage import LayerDamage, in_float32
 from .moments import MomentCollector
 from .sources import Parameters, output_head
 
 __all__ = ["LayerwiseMoments", "SecondMoments", "decoder_layers"]
 
 logger = logging.getLogger(__name__)
+
+#: What runs in the place of a layer: its number from 0, and what it is given.
+_Stub = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class SecondMoments(Protocol):
@@ -83,6 +88,7 @@ class LayerwiseMoments:
         config: of the causal LM.
         parameters: its weights.
         calibration: the token ids to run.
+        probe: further token ids to run, of which no moments are formed: those that :meth:`damage` is measured on.
         device: where to run.
         dtype: dtype to run in; the moments are float32 regardless.
         progress: whether to show a progress bar for each layer.
@@ -94,13 +100,14 @@ class LayerwiseMoments:
         parameters: Parameters,
         calibration: CalibrationBatches,
         *,
+        probe: tuple[Batch, ...] = (),
         device: torch.device | str,
         dtype: torch.dtype,
         progress: bool = True,
     ) -> None:
         self._device, self._dtype, self._progress = torch.device(device), dtype, progress
         self._parameters = parameters
-        self._batches = calibration.batches
+        self._batches, self._collected = (*calibration.batches, *probe), len(calibration.batches)
         # The buffers (rotary frequencies, embedding scales) are real: they are computed, not stored in checkpoints.
         with init_empty_weights(include_buffers=False):
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -109,7 +116,11 @@ class LayerwiseMoments:
                 module._buffers[key] = None if buffer is None else buffer.to(self._device)
         self._head = output_head(self._model)
         self._held: dict[str, Tensor] = {}
-        self._whole = False
+        self._whole = self._whole_collected = False
+        #: What the layer of the stage was given of the probe, and, once it was asked for, the damage measured on it.
+        self._probe: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self._damage: LayerDamage | None = None
+        self._while_probed = ExitStack()
         #: Stages: 0 is what comes before the layers, i the i-th layer from 1, the last what comes after.
         self._stage = -1
         self._hidden: list[Tensor] = []
@@ -119,7 +130,7 @@ class LayerwiseMoments:
         self._prefix, self._layers = found if found is not None else ("", nn.ModuleList())
         self._stage_of = self._stages()
         if found is None:
-            self._run_whole("it has no list of alike decoder layers")
+            self._give_up_layers("it has no list of alike decoder layers")
 
     def get(self, name: str, /) -> Tensor | None:
         """See :meth:`SecondMoments.get`.
@@ -130,7 +141,7 @@ class LayerwiseMoments:
         """
         stage = self._stage_of.get(name)
         if stage is None or self._whole:
-            return self._held.get(name)
+            return self._of_whole(name)
         if stage < self._stage:
             raise ValueError(f"{name} is asked for after a later layer; ask in the order of the model's modules.")
         try:
@@ -138,8 +149,59 @@ class LayerwiseMoments:
                 self._held = {}  # before the next layer needs the memory
                 self._held = self._advance(collect=self._stage + 1 == stage)
         except _LayersNotApartError as reason:
-            self._run_whole(str(reason))
-        return self._held.get(name)
+            self._give_up_layers(str(reason))
+        return self._of_whole(name) if self._whole else self._held.get(name)
+
+    def damage(self, name: str, error: Tensor) -> float | None:
+        """What an error of one linear does to the output of its decoder layer: mean of ``‖h' − h‖² / ‖h‖²``.
+
+        The layer runs on the probe once a call, in float32; its other weights are the expert's.
+
+        Args:
+            name: a linear of the layer that :meth:`get` was last asked about.
+            error: float32 ``[out, in]``, what is added to the expert's weight.
+
+        Returns:
+            `None` without a probe, for a linear outside the layers, and where the model is run whole.
+        """
+        layers = range(1, len(self._layers) + 1)
+        if self._whole or not self._probe or self._stage_of.get(name) != self._stage or self._stage not in layers:
+            return None
+        if self._damage is None:
+            layer = self._layers[self._stage - 1]
+            self._while_probed.enter_context(self._loaded(layer, torch.float32))
+            probe = self._probe
+
+            def run(i: int) -> Tensor:
+                hidden, args, kwargs = in_float32(probe[i])
+                return _hidden_of(layer(hidden, *args, **kwargs), hidden)
+
+            self._damage = LayerDamage(run, [batch.real for batch in self._batches[self._collected :]])
+        return self._damage.of(self._model.get_submodule(name), error)
+
+    @torch.no_grad()
+    def predictions(self) -> Iterator[Tensor]:
+        """The model's logits for each batch of the calibration text, ``[rows, length, vocabulary]``.
+
+        May be asked for again; no moments can be had afterwards. One batch of logits is in memory at a time, beside
+        the weights outside the layers.
+
+        Raises:
+            CompressionError: as :meth:`get`.
+        """
+        try:
+            while not self._whole and self._stage < len(self._layers):
+                self._held = {}
+                self._advance(collect=False)
+        except _LayersNotApartError as reason:
+            self._give_up_layers(str(reason))
+        with self._loaded(self._model, head=True) if self._whole else self._loaded_when_called(head=True):
+            for j, batch in enumerate(self._bar(self._batches[: self._collected], "predictions")):
+                with ExitStack() as stack:
+                    if not self._whole:
+                        self._replace_layers(self._leave(self._hidden[j], []), stack)
+                    logits = self._model(input_ids=batch.ids.to(self._device), use_cache=False).logits
+                yield logits
 
     def _stages(self) -> dict[str, int]:
         stages: dict[str, int] = {}
@@ -159,6 +221,8 @@ class LayerwiseMoments:
     def _advance(self, collect: bool) -> dict[str, Tensor]:
         """Go one stage further; its moments, if they are to be collected."""
         self._stage += 1
+        self._while_probed.close()
+        self._probe, self._damage = [], None
         collector = MomentCollector(self._named(self._stage) if collect else {})
         if self._stage == 0:
             self._embed(collector)
@@ -171,7 +235,7 @@ class LayerwiseMoments:
     def _embed(self, collector: MomentCollector) -> None:
         """Fill ``_hidden`` and ``_calls``: what the first layer is given, and how each layer is called."""
         with self._loaded(self._layers[0]):
-            for batch in self._bar(self._batches, "embedding"):
+            for j, batch in enumerate(self._bar(self._batches, "embedding")):
                 current: list[Tensor] = []
 
                 def enter(
@@ -187,7 +251,7 @@ class LayerwiseMoments:
                     self._record(i, hidden, args, kwargs)
                     return self._as_output(hidden)
 
-                self._run_outside(batch, enter, collector, when=partial(operator.not_, current))
+                self._run_outside(batch, enter, self._if_collected(j, collector), partial(operator.not_, current))
                 if not current:
                     raise _LayersNotApartError("its forward pass does not call its layers")
                 self._hidden.append(current[0])
@@ -216,41 +280,47 @@ class LayerwiseMoments:
             for j, batch in enumerate(self._bar(self._batches, f"layer {self._stage} of {len(self._layers)}")):
                 hidden = self._hidden[j]
                 args, kwargs = self._calls[tuple(hidden.shape)][self._stage - 1]
-                with collector.collecting(batch.real):
+                if j >= self._collected:
+                    self._probe.append((hidden, args, kwargs))
+                with self._if_collected(j, collector).collecting(batch.real):
                     self._hidden[j] = _hidden_of(layer(hidden, *args, **kwargs), hidden)
+
+    def _if_collected(self, j: int, collector: MomentCollector) -> MomentCollector:
+        """The collector, or one of nothing for a batch of the probe."""
+        return collector if j < self._collected else MomentCollector({})
 
     def _run_rest(self, collector: MomentCollector) -> None:
         """Run what comes after the layers, the output head's inputs included."""
-        last = len(self._layers) - 1
-        for batch, hidden in zip(self._bar(self._batches, "output head"), self._hidden, strict=True):
+        for j, batch in enumerate(self._bar(self._batches[: self._collected], "output head")):
             past: list[bool] = []
+            self._run_outside(batch, self._leave(self._hidden[j], past), collector, when=partial(bool, past))
 
-            def leave(
-                i: int,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                hidden: Tensor = hidden,
-                past: list[bool] = past,
-            ) -> Any:
-                if i == last:
-                    past.append(True)
-                    return self._as_output(hidden)
-                return self._as_output(_taken_apart(args, kwargs)[0])
+    def _leave(self, hidden: Tensor, past: list[bool]) -> _Stub:
+        """In the place of the layers: whatever they are given, the last one hands ``hidden`` on, and says so."""
 
-            self._run_outside(batch, leave, collector, when=partial(bool, past))
+        def leave(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if i == len(self._layers) - 1:
+                past.append(True)
+                return self._as_output(hidden)
+            return self._as_output(_taken_apart(args, kwargs)[0])
+
+        return leave
 
     def _run_outside(
         self,
         batch: Batch,
-        stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
+        stub: _Stub,
         collector: MomentCollector,
         when: Callable[[], bool],
     ) -> None:
         """Run the model with ``stub(i, args, kwargs)`` for the i-th layer, and without the head's own work."""
         with ExitStack() as stack:
-            for i, layer in enumerate(self._layers):
-                stack.enter_context(_replaced_forward(layer, _as_forward(stub, i)))
+            self._replace_layers(stub, stack)
             self._forward(batch, collector, stack, when)
+
+    def _replace_layers(self, stub: _Stub, stack: ExitStack) -> None:
+        for i, layer in enumerate(self._layers):
+            stack.enter_context(_replaced_forward(layer, _as_forward(stub, i)))
 
     def _forward(
         self, batch: Batch, collector: MomentCollector, stack: ExitStack, when: Callable[[], bool] = lambda: True
@@ -263,41 +333,46 @@ class LayerwiseMoments:
         stack.enter_context(collector.collecting(batch.real, when))
         self._model(input_ids=batch.ids.to(self._device), use_cache=False)
 
-    @torch.no_grad()
-    def _run_whole(self, reason: str) -> None:
-        """The moments of all linears at once, for a model that cannot be run layer by layer."""
+    def _give_up_layers(self, reason: str) -> None:
+        """From now on the model is run whole."""
         logger.warning(
             "%s is loaded whole for calibration, since %s; the memory needed is the model and all its moments.",
             type(self._model).__name__,
             reason,
         )
-        self._whole, self._hidden, self._calls = True, [], {}
-        linears = {name: self._model.get_submodule(name) for name in self._stage_of}
-        collector = MomentCollector(linears)
-        with self._loaded(self._model):
-            for batch in self._bar(self._batches, "the whole model"):
-                with ExitStack() as stack:
-                    self._forward(batch, collector, stack)
-        self._held = collector.means()
+        self._whole, self._hidden, self._calls, self._probe, self._held = True, [], {}, [], {}
+
+    @torch.no_grad()
+    def _of_whole(self, name: str) -> Tensor | None:
+        """A moment, those of all linears being formed at once in a model that is run whole."""
+        if self._whole and not self._whole_collected:
+            self._whole_collected = True
+            collector = MomentCollector({name: self._model.get_submodule(name) for name in self._stage_of})
+            with self._loaded(self._model):
+                for batch in self._bar(self._batches[: self._collected], "the whole model"):
+                    with ExitStack() as stack:
+                        self._forward(batch, collector, stack)
+            self._held = collector.means()
+        return self._held.get(name)
 
     @contextmanager
-    def _loaded(self, root: nn.Module) -> Iterator[None]:
-        """The weights of a module and all within on the device while the context lasts; the output head's never."""
+    def _loaded(self, root: nn.Module, dtype: torch.dtype | None = None, head: bool = False) -> Iterator[None]:
+        """The weights of a module and all within on the device while the context lasts; the head's if wanted."""
         inside = set(root.modules())
         empty: dict[nn.Module, dict[str, Any]] = {}
         try:
             for name in self._parameters.modules:
                 module = self._model.get_submodule(name)
-                if module in inside and name != self._head:
+                if module in inside and (head or name != self._head):
                     empty[module] = dict(module._parameters)
-                    self._load(name, module)
+                    self._load(name, module, dtype)
             yield
         finally:
             for module, parameters in empty.items():
                 module._parameters.update(parameters)
 
     @contextmanager
-    def _loaded_when_called(self) -> Iterator[None]:
+    def _loaded_when_called(self, head: bool = False) -> Iterator[None]:
         """Modules outside the layers get their weights when they are called, and lose them with the context.
 
         What the text does not reach, such as a vision tower, is never loaded.
@@ -306,7 +381,7 @@ class LayerwiseMoments:
         handles = []
         for name in self._parameters.modules:
             module = self._model.get_submodule(name)
-            if name == self._head or (self._prefix and name.startswith(f"{self._prefix}.")):
+            if (name == self._head and not head) or (self._prefix and name.startswith(f"{self._prefix}.")):
                 continue
 
             def load(module: nn.Module, _: Any, name: str = name) -> None:
@@ -323,14 +398,14 @@ class LayerwiseMoments:
             for module, parameters in empty.items():
                 module._parameters.update(parameters)
 
-    def _load(self, name: str, module: nn.Module) -> None:
+    def _load(self, name: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         for key, value in self._parameters.of(name).items():
             # Told here, since a NaN in a norm shows itself in the moments of modules before it.
             if not bool(value.isfinite().all()):
                 raise CompressionError(
                     f"{name}.{key} of the expert holds NaN or infinite values; compress an intact checkpoint."
                 )
-            module._parameters[key] = nn.Parameter(value.to(self._device, self._dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(value.to(self._device, dtype or self._dtype), requires_grad=False)
 
     def _bar(self, batches: tuple[Batch, ...], what: str) -> Any:
         return tqdm(batches, desc=f"Calibrating, {what}", unit="batch", leave=False, disable=not self._progress)
@@ -345,7 +420,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
 
 
-def _as_forward(stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], i: int) -> Callable[..., Any]:
+def _as_forward(stub: _Stub, i: int) -> Callable[..., Any]:
     return lambda *args, **kwargs: stub(i, args, kwargs)
 
 

@@ -14,7 +14,7 @@ from .differences import differs
 from .linear import compress_linear
 from .rows import compress_rows
 
-__all__ = ["check_shapes", "compress_module"]
+__all__ = ["check_shapes", "compress_module", "weight_delta"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -122,6 +122,27 @@ def _check_values(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name
                 )
 
 
+def weight_delta(base: Tensor, expert: Tensor, is_conv1d: bool = False) -> Tensor:
+    """What a fine-tune changed of a linear's weight.
+
+    Args:
+        base: ``[out, in]``, or ``[in, out]`` of a GPT-2 ``Conv1D``; floating.
+        expert: of the same shape.
+        is_conv1d: whether it is a ``Conv1D``'s.
+
+    Returns:
+        float32 ``[out, in]`` on the expert's device; zero where the two are equal in the expert's dtype.
+
+    >>> weight_delta(torch.ones(1, 2), torch.tensor([[1.0, 3.0]])).tolist()
+    [[0.0, 2.0]]
+    """
+    delta = expert.float() - base.to(expert.device).float()
+    # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
+    if not differs(base, expert):
+        delta.zero_()
+    return delta.T.contiguous() if is_conv1d else delta
+
+
 def _compress_linear(
     base: Mapping[str, Tensor],
     expert: Mapping[str, Tensor],
@@ -131,13 +152,9 @@ def _compress_linear(
     is_conv1d: bool,
 ) -> tuple[LinearRecord, dict[str, Tensor]] | None:
     own_bias = "bias" in expert and differs(base["bias"], expert["bias"])
-    delta = expert["weight"].float() - base["weight"].to(expert["weight"].device).float()
-    if is_conv1d:
-        delta = delta.T.contiguous()
+    delta = weight_delta(base["weight"], expert["weight"], is_conv1d)
     bits = config.bits_of(name)
-    # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
-    if not differs(base["weight"], expert["weight"]) or bool((delta == 0).all()):
-        delta = torch.zeros_like(delta)
+    if bool((delta == 0).all()):
         if not own_bias:
             return None
         # The record must announce codes; all-zero ones say that only the bias changed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
 from ..cards import write_delta_card
-from ..configuration import MESwitchConfig
+from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.writer import write_delta
@@ -24,15 +24,22 @@ from ..inspection import full_copy_bytes
 from ..module_kinds import module_kinds
 from .architecture import check_same_computation
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
-from .batches import CalibrationBatches, tokenize
-from .calibration import Calibration, describe, read_samples
-from .driver import compress_expert
+from .batches import CalibrationBatches, hold_out, spread, tokenize
+from .calibration import DEFAULT, Calibration, describe, read_samples
+from .candidates import CandidateFits
+from .delta_parameters import DeltaParameters
+from .driver import Budget, compress_expert
+from .held_out import HELD_OUT_EVERY, HELD_OUT_TOKENS, HeldOutDivergence
 from .layerwise import LayerwiseMoments
 from .request import check_layer_bits, check_request
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
+from .spending import Allocation, spend
 from .work_folder import partial_folder, work_folder
 
 __all__ = ["calibration_text", "compress", "source_identity", "usable", "versions"]
+
+#: Calibration tokens at most on which a budget measures what errors do to a layer's output.
+_PROBE_TOKENS = 2048
 
 
 def compress(
@@ -40,7 +47,7 @@ def compress(
     expert: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     config: MESwitchConfig | None = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | None = DEFAULT,
     *,
     expert_revision: str | None = None,
     token: str | bool | None = None,
@@ -49,6 +56,7 @@ def compress(
     device: torch.device | str | None = None,
     max_calibration_tokens: int = 65536,
     progress: bool = True,
+    on_allocation: Callable[[Allocation], object] | None = None,
 ) -> Path:
     """Compress a full fine-tune into a delta repo.
 
@@ -61,13 +69,16 @@ def compress(
     part of a layer and leaves nothing large on the disk. The same call is one with the same bytes of base and expert,
     config, calibration tokens, kind of device and versions; any other begins anew.
 
+    With a budget in the config, all candidates of a linear are fitted while its second moments are in memory, and wait
+    in the work folder for the choice, which takes 16 bits a weight of disk, see :mod:`.candidates`.
+
     Args:
         base: folder or Hub id of the base's checkpoint (safetensors, sharded or not).
         expert: folder or Hub id of the fine-tune's.
         output_dir: folder of the delta repo, made if need be; a delta in it is replaced once the new one is complete.
         config: bits, salient channels, column steps, and the base's revision.
         calibration: text to choose salient channels and step sizes by the layer's output error (ME-Switch's
-            criterion), ``"default"`` for the built-in set; `None` goes by the weight error. See
+            criterion), by default the built-in set, ``"default"``; `None` goes by the weight error. See
             :func:`~transformers_meswitch.compression.calibration.read_samples`.
         expert_revision: branch, tag or commit of the expert.
         token: Hub token, or whether to use the stored one.
@@ -76,6 +87,7 @@ def compress(
         device: where to compute; by default a CUDA device if there is one.
         max_calibration_tokens: how much of the calibration text to run at most.
         progress: whether to show progress bars.
+        on_allocation: given what a budget chose, once it is chosen.
 
     Returns:
         ``output_dir``.
@@ -85,7 +97,8 @@ def compress(
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
             infinite weights, or differs from it in more than weights; calibration text or a device that cannot be
             used; an output folder that holds a model, cannot be written to, or that another process works on; a disk
-            that is full; a pattern of ``layer_bits`` that matches no linear layer or embedding.
+            that is full; a pattern of ``layer_bits`` that matches no linear layer or embedding; a budget that cannot
+            be kept.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
@@ -110,19 +123,40 @@ def compress(
 
     generation_config = generation_config_of(expert_location, model_config)
     license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
-    text = moments = used = None
+    text = moments = used = divergence = None
     if calibration is not None:
         vocab_size = expert_parameters.shapes(input_embedding(model))["weight"][0]
         text = calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
         used = f"{describe(calibration)}: {text.samples:,} samples, {text.tokens:,} tokens"
         # On a CPU, half precision is slower than float32, where it is not missing.
         dtype = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
-        moments = LayerwiseMoments(model_config, expert_parameters, text, device=where, dtype=dtype, progress=progress)
+        run: dict[str, Any] = {"device": where, "dtype": dtype, "progress": progress}
+        fitted_on = text
+        if config.max_kl is not None:
+            fitted_on, apart = hold_out(text, HELD_OUT_EVERY, HELD_OUT_TOKENS)
+            divergence = HeldOutDivergence(model_config, expert_parameters, apart, **run)
+            used += f", {apart.tokens:,} of them kept apart to measure on"
+        probe = () if config.budget is None else spread(fitted_on.batches, _PROBE_TOKENS)
+        moments = LayerwiseMoments(model_config, expert_parameters, fitted_on, probe=probe, **run)
     output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
     with _disk_errors(output), work_folder(output, request) as work:
         if progress:
-            _report(used, len(work.records))
+            _report(used, len({*work.records, *work.candidates}))
+        allocations: list[Allocation] = []
+
+        def spend_budget(describe: Callable[[], MESwitchExpertConfig]) -> None:
+            def measure() -> float:
+                assert divergence is not None
+                made = DeltaParameters(model, base_parameters, expert_parameters, work.records, work.tensors())
+                return divergence.measure(made)
+
+            allocations.append(spend(config, work, describe, measure))
+
+        budget = None
+        if config.budget is not None:
+            fits = CandidateFits(config, work) if moments is None else CandidateFits(config, work, moments.damage)
+            budget = Budget(fits, spend_budget)
         delta_config = compress_expert(
             model,
             base_source,
@@ -133,9 +167,15 @@ def compress(
             work,
             generation_config=generation_config,
             second_moments=moments,
+            budget=budget,
             device=where,
             progress=progress,
         )
+        for allocation in allocations:
+            if progress:
+                tqdm.write(f"Budget: {allocation}", file=sys.stderr)
+            if on_allocation is not None:
+                on_allocation(allocation)
         assets, texts = find_assets(expert_location), {}
         if all(path.name != GENERATION_CONFIG for path in assets):
             texts[GENERATION_CONFIG] = generation_config.to_json_string()
@@ -146,6 +186,7 @@ def compress(
             dense_bytes=full_copy_bytes(delta_config, model_config),
             license=license,
             calibration=used,
+            kl=next((allocation.kl for allocation in allocations), None),
         )
     return directory
 
@@ -250,7 +291,9 @@ def calibration_text(source: Source, calibration: Calibration, vocab_size: int, 
         )
     except (OSError, ValueError) as error:
         raise CompressionError(
-            f"Calibration needs the tokenizer of {expert}, which cannot be read: {error}"
+            f"Calibration needs the tokenizer of {expert}, which cannot be read: {error} Save the expert's tokenizer "
+            "beside its weights; or do without calibration, which costs accuracy: calibration=None, on the command "
+            "line --calibration none."
         ) from error
     return tokenize(
         tokenizer,

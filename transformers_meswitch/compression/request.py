@@ -30,7 +30,8 @@ def check_request(
     """Check the arguments of :func:`~transformers_meswitch.compress` without reading a model; leaves no trace on disk.
 
     Raises:
-        CompressionError: an argument of another type; the config names another base; the output folder is one of the
+        CompressionError: an argument of another type; the config names another base, or asks for what takes text; the
+            output folder is one of the
             inputs, holds a model, or cannot be written; the calibration file cannot be read or is of no known kind; a
             data set needs a package that is not installed.
     """
@@ -42,6 +43,11 @@ def check_request(
     stated = config.base_model_name_or_path
     if stated is not None and portable_name(stated) != portable_name(base):
         raise CompressionError(f"The base is {os.fspath(base)!r}, but the config names {os.fspath(stated)!r}.")
+    if config.max_kl is not None and calibration is None:
+        raise CompressionError(
+            f"max_kl={config.max_kl:g} is measured on calibration text, and there is none. Give some (on the command "
+            "line, leave --calibration none out), or target_bits or target_size."
+        )
     output = Path(output_dir).resolve()
     for what, repo in (("base", base), ("expert", expert)):
         if output == Path(repo).resolve():

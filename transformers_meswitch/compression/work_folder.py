@@ -1,7 +1,8 @@
 """The modules of a delta that are finished, in memory or on disk, so that a run that was killed can be taken up again.
 
 ``<output>.partial`` beside the delta repo to be holds ``request.json``, which says what is being made, and a
-safetensors file for each finished module, moved into place when it is whole. It is removed when the delta is written.
+safetensors file for each finished module, moved into place when it is whole. Where a budget is to choose between
+several candidates of a module, each has a file of its own. The folder is removed when the delta is written.
 """
 
 from __future__ import annotations
@@ -9,24 +10,27 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..delta_format.serialize import write_tensors
-from ..delta_format.spec import ModuleRecord, parse_record, tensor_key
+from ..delta_format.spec import LinearRecord, ModuleRecord, parse_record, tensor_key
 from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
 from ..errors import CompressionError, MESwitchError
 
 __all__ = [
+    "Candidate",
+    "Codes",
     "FinishedModules",
     "ModulesInMemory",
     "WorkFolder",
@@ -39,6 +43,36 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _REQUEST, _LOCK, _SUFFIX, _UNFINISHED = "request.json", ".lock", ".safetensors", ".unfinished"
+#: Between a module's name and what tells its candidates apart; in no module's name.
+_OF = "@"
+
+#: What tells the candidates of a linear apart: its bits and its salient channels.
+Codes = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the ways to store a linear.
+
+    Attributes:
+        record: its record.
+        error: what of the layer's output it loses, see :func:`~.candidates.output_error`.
+        weight: how much a unit of such error hurts the model; the same for all candidates of a module.
+    """
+
+    record: LinearRecord
+    error: float
+    weight: float
+
+    @property
+    def codes(self) -> Codes:
+        """Bits and salient channels."""
+        return self.record.bits, self.record.salient_channels
+
+    @property
+    def loss(self) -> float:
+        """What the model loses by it."""
+        return self.error * self.weight
 
 
 class FinishedModules(Protocol):
@@ -76,20 +110,27 @@ class WorkFolder:
 
     Args:
         folder: an existing folder; modules that an earlier run finished are found in it.
+
+    Attributes:
+        candidates: module name to its candidates by codes; those that were chosen are in ``records`` as well.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.records: dict[str, ModuleRecord] = {}
+        self.candidates: dict[str, dict[Codes, Candidate]] = {}
         for path in sorted(folder.iterdir()):
             if path.suffix == _UNFINISHED:
                 path.unlink()
             elif path.suffix == _SUFFIX:
-                record = _read_record(path)
-                if record is None:  # of a machine that went down; written anew
+                name, of, _ = path.name.removesuffix(_SUFFIX).partition(_OF)
+                found = _read_module(path, name, is_candidate=bool(of))
+                if found is None:  # of a machine that went down; written anew
                     path.unlink()
+                elif isinstance(found, Candidate):
+                    self.candidates.setdefault(name, {})[found.codes] = found
                 else:
-                    self.records[path.name.removesuffix(_SUFFIX)] = record
+                    self.records[name] = found
 
     def add(self, name: str, record: ModuleRecord, leaves: Mapping[str, Tensor]) -> None:
         """Write a module; when this returns it survives the death of the process and of the machine.
@@ -97,9 +138,33 @@ class WorkFolder:
         Raises:
             OSError: the disk is full or not writable.
         """
-        tensors = {tensor_key(name, leaf): tensor for leaf, tensor in leaves.items()}
-        write_whole(self._folder / f"{name}{_SUFFIX}", tensors, {"record": json.dumps(asdict(record))})
+        self._write(name, name, record, leaves, {})
         self.records[name] = record
+
+    def add_candidate(self, name: str, candidate: Candidate, leaves: Mapping[str, Tensor]) -> None:
+        """Write one of the ways to store a linear, as :meth:`add` does; it is no part of the delta until it is chosen.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        # The shortest decimal form of a float is read back as that very float.
+        metadata = {"error": repr(candidate.error), "weight": repr(candidate.weight)}
+        self._write(_candidate_file(name, candidate.codes), name, candidate.record, leaves, metadata)
+        self.candidates.setdefault(name, {})[candidate.codes] = candidate
+
+    def choose(self, choice: Mapping[str, Codes]) -> None:
+        """Make one candidate of each module the module of the delta, in the place of an earlier choice.
+
+        Args:
+            choice: for every module that has candidates the codes of one of them.
+        """
+        self.records |= {name: self.candidates[name][codes].record for name, codes in choice.items()}
+
+    def _write(
+        self, file: str, name: str, record: ModuleRecord, leaves: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        tensors = {tensor_key(name, leaf): tensor for leaf, tensor in leaves.items()}
+        write_whole(self._folder / f"{file}{_SUFFIX}", tensors, {"record": json.dumps(asdict(record)), **metadata})
 
     def tensors(self) -> TensorFiles:
         """All tensors by name on disk, read one at a time.
@@ -107,7 +172,13 @@ class WorkFolder:
         Raises:
             DeltaFormatError: a file that cannot be read any more.
         """
-        return TensorFiles([self._folder / f"{name}{_SUFFIX}" for name in self.records])
+        return TensorFiles([self._folder / f"{self._file_of(name)}{_SUFFIX}" for name in self.records])
+
+    def _file_of(self, name: str) -> str:
+        record = self.records[name]
+        if name not in self.candidates or not isinstance(record, LinearRecord):
+            return name
+        return _candidate_file(name, (record.bits, record.salient_channels))
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -132,17 +203,25 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         partial.unlink(missing_ok=True)
 
 
-def _read_record(path: Path) -> ModuleRecord | None:
-    """The record of a finished module; `None` if its file is not whole."""
-    name = path.name.removesuffix(_SUFFIX)
+def _candidate_file(name: str, codes: Codes) -> str:
+    return f"{name}{_OF}{codes[0]}-{codes[1]}"
+
+
+def _read_module(path: Path, name: str, *, is_candidate: bool) -> ModuleRecord | Candidate | None:
+    """What a finished module's file holds; `None` if it is not whole."""
     try:
         headers = TensorFiles([path]).headers
         with safe_open(path, framework="pt") as file:
-            record = parse_record(name, json.loads((file.metadata() or {})["record"]))
+            metadata = file.metadata() or {}
+        record = parse_record(name, json.loads(metadata["record"]))
         check_headers({name: record}, headers)
-    except (MESwitchError, SafetensorError, OSError, ValueError, KeyError):
+        if not is_candidate:
+            return record
+        candidate = Candidate(cast(LinearRecord, record), float(metadata["error"]), float(metadata["weight"]))
+        whole = math.isfinite(candidate.loss) and path.name == f"{_candidate_file(name, candidate.codes)}{_SUFFIX}"
+    except (MESwitchError, SafetensorError, OSError, ValueError, KeyError, AttributeError):
         return None
-    return record
+    return candidate if whole else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import IO
 
 import torch
 
-__all__ = ["tensor_bytes", "write_tensors"]
+__all__ = ["file_bytes", "tensor_bytes", "write_tensors"]
 
 #: Bytes of one element, in the order of the data.
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
@@ -52,6 +52,27 @@ def write_tensors(
     Raises:
         OSError: the disk is full or not writable; what there is of the file is left.
     """
+    text, names, _ = _header(headers, metadata)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write(file, get(name))
+
+
+def file_bytes(headers: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that :func:`write_tensors` writes.
+
+    >>> file_bytes({"a": ("BF16", (3, 5))})
+    94
+    """
+    text, _, data = _header(headers, metadata)
+    return 8 + len(text) + data
+
+
+def _header(
+    headers: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str], int]:
+    """A file's header, the names of its tensors in the order of the data, and the bytes of the data."""
     order = list(_DTYPE_BYTES)
     names = sorted(headers, key=lambda name: (order.index(headers[name][0]), name))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
@@ -62,11 +83,7 @@ def write_tensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _write(file, get(name))
+    return text + b" " * (-len(text) % 8), names, offset
 
 
 def _write(file: IO[bytes], tensor: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ values          the expert's own parameters of a small module (a norm): ``values
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "QuantizedRowsRecord",
     "RowsRecord",
     "ValuesRecord",
+    "bits_per_weight",
     "packed_width",
     "parse_record",
     "record_bytes",
@@ -228,6 +230,24 @@ def record_bytes(record: ModuleRecord, own_bytes: int) -> int:
         (own_bytes if dtype is None else _FIXED_BYTES[dtype]) * math.prod(shape)
         for dtype, shape in record.leaves().values()
     )
+
+
+def bits_per_weight(records: Iterable[ModuleRecord]) -> float | None:
+    """Bits that a weight of the linear layers takes on average: codes, steps, salient channels and their indices.
+
+    Args:
+        records: of all modules; those that are no linears play no part, nor do biases and headers.
+
+    Returns:
+        `None` where there is no linear.
+
+    >>> bits_per_weight([LinearRecord(out_features=8, in_features=64, bits=1)])
+    1.5
+    """
+    linears = [record for record in records if isinstance(record, LinearRecord)]
+    weights = sum(record.out_features * record.in_features for record in linears)
+    # Leaves in the expert's own dtype are biases.
+    return 8 * sum(record_bytes(record, own_bytes=0) for record in linears) / weights if weights else None
 
 
 def _require(entry: dict[str, Any], module: str, field: str, kind: type, default: Any = None) -> Any:

@@ -21,21 +21,23 @@ import torch
 
 from ..configuration import MESwitchExpertConfig
 from ..errors import DeltaFormatError, OutputFolderError
+from ..sizes import parse_size
 from .asset_files import TEMPLATE_FOLDER, is_template, stale_assets
 from .folder_lock import PARTIAL_SUFFIX, FolderLock
 from .location import is_plain_path
-from .serialize import tensor_bytes, write_tensors
+from .serialize import file_bytes, tensor_bytes, write_tensors
 from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EVIDENCE_NAME, FORMAT_VERSION
 from .tensor_files import TensorFiles
 from .validate import check_config, check_headers, check_values, tensor_headers
 
-__all__ = ["write_delta"]
+__all__ = ["delta_bytes", "write_delta"]
 
 _INDEX_NAME = f"{ADAPTER_WEIGHTS_NAME}.index.json"
 #: transformers gives the index of a sharded adapter this name.
 _FOREIGN_INDEX_NAME = "model.safetensors.index.json"
+#: Of weight files, as transformers and PEFT want it.
+_METADATA = {"format": "pt"}
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 #: Tensor name to safetensors dtype and shape.
 _Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -43,10 +45,12 @@ _Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 def _bytes(size: int | str) -> int:
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]+)", size.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise DeltaFormatError(f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'.")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise DeltaFormatError(
+            f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'."
+        ) from error
 
 
 def _shards(headers: _Headers, limit: int | None) -> dict[str, list[str]]:
@@ -152,6 +156,19 @@ def _table(
     return tensor_headers(tensors), tensors.__getitem__
 
 
+def delta_bytes(config: MESwitchExpertConfig, tensors: Mapping[str, torch.Tensor] | TensorFiles) -> int:
+    """Bytes that :func:`write_delta` writes for the delta itself: the weights in one file, and the configuration.
+
+    Args:
+        config: as for :func:`write_delta`.
+        tensors: as for :func:`write_delta`; only sizes and dtypes are looked at.
+
+    Raises:
+        DeltaFormatError: a tensor of a dtype that the format has no place for.
+    """
+    return file_bytes(_table(tensors)[0], _METADATA) + len(_json(config.to_dict()))
+
+
 def write_delta(
     directory: str | os.PathLike[str],
     config: MESwitchExpertConfig,
@@ -212,7 +229,7 @@ def write_delta(
     partial = {name: folder / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}" for name in [*shards, *contents]}
     try:
         for name, keys in shards.items():
-            write_tensors(partial[name], {key: headers[key] for key in keys}, get, metadata={"format": "pt"})
+            write_tensors(partial[name], {key: headers[key] for key in keys}, get, metadata=_METADATA)
         for name, content in contents.items():
             if isinstance(content, bytes):
                 partial[name].write_bytes(content)

@@ -1,0 +1,20 @@
+"""Named settings: all that a preset is, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["DEFAULT_PRESET", "PRESETS"]
+
+DEFAULT_PRESET = "lossless"
+
+#: Name to arguments of :class:`~transformers_meswitch.MESwitchConfig`; what is not named is its default.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # What cannot be told from the fine-tune on a benchmark: the defaults.
+    "lossless": {"bits": 2, "salient_channels": 16, "embedding_bits": 3},
+    # A fourth less for the linear layers, spent where it buys most.
+    "balanced": {"target_bits": 1.5, "salient_channels": 16, "embedding_bits": 3},
+    # One bit. A step for each input channel costs less there than salient channels, and buys more.
+    "smallest": {"bits": 1, "salient_channels": 4, "column_steps": True, "embedding_bits": 3},
+}
