@@ -94,11 +94,16 @@ def collect(head: dict[str, Any], experts: dict[str, Any], cells: Iterable[dict[
     return {**head, "experts": dict(sorted(experts.items())), "cells": sorted(cells, key=_key)}
 
 
+def _without_time(training: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if key != "seconds"}
+
+
 def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Several results as one. Of a cell that is in more than one, the last counts.
 
     Raises:
-        ValueError: a cell's expert was trained differently in two results, so their cells are not of one expert.
+        ValueError: a cell's expert was trained differently in two results, so their cells are not of one expert. One
+            that was trained twice with the same settings, to the same loss and the same distance, is one.
     """
     merged: dict[str, Any] = {}
     experts: dict[str, Any] = {}
@@ -106,7 +111,7 @@ def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for result in results:
         merged |= {key: value for key, value in result.items() if key not in ("experts", "cells")}
         for name, training in result["experts"].items():
-            if experts.setdefault(name, training) != training:
+            if _without_time(experts.setdefault(name, training)) != _without_time(training):
                 raise ValueError(
                     f"expert {name} was trained twice: {experts[name]} and {training}. "
                     "Its cells would be of two experts; keep the results of one."

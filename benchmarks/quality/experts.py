@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["ExpertFolder", "load_pieces", "save_pieces"]
+__all__ = ["ExpertFolder", "load_pieces", "save_pieces", "write_checkpoint"]
 
 #: A little under 16 MB.
 _PIECE_BYTES = 15_500_000
@@ -45,6 +46,26 @@ class ExpertFolder:
     def load(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameter's name to its value."""
         return load_file(self._weights, device=str(device))
+
+
+def write_checkpoint(base: Path, weights: Mapping[str, Tensor], folder: Path) -> Path:
+    """An expert as a checkpoint folder of its own, with the base's configuration and tokenizer.
+
+    Args:
+        base: folder of the base's checkpoint.
+        weights: the expert's parameters by name.
+        folder: where to write; made.
+
+    Returns:
+        ``folder``.
+    """
+    folder.mkdir()
+    for path in base.iterdir():
+        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copy(path, folder / path.name)
+    tensors = {key: value.contiguous().cpu() for key, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def save_pieces(

@@ -7,7 +7,6 @@ stands the expert's own checkpoint, quantised by bitsandbytes in its turn.
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from transformers_meswitch import compress
@@ -24,12 +22,12 @@ from transformers_meswitch.module_kinds import linear_sizes
 
 from .cells import CellStore, ExpertId
 from .data import held_out, load_split
-from .experts import ExpertFolder
+from .experts import ExpertFolder, write_checkpoint
 from .measures import to_bits
 from .methods import OURS
 from .methods.base import linear_names
 from .tasks import TASKS
-from .text import completion_text, encode_prompts, prompt_text
+from .text import encode_prompts, item_texts
 
 __all__ = ["measure_over_quantized_base"]
 
@@ -72,14 +70,15 @@ def measure_over_quantized_base(
         task = TASKS[expert.task]
         test = held_out(load_split(data, task, "test"), expert.seed, items)
         train = load_split(data, task, "train")[:calibration]
-        texts = [prompt_text(item) + completion_text(item) for item in train]
+        texts = item_texts(train)
         for name in methods:
             label = f"{name}@{bits}bit-base"
             if cells.has(expert, label, settings):
                 continue
             values: dict[str, Any] = {}
             with tempfile.TemporaryDirectory() as scratch:
-                checkpoint = _checkpoint(base, work, expert, Path(scratch) / "expert")
+                weights = ExpertFolder(work / "experts" / str(expert)).load()
+                checkpoint = write_checkpoint(base, weights, Path(scratch) / "expert")
                 folder = checkpoint if name == _EXPERT else Path(scratch) / "delta"
                 if name != _EXPERT:
                     started = time.perf_counter()
@@ -99,17 +98,6 @@ def measure_over_quantized_base(
             }
             cells.write(expert, label, settings, values)
             print(f"{expert} {label}: {sum(right)} of {len(test)}", flush=True)
-
-
-def _checkpoint(base: Path, work: Path, expert: ExpertId, folder: Path) -> Path:
-    """An expert as a checkpoint folder of its own."""
-    folder.mkdir()
-    for path in base.iterdir():
-        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
-            shutil.copy(path, folder / path.name)
-    weights = ExpertFolder(work / "experts" / str(expert)).load()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def _load(folder: Path, bits: int, device: torch.device) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from .methods import METHODS, Compressed, Inputs, Method, merged_weights, rest_b
 from .methods.base import linear_names, synchronize
 from .serving import prepare_serving, put_weights
 from .tasks import TASKS, Item
-from .text import encode_items, encode_prompts
+from .text import encode_items, encode_prompts, item_texts
 from .training import STRENGTHS, Strength, compile_layers, fine_tune
 
 __all__ = ["CALIBRATION", "Budget", "Plan", "Runner"]
@@ -229,7 +229,15 @@ class Runner:
         synchronize()
         calibration_seconds = time.perf_counter() - calibration_started
         inputs = Inputs(
-            self._plain, self._base_state, weights, moments, sequences, expert.seed, plan.distillation_steps
+            self._plain,
+            self._base_state,
+            weights,
+            moments,
+            sequences,
+            expert.seed,
+            plan.distillation_steps,
+            self._base,
+            item_texts(calibration_items),
         )
         budget.spent("expert", time.monotonic() - started)
         for name in methods:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .tasks import Item
 
-__all__ = ["completion_text", "encode_items", "encode_prompts", "prompt_text"]
+__all__ = ["completion_text", "encode_items", "encode_prompts", "item_texts", "prompt_text"]
 
 
 def prompt_text(item: Item) -> str:
@@ -19,6 +19,11 @@ def prompt_text(item: Item) -> str:
 def completion_text(item: Item) -> str:
     """The answer to learn, with the token that ends it."""
     return f"{item.completion}<|im_end|>"
+
+
+def item_texts(items: Sequence[Item]) -> list[str]:
+    """Prompt, completion and end token of each item."""
+    return [prompt_text(item) + completion_text(item) for item in items]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -41,4 +41,6 @@ def pair(tmp_path_factory) -> Pair:
         (torch.randint(3, 259, (int(length),), generator=generator).tolist(), int(length) // 2)
         for length in torch.randint(8, 40, (24,), generator=generator)
     ]
-    return Pair(base, folder / "expert", Inputs(model, before, after, collect_moments(model, sequences), sequences))
+    inputs = Inputs(model, before, after, collect_moments(model, sequences), sequences)
+    inputs.base_folder, inputs.texts = base, ["A text to calibrate on, and one more sentence of it."] * 12
+    return Pair(base, folder / "expert", inputs)

@@ -8,6 +8,7 @@ from transformers_meswitch import MESwitchConfig
 
 from .base import Compressed, Inputs, Method, merged_weights, rest_bytes
 from .distillation import distil
+from .folders import from_folders
 from .low_rank import mixed_precision_svd, truncated_svd
 from .ours import linear_budget, ours
 from .stepped import bitdelta, compress_stepped, rounded
@@ -29,6 +30,13 @@ def _bitdelta(inputs: Inputs, *, distilled: bool) -> Compressed:
 
 def _svd(inputs: Inputs, *, bits: int, channels: int, mixed: bool) -> Compressed:
     return (mixed_precision_svd if mixed else truncated_svd)(inputs, linear_budget(inputs, bits, channels))
+
+
+def _budgeted(inputs: Inputs, *, bits: float) -> Compressed:
+    # The tiny model of a smoke run is so narrow that its steps alone take more.
+    weights = sum(inputs.base[f"{name}.weight"].numel() for name in inputs.linears())
+    least = 8 * sum(linear_budget(inputs, 1, 0).values()) / weights
+    return from_folders(inputs, MESwitchConfig(target_bits=max(bits, 1.01 * least)))
 
 
 #: How the package compresses, by the name of the method.
@@ -94,6 +102,18 @@ METHODS = {
         *(
             Method(name, f"this package, {about}", partial(ours, config=OURS[name]))
             for name, about in _ABOUT_OURS.items()
+        ),
+        *(
+            Method(
+                f"ours-{bits}bit",
+                f"this package, a budget of {bits} bits a weight",
+                partial(_budgeted, bits=bits),
+            )
+            for bits in (1.2, 1.5, 2.1)
+        ),
+        *(
+            Method(f"{name}-distilled", f"{name}, distilled", partial(from_folders, config=OURS[name], distilled=True))
+            for name in ("ours-1bit", "ours-1bit-salient", "ours-2bit")
         ),
         Method(
             "ours-1bit-diagonal",

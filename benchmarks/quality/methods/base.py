@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Inputs:
         sequences: those sequences: token ids, and how many of them are the prompt's.
         seed: of what a method draws.
         distillation_steps: optimiser steps of the methods that train.
+        base_folder: the base's checkpoint, for methods that work on folders.
+        texts: the sequences as text, for the same.
     """
 
     model: PreTrainedModel
@@ -48,6 +51,8 @@ class Inputs:
     sequences: Sequence[tuple[list[int], int]]
     seed: int = 0
     distillation_steps: int = 200
+    base_folder: Path | None = None
+    texts: Sequence[str] = ()
     _shared: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
     def linears(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +22,7 @@ from transformers_meswitch.delta_format.spec import (
 
 from .base import Compressed, Inputs, State
 
-__all__ = ["leaf_bytes", "linear_budget", "ours"]
+__all__ = ["collected", "leaf_bytes", "linear_budget", "ours"]
 
 
 class StateParameters:
@@ -70,7 +72,6 @@ def ours(inputs: Inputs, config: MESwitchConfig, *, diagonal: bool = False) -> C
         diagonal: fit to the second moments' diagonal alone, to tell what the rest of them is worth.
     """
     moments = {name: moment.diagonal() if diagonal else moment for name, moment in inputs.moments.items()}
-    result = Compressed({}, 0, rest_bytes=0)
     modules = compress_modules(
         inputs.model,
         StateParameters(inputs.model, inputs.base),
@@ -79,9 +80,18 @@ def ours(inputs: Inputs, config: MESwitchConfig, *, diagonal: bool = False) -> C
         second_moments=moments,
         progress=False,
     )
-    changed = set()
+    return collected(inputs, modules)
+
+
+def collected(inputs: Inputs, modules: Iterable[tuple[str, ModuleRecord, dict[str, Tensor]]]) -> Compressed:
+    """What the modules of a delta stand for, and their bytes.
+
+    Args:
+        inputs: the expert.
+        modules: name, record and tensors by leaf of each.
+    """
+    result = Compressed({}, 0, rest_bytes=0)
     for name, record, tensors in modules:
-        changed.add(name)
         if isinstance(record, LinearRecord):
             result.deltas[name] = reconstruct_linear(record, tensors)
             result.linear_bytes += leaf_bytes(tensors)
@@ -89,7 +99,7 @@ def ours(inputs: Inputs, config: MESwitchConfig, *, diagonal: bool = False) -> C
             result.rest.update(_rest(name, record, tensors, inputs.base))
             result.rest_bytes = (result.rest_bytes or 0) + leaf_bytes(tensors)
     for name in inputs.linears():
-        if name not in changed:
+        if name not in result.deltas:
             result.deltas[name] = torch.zeros_like(inputs.delta(name))
     return result
 
