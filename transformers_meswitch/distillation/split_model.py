@@ -22,7 +22,7 @@ __all__ = ["OutputHead", "check_split", "checkpoint_layers", "hidden_states"]
 class _Given(nn.Module):
     """In the place of a model's layers: what goes in as embeddings is what comes out."""
 
-    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
