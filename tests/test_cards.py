@@ -144,6 +144,15 @@ def test_merge_keeps_windows_line_ends():
     assert "\n" not in merged.replace("\r\n", "")
 
 
+def test_distillation_is_stated_where_it_was_done():
+    modules = {"model.layers.0.mlp.up_proj": LINEAR}
+    distilled = {"steps": 200, "text": "chats.jsonl: 9 samples, 99 tokens", "kl_before": 0.5, "kl_after": 0.0123456}
+    config = MESwitchExpertConfig(base_model_name_or_path="me/base", modules=modules, distilled=distilled)
+    line = "200 steps on chats.jsonl: 9 samples, 99 tokens. KL from the fine-tuned model, nats a held-out token: 0.5"
+    assert f"{line} before, 0.01235 after." in " ".join(delta_card(config, total_bytes=1, dense_bytes=1).split())
+    assert "distilled" not in card_of()
+
+
 def test_fidelity_is_stated_where_it_was_measured():
     card = card_of(evidence=evidence())
     rows = [row for row in card.split("## Fidelity")[1].split("## How")[0].splitlines() if row.startswith("|")]

@@ -204,7 +204,7 @@ def test_two_runs_at_once_on_one_output(pair, tmp_path, monkeypatch):
     def add(self, name, record, leaves):
         if not refused:
             monkeypatch.setattr(WorkFolder, "add", original)
-            with pytest.raises(CompressionError, match="Another process is compressing into") as error:
+            with pytest.raises(CompressionError, match="Another process is working on") as error:
                 compress(*pair, tmp_path / "delta", CONFIG, calibration=None, progress=False)
             refused.append(error)
         original(self, name, record, leaves)

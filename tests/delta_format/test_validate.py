@@ -199,6 +199,9 @@ def test_config_gives_the_records():
         ({"eos_token_id": 2}, "eos_token_id is 2, expected list"),
         ({"base_fingerprint": "abc"}, "base_fingerprint is 'abc'"),
         ({"revision": 1}, "revision is 1"),
+        ({"distilled": True}, "distilled is True, expected dict or null"),
+        ({"distilled": {"steps": "9", "text": "a", "kl_before": 1, "kl_after": 0.5}}, r"distilled\['steps'\] is '9'"),
+        ({"distilled": {"steps": 9, "text": "a", "kl_before": 1.0}}, r"distilled\['kl_after'\] is None"),
     ],
 )
 def test_bad_configs(changes, message):

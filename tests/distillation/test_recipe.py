@@ -336,3 +336,18 @@ def test_sequences_are_split_scheduled_and_padded_without_loss(tiny_family):
     assert [len(chosen) for chosen in plan] == [3] * 7
     drawn = [number for chosen in plan for number in chosen]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+
+
+def test_what_was_done_stays_in_the_card_and_goes_along_when_a_model_is_saved(tiny_family, spoiled, tmp_path):
+    base, expert, delta = tiny_family.base, tiny_family.experts["math"], spoiled["tiny_family", "math"]
+    distill(base, expert, delta, tmp_path / "output", texts_of("math"), **QUICK | {"steps": 2})
+    verify(base, expert, tmp_path / "output", texts_of("math", 8), device="cpu", save=True, progress=False)
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "## Fidelity" in card
+    assert "2 steps on texts of the caller" in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    model.save_pretrained(tmp_path / "saved")
+    found = [open_delta(tmp_path / name).config.distilled for name in ("output", "saved")]
+    assert found[0] == found[1] is not None
+    # A delta whose steps were not distilled says nothing of it.
+    assert "distilled" not in (delta / "adapter_config.json").read_text()

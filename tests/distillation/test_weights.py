@@ -101,6 +101,25 @@ def test_a_wrong_level_would_be_found():
     assert not torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_an_accelerators_gradients_are_the_cpus(bits, dtype, tolerance):
+    record = LinearRecord(out_features=96, in_features=200, bits=bits, salient_channels=3, column_step=True)
+    leaves = random_leaves(record, bits)
+    x = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        delta = TrainedDelta(record, {leaf: tensor.to(device) for leaf, tensor in leaves.items()})
+        given_x = x.to(device, kind).requires_grad_()
+        loss = (delta(given_x) * weights.to(device, kind)).sum()
+        found.append(torch.autograd.grad(loss, [given_x, *delta.parameters()]))
+    for right, ours in zip(*found, strict=True):
+        error = (ours.double().cpu() - right.double()).norm() / right.double().norm()
+        assert float(error) < tolerance
+
+
 @given(records, st.integers(0, 99))
 def test_untrained_leaves_are_the_stored_ones_bit_for_bit(record, seed):
     leaves = random_leaves(record, seed)

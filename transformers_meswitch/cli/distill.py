@@ -22,8 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="train a delta's step sizes until it answers as the expert it was made from",
         description="Train the step sizes and salient columns of a delta on the expert's logits. Codes stay as they "
         "are, and so does the size. A quarter of the text is held out: if training does not bring the delta nearer to "
-        "the expert there, it is written as it was. One model is in memory at a time. Where the training is is kept in "
-        "DIR.partial: after an interruption, the same command goes on from there.",
+        "the expert there, it is written as it was. One model is in memory at a time. The state of training is kept "
+        "in DIR.partial: after an interruption, the same command goes on from there.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -254,7 +254,7 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
         lock.acquire()
     except Timeout as error:
         raise CompressionError(
-            f"Another process is compressing into {output} ({folder} is locked). Wait for it, or give another output."
+            f"Another process is working on {output} ({folder} is locked). Wait for it, or give another output."
         ) from error
     try:
         _prepare(folder, request)

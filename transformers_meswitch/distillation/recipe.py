@@ -137,7 +137,8 @@ def distill(
     The expert runs first; its last hidden states (``max_calibration_tokens`` × width numbers) wait in
     ``<output_dir>.partial``. Then the base and the delta are loaded, with the expert's output head, and trained: one
     full model is in memory at a time. A run that was killed is taken up by the same call at the last multiple of 25
-    steps, and ends, on the same kind of device, as if it had not been killed.
+    steps. On a CPU it ends with the very bytes of one that was not; on an accelerator as far as two runs are equal
+    there, where attention may sum its gradients in any order.
 
     Args:
         base: folder or Hub id of the base's checkpoint.
