@@ -85,7 +85,8 @@ from transformers import AutoModelForCausalLM
 from transformers_meswitch import MESwitchConfig, compress
 from transformers_meswitch.hub import push_folder
 base, output, plain, hub_cache = sys.argv[1:]
-compress(base, "alice/expert", output, MESwitchConfig(bits=1, salient_channels=0), None, cache_dir=hub_cache, progress=False)
+how = MESwitchConfig(bits=1, salient_channels=0)
+compress(base, "alice/expert", output, how, None, cache_dir=hub_cache, progress=False)
 push_folder(output, "alice/delta")
 local = AutoModelForCausalLM.from_pretrained(base)
 local.load_adapter("alice/delta", adapter_name="math", adapter_kwargs={"cache_dir": hub_cache})

@@ -13,7 +13,7 @@ from ..delta_format.spec import LinearRecord, bits_per_weight, record_bytes, ten
 from ..delta_format.writer import delta_bytes
 from ..errors import CompressionError
 from .budget import Option, allocate, allocate_to_loss, total
-from .work_folder import Codes, WorkFolder
+from .work_folder import Codes, WorkFolder, codes_of
 
 __all__ = ["Allocation", "spend"]
 
@@ -33,7 +33,7 @@ class Allocation:
 
     Attributes:
         bits_per_weight: of all linears together; `None` where there is none.
-        counts: how many linears have which bits and salient channels.
+        counts: how many linears are stored how.
         loss: sum of the predicted losses of the linears that had candidates, see :mod:`.candidates`.
         kl: for ``max_kl``, the KL divergence that was measured, nats a token.
     """
@@ -46,14 +46,16 @@ class Allocation:
     def __str__(self) -> str:
         """One line for people.
 
-        >>> print(Allocation(1.5, {(1, 0): 2, (2, 16): 1}, 0.01, kl=0.0123))
-        1.50 bits a weight: 2 linears at 1 bit, 1 at 2 bits + 16 channels; KL 0.0123 on text kept apart
+        >>> print(Allocation(1.5, {Codes(1, 0, True): 2, Codes(2, 16): 1}, 0.01, kl=0.0123))
+        1.50 bits a weight: 2 linears at 1 bit + column steps, 1 at 2 bits + 16 channels; KL 0.0123 on text kept apart
         """
         parts = []
-        for i, ((bits, salient), count) in enumerate(sorted(self.counts.items())):
+        for i, (codes, count) in enumerate(sorted(self.counts.items())):
             noun = "" if i else " linear" if count == 1 else " linears"
-            codes = f"{bits} bit{'' if bits == 1 else 's'}" + (f" + {salient} channels" if salient else "")
-            parts.append(f"{count}{noun} at {codes}")
+            how = [f"{codes.bits} bit{'' if codes.bits == 1 else 's'}"]
+            how += [f"{codes.salient_channels} channels"] if codes.salient_channels else []
+            how += ["column steps"] if codes.column_steps else []
+            parts.append(f"{count}{noun} at {' + '.join(how)}")
         kl = "" if self.kl is None else f"; KL {self.kl:.3g} on text kept apart"
         return f"{self.bits_per_weight or 0:.2f} bits a weight: {', '.join(parts) or 'no linears'}{kl}"
 
@@ -90,7 +92,7 @@ def spend(
         choice, kl = _within_kl(problem, float(config.max_kl or 0), divergence)
         problem.choose(choice)
     linears = [record for record in work.records.values() if isinstance(record, LinearRecord)]
-    counts = Counter((record.bits, record.salient_channels) for record in linears)
+    counts = Counter(map(codes_of, linears))
     loss = total(problem.options(_tensor_bytes), choice).loss
     return Allocation(bits_per_weight(linears), dict(sorted(counts.items())), loss, kl)
 
@@ -143,7 +145,8 @@ def _smallest(options: Sequence[Sequence[Option]]) -> list[int]:
 
 def _within_bits(problem: _Problem, target: float) -> list[int]:
     options, weights = problem.options(_tensor_bytes), problem.weights()
-    room = math.floor(target * weights / 8) - problem.pinned_bytes()
+    # A target that was worked out from bytes must give those bytes, whatever its last digit was rounded to.
+    room = math.floor(target * weights / 8 * (1 + 1e-12)) - problem.pinned_bytes()
     least = total(options, _smallest(options)).size
     if least > room:
         # Rounded up, so that what is named can be had.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,16 @@ from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
 from ..errors import CompressionError, MESwitchError
 
-__all__ = ["Candidate", "Codes", "FinishedModules", "ModulesInMemory", "WorkFolder", "partial_folder", "work_folder"]
+__all__ = [
+    "Candidate",
+    "Codes",
+    "FinishedModules",
+    "ModulesInMemory",
+    "WorkFolder",
+    "codes_of",
+    "partial_folder",
+    "work_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +45,19 @@ _REQUEST, _LOCK, _SUFFIX, _UNFINISHED = "request.json", ".lock", ".safetensors",
 #: Between a module's name and what tells its candidates apart; in no module's name.
 _OF = "@"
 
-#: What tells the candidates of a linear apart: its bits and its salient channels.
-Codes = tuple[int, int]
+
+class Codes(NamedTuple):
+    """What tells the candidates of a linear apart.
+
+    Attributes:
+        bits: bits of one code.
+        salient_channels: input channels in bfloat16.
+        column_steps: whether there is a step per input channel.
+    """
+
+    bits: int
+    salient_channels: int
+    column_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,13 +76,22 @@ class Candidate:
 
     @property
     def codes(self) -> Codes:
-        """Bits and salient channels."""
-        return self.record.bits, self.record.salient_channels
+        """What tells it from the other candidates."""
+        return codes_of(self.record)
 
     @property
     def loss(self) -> float:
         """What the model loses by it."""
         return self.error * self.weight
+
+
+def codes_of(record: LinearRecord) -> Codes:
+    """How a linear is stored.
+
+    >>> codes_of(LinearRecord(8, 8, 2, salient_channels=4))
+    Codes(bits=2, salient_channels=4, column_steps=False)
+    """
+    return Codes(record.bits, record.salient_channels, record.column_step)
 
 
 class FinishedModules(Protocol):
@@ -178,11 +207,11 @@ class WorkFolder:
         record = self.records[name]
         if name not in self.candidates or not isinstance(record, LinearRecord):
             return name
-        return _candidate_file(name, (record.bits, record.salient_channels))
+        return _candidate_file(name, codes_of(record))
 
 
 def _candidate_file(name: str, codes: Codes) -> str:
-    return f"{name}{_OF}{codes[0]}-{codes[1]}"
+    return f"{name}{_OF}{codes.bits}-{codes.salient_channels}{'-columns' if codes.column_steps else ''}"
 
 
 def _read_module(path: Path, name: str, *, is_candidate: bool) -> ModuleRecord | Candidate | None:
