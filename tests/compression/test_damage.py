@@ -1,4 +1,4 @@
-"""What an error does to a layer's output, against hooks on the whole model; and predictions against the model's own."""
+"""What an error does to a layer's output, and what is predicted, against hooks on the whole model."""
 
 import pytest
 import torch

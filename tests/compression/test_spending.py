@@ -1,6 +1,5 @@
 """Budgets, from two checkpoints to the bytes on disk: kept to the byte, spent where they buy most, measured anew."""
 
-import json
 import math
 from itertools import pairwise
 
@@ -15,7 +14,7 @@ from transformers_meswitch.compression.calibration import read_samples
 from transformers_meswitch.compression.candidates import CandidateFits, candidate_codes, output_error
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
 from transformers_meswitch.compression.recipe import compress
-from transformers_meswitch.compression.spending import _within_kl, spend
+from transformers_meswitch.compression.spending import spend
 from transformers_meswitch.compression.work_folder import Candidate, Codes, WorkFolder, codes_of
 from transformers_meswitch.configuration import MESwitchConfig
 from transformers_meswitch.delta_format.reader import open_delta, resolve_delta
@@ -80,9 +79,9 @@ def test_bits_are_spent_and_not_overspent(pair, tmp_path, calibration, target):
 def test_sizes_are_kept_to_the_byte(pair, tmp_path):
     """At every target, and just below and at the sizes that come of others."""
     sizes = []
-    for target in (34_000, 40_000, "52kB", 64_001):
+    for target in (34_000, "44kB", 56_001):
         run(pair, tmp_path / "delta", None, target_size=target)
-        wanted = 52_000 if isinstance(target, str) else target
+        wanted = 44_000 if isinstance(target, str) else target
         sizes.append(size_of(tmp_path / "delta"))
         # What is left is less than a step of the smallest linears.
         assert wanted - 1_000 < sizes[-1] <= wanted
@@ -137,7 +136,7 @@ def test_patterns_pin_bits_within_the_budget(pair, tmp_path):
             assert codes_of(record) == Codes(4, N)
         elif "q_proj" in name:
             assert codes_of(record) == Codes(1, N)
-    _, linears, (allocation,) = run(pair, tmp_path / "all", target_bits=3.9, layer_bits={".": 3})
+    _, linears, (allocation,) = run(pair, tmp_path / "all", target_bits=4.9, layer_bits={"proj": 3})
     assert allocation.counts == {Codes(3, N): 14}
 
 
@@ -221,8 +220,11 @@ def test_errors_and_weights_by_their_definitions(tmp_path):
         assert candidate.error == pytest.approx(float((inputs.double() @ lost.T).square().sum(1).mean()), rel=1e-4)
         assert candidate.weight == 0.25 / work.candidates["a"][Codes(1, 0)].error
     assert work.candidates["a"][Codes(1, 0)].loss == pytest.approx(0.25)
-    other = CandidateFits(config, WorkFolder(tmp_path / "other") if (tmp_path / "other").mkdir() else work)
-    other.fit({"weight": base}, {"weight": base + delta}, name="b", second_moment=moment, is_conv1d=False)
+    # Without a layer to look at, the module's own output stands in.
+    unmeasured = CandidateFits(config, work)
+    unmeasured.fit({"weight": base}, {"weight": base + delta}, name="b", second_moment=moment, is_conv1d=False)
+    energy = float((inputs.double() @ (base + delta).double().T).square().sum(1).mean())
+    assert work.candidates["b"][Codes(1, 0)].weight == pytest.approx(1 / energy, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
@@ -255,7 +257,7 @@ def expected_kl(base, expert, delta, tokenizer):
 def test_kl_is_measured_on_text_kept_apart_and_kept_below(make_pair, tmp_path, tokenizer, changes, target):
     pair = make_pair(initializer_range=0.2, **changes)
     tokenizer.save_pretrained(pair[1])
-    _, linears, (allocation,) = run(pair, tmp_path / "delta", max_kl=target)
+    _, _, (allocation,) = run(pair, tmp_path / "delta", max_kl=target)
     assert allocation.kl <= target
     assert allocation.kl == pytest.approx(expected_kl(*pair, tmp_path / "delta", tokenizer), rel=1e-3, abs=1e-7)
     card = (tmp_path / "delta" / "README.md").read_text()
@@ -273,9 +275,8 @@ def test_a_limit_that_4_bits_do_not_keep_says_what_they_reach(pair, tmp_path):
     with pytest.raises(CompressionError, match=r"max_kl is 1e-09; at 4 bits.*allow max_kl=") as error:
         run(pair, tmp_path / "delta", max_kl=1e-9)
     possible = float(str(error.value).split("allow max_kl=")[1].split(";")[0])
-    _, linears, (allocation,) = run(pair, tmp_path / "delta", max_kl=possible)
+    _, _, (allocation,) = run(pair, tmp_path / "delta", max_kl=possible)
     assert allocation.kl <= possible
-    assert {record.bits for record in linears.values()} <= {3, 4}
 
 
 def test_kl_needs_text_and_enough_of_it(pair, tmp_path):
@@ -324,7 +325,8 @@ def test_few_measurements_come_near(tmp_path, shape, target):
     assert found.kl == kl(items.loss()) <= target
     assert found.kl == max(k for k in items.measured if k <= target), "the smallest that was measured"
     # No more than a third of a bit above the fewest bits that keep the limit.
-    trial = Items(tmp_path / "trial", kl) if (tmp_path / "trial").mkdir() is None else None
+    (tmp_path / "trial").mkdir()
+    trial = Items(tmp_path / "trial", kl)
     fewest = next(
         bits / 100
         for bits in range(150, 500, 5)
@@ -338,5 +340,3 @@ def test_the_choice_in_the_work_folder_is_the_one_returned(tmp_path):
     found = spend(MESwitchConfig(max_kl=0.02, salient_channels=0), items.work, None, items.divergence)
     assert found.loss == pytest.approx(items.loss())
     assert found.kl == pytest.approx(items.loss())
-    assert callable(_within_kl)
-    assert json.dumps(found.kl)

@@ -152,8 +152,8 @@ def _within_bits(problem: _Problem, target: float) -> list[int]:
         # Rounded up, so that what is named can be had.
         possible = math.ceil(80_000 * (least + problem.pinned_bytes()) / weights) / 10_000
         raise CompressionError(
-            f"target_bits is {target}; the linear layers of this expert take {possible} bits a weight at least: one "
-            "of a code, and the step sizes. Give at least that much, or fewer bits in layer_bits."
+            f"target_bits is {target:g}; the linear layers of this expert take {possible} bits a weight at least: "
+            "those of layer_bits, one elsewhere, and the step sizes. Give at least that much."
         )
     return allocate(options, room)
 
