@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BaseMismatchError",
+    "BudgetError",
     "CheckpointError",
     "CompressionError",
     "DeltaFormatError",
@@ -70,6 +71,10 @@ class VocabularyError(MESwitchError, ValueError):
 
 class CompressionError(MESwitchError, ValueError):
     """An expert cannot be compressed against the base as asked."""
+
+
+class BudgetError(CompressionError):
+    """No delta of the expert keeps the budget that was asked for; another budget may be kept without fitting anew."""
 
 
 class VerificationError(MESwitchError, ValueError):

@@ -19,7 +19,7 @@ from transformers_meswitch.compression.work_folder import Candidate, Codes, Work
 from transformers_meswitch.configuration import MESwitchConfig
 from transformers_meswitch.delta_format.reader import open_delta, resolve_delta
 from transformers_meswitch.delta_format.spec import LinearRecord, record_bytes, tensor_key
-from transformers_meswitch.errors import CompressionError
+from transformers_meswitch.errors import BudgetError, CompressionError
 
 TEXTS = [" ".join(f"{letter}{n % 7}abcdefghijk"[: 4 + n % 9] for n in range(12)) for letter in "qwertyuiop"]
 N = 4
@@ -91,18 +91,21 @@ def test_sizes_are_kept_to_the_byte(pair, tmp_path):
         assert size_of(tmp_path / "delta") <= target
 
 
-def test_the_smallest_size_is_named_and_can_be_had(pair, tmp_path):
-    with pytest.raises(
-        CompressionError, match=r"target_size is 9,000 bytes; the delta .* takes [\d,]+ at least"
-    ) as error:
+def test_the_smallest_size_is_named_and_can_be_had_of_the_same_fits(pair, tmp_path, monkeypatch):
+    message = r"target_size is 9,000 bytes; the delta .* takes [\d,]+ at least"
+    with pytest.raises(BudgetError, match=message) as error:
         run(pair, tmp_path / "delta", None, target_size=9000)
-    assert not list(tmp_path.glob("delta*"))
+    assert [path.name for path in tmp_path.glob("delta*")] == ["delta.partial"]
     least = int(str(error.value).split("takes ")[1].split(" at least")[0].replace(",", ""))
+    fitted = []
+    monkeypatch.setattr(WorkFolder, "add_candidate", lambda self, name, *rest: fitted.append(name))
+    with pytest.raises(BudgetError, match=f"takes {least:,} at least"):
+        run(pair, tmp_path / "delta", None, target_size=least - 1)
     _, linears, _ = run(pair, tmp_path / "delta", None, target_size=least)
+    assert not fitted, "what was fitted for a budget that cannot be kept serves another"
     assert size_of(tmp_path / "delta") == least
     assert {codes_of(record) for record in linears.values()} == {Codes(1, 0)}
-    with pytest.raises(CompressionError, match=f"takes {least:,} at least"):
-        run(pair, tmp_path / "delta", None, target_size=least - 1)
+    assert [path.name for path in tmp_path.glob("delta*")] == ["delta"]
 
 
 def test_the_fewest_bits_are_named_and_can_be_had(pair, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.spec import LinearRecord, bits_per_weight, record_bytes, tensor_key
 from ..delta_format.writer import delta_bytes
-from ..errors import CompressionError
+from ..errors import BudgetError
 from .budget import Option, allocate, allocate_to_loss, total
 from .work_folder import Codes, WorkFolder, codes_of
 
@@ -56,8 +56,10 @@ class Allocation:
             how += [f"{codes.salient_channels} channels"] if codes.salient_channels else []
             how += ["column steps"] if codes.column_steps else []
             parts.append(f"{count}{noun} at {' + '.join(how)}")
+        if not parts:
+            return "no linear layer changed"
         kl = "" if self.kl is None else f"; KL {self.kl:.3g} on text kept apart"
-        return f"{self.bits_per_weight or 0:.2f} bits a weight: {', '.join(parts) or 'no linears'}{kl}"
+        return f"{self.bits_per_weight or 0:.2f} bits a weight: {', '.join(parts)}{kl}"
 
 
 def spend(
@@ -75,7 +77,7 @@ def spend(
         divergence: measures KL(expert ‖ base + what is chosen in ``work``), for ``max_kl``.
 
     Raises:
-        CompressionError: not even the smallest delta fits; or, for ``max_kl``, not even the best one comes near
+        BudgetError: not even the smallest delta fits; or, for ``max_kl``, not even the best one comes near
             enough.
     """
     problem = _Problem(work)
@@ -151,7 +153,7 @@ def _within_bits(problem: _Problem, target: float) -> list[int]:
     if least > room:
         # Rounded up, so that what is named can be had.
         possible = math.ceil(80_000 * (least + problem.pinned_bytes()) / weights) / 10_000
-        raise CompressionError(
+        raise BudgetError(
             f"target_bits is {target:g}; the linear layers of this expert take {possible} bits a weight at least: "
             "those of layer_bits, one elsewhere, and the step sizes. Give at least that much."
         )
@@ -165,7 +167,7 @@ def _within_size(problem: _Problem, target: int, measured: Callable[[], int]) ->
     problem.choose(choice)
     least = measured()
     if least > target:
-        raise CompressionError(
+        raise BudgetError(
             f"target_size is {target:,} bytes; the delta of this expert takes {least:,} at least, with one bit a "
             "weight and no salient channels. Give at least that much, or smaller embedding_bits or layer_bits."
         )
@@ -210,7 +212,7 @@ def _within_kl(problem: _Problem, target: float, divergence: Callable[[], float]
         best = allocate_to_loss(options, 0.0)
         kl = measured[tuple(best)][1] if tuple(best) in measured else measure(best)
         if kl > target:
-            raise CompressionError(
+            raise BudgetError(
                 f"max_kl is {target:g}; at 4 bits, the most there are, the KL divergence from the expert is {kl:.3g} "
                 f"on the calibration text kept apart. Keep it as a full model, or allow max_kl={_rounded_up(kl):g}; "
                 "embedding_bits=4 or None helps where the embedding was trained."

@@ -26,7 +26,7 @@ from ..delta_format.serialize import write_tensors
 from ..delta_format.spec import LinearRecord, ModuleRecord, parse_record, tensor_key
 from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
-from ..errors import CompressionError, MESwitchError
+from ..errors import BudgetError, CompressionError, MESwitchError
 
 __all__ = [
     "Candidate",
@@ -237,7 +237,7 @@ def work_folder(output: Path, request: Mapping[str, Any]) -> Iterator[WorkFolder
 
     What an earlier run of the same request finished is found in it; what is left of another request is removed.
     Leaving the context normally, or with a :class:`MESwitchError` (the request cannot succeed), removes the folder;
-    any other end leaves it for the next run.
+    any other end leaves it for the next run, as does a budget that cannot be kept: another may be, from the same fits.
 
     Args:
         output: the delta repo to be.
@@ -260,6 +260,8 @@ def work_folder(output: Path, request: Mapping[str, Any]) -> Iterator[WorkFolder
         _prepare(folder, request)
         try:
             yield WorkFolder(folder)
+        except BudgetError:
+            raise
         except MESwitchError:
             _remove(folder)
             raise
