@@ -60,6 +60,7 @@ def output_error(error: Tensor, second_moment: Tensor | None) -> float:
         error: float32 ``[out, in]``.
         second_moment: float32 ``[in, in]``, ``E[x xᵀ]``, or its diagonal ``[in]``; `None` weighs all channels alike.
 
+    >>> import torch
     >>> output_error(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
     1.0
     """
