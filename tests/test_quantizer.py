@@ -343,3 +343,9 @@ def test_a_generation_config_is_made_where_there_is_none_as_compress_does(
     load(expert, config(tiny_family.base)).save_pretrained(tmp_path / "b")
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == CODE_EOS
+
+
+@pytest.mark.parametrize("budget", [{"target_bits": 1.5}, {"target_size": "1MB"}, {"max_kl": 0.1}])
+def test_budgets_are_refused_with_the_command_that_keeps_them(tiny_family: TinyFamily, budget: dict[str, Any]) -> None:
+    with pytest.raises(CompressionError, match=rf"{next(iter(budget))}=.*is a budget.*`meswitch compress`"):
+        load(tiny_family.experts["math"], config(tiny_family.base, **budget))

@@ -193,14 +193,15 @@ class MESwitchConfig(QuantizationConfigMixin):
         """Whether a pattern of ``layer_bits`` states a module's bits, so that a budget does not choose them."""
         return any(re.search(pattern, module) for pattern in self.layer_bits)
 
-    def with_codes(self, bits: int, salient_channels: int) -> MESwitchConfig:
-        """These settings without a budget, and with the same bits and salient channels for all linear layers.
+    def with_codes(self, bits: int, salient_channels: int, column_steps: bool) -> MESwitchConfig:
+        """These settings without a budget, and with the same codes for all linear layers.
 
-        >>> MESwitchConfig(target_bits=1.5, layer_bits={"q_proj": 4}).with_codes(3, 8).bits_of("q_proj")
+        >>> MESwitchConfig(target_bits=1.5, layer_bits={"q_proj": 4}).with_codes(3, 8, False).bits_of("q_proj")
         3
         """
         settings = self.to_dict() | dict.fromkeys(_BUDGETS) | {"layer_bits": {}}
-        return type(self)(**(settings | {"bits": bits, "salient_channels": salient_channels}))
+        codes = {"bits": bits, "salient_channels": salient_channels, "column_steps": column_steps}
+        return type(self)(**(settings | codes))
 
     def bits_of(self, module: str) -> int:
         """Bits for one module: the first ``layer_bits`` pattern found in its name, else ``bits``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BaseMismatchError",
+    "BudgetError",
     "CheckpointError",
     "CompressionError",
     "DeltaFormatError",
@@ -75,6 +76,10 @@ class CompressionError(MESwitchError, ValueError):
 
 class DistillationError(MESwitchError, ValueError):
     """A delta's step sizes cannot be distilled as asked."""
+
+
+class BudgetError(CompressionError):
+    """No delta of the expert keeps the budget that was asked for; another budget may be kept without fitting anew."""
 
 
 class VerificationError(MESwitchError, ValueError):

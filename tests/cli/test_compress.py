@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -101,3 +102,54 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are(repo
     assert "'nomatch'" in error
     assert "model.layers.0.self_attn.q_proj" in error
     assert "and 8 more" in error
+
+
+def test_presets_and_what_overrides_them(repos, tmp_path, capsys):
+    def run(*arguments):
+        command = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), "--json"]
+        assert main([*command, "--calibration", "none", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["candidates"]
+
+    assert run() == run("--preset", "lossless") == [counted(2, 16, False)]
+    assert run("--preset", "smallest") == [counted(1, 4, True)]
+    assert run("--preset", "smallest", "--no-column-steps", "--bits", "3") == [counted(3, 4, False)]
+    assert run("--preset", "balanced", "--bits", "2", "--salient-channels", "0") == [counted(2, 0, False)]
+
+
+def counted(bits, salient, column_steps, modules=14):
+    return {"bits": bits, "salient_channels": salient, "column_steps": column_steps, "modules": modules}
+
+
+@pytest.mark.parametrize("budget", [["--target-bits", "3"], ["--target-size", "40kB"], ["--max-kl", "0.02"]])
+def test_a_budget_is_reported(repos, tmp_path, capsys, budget):
+    command = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), "--json"]
+    arguments = ["--salient-channels", "2", "--max-calibration-tokens", "2000"]
+    assert main([*command, *arguments, *budget]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    records = linears(tmp_path / "delta").values()
+    assert sum(row["modules"] for row in result["candidates"]) == len(records) == 14
+    assert {row["bits"] for row in result["candidates"]} == {record.bits for record in records}
+    assert f"Budget: {result['bits_per_weight']:.2f} bits a weight: " in printed.err
+    assert ("kl" in result) == (budget[0] == "--max-kl")
+    assert result["bits_per_weight"] <= 3 or budget[0] != "--target-bits"
+    assert result["total_bytes"] <= 40_000 or budget[0] != "--target-size"
+    assert result.get("kl", 0) <= 0.02
+
+
+def test_two_budgets_are_refused(repos, tmp_path, capsys):
+    command = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta")]
+    assert main([*command, "--target-bits", "2", "--max-kl", "0.1"]) == 2
+    assert main([*command, "--target-size", "2 stone"]) == 1
+    assert "'2 stone' is no size" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_the_way_out_is_named(repos, tmp_path, capsys):
+    expert = tmp_path / "expert"
+    shutil.copytree(repos.expert, expert, ignore=shutil.ignore_patterns("tokenizer*"))
+    command = ["compress", str(repos.base), str(expert), "-o", str(tmp_path / "delta")]
+    assert main(command) == 1
+    assert "Save the expert's tokenizer beside its weights; or" in (error := capsys.readouterr().err)
+    assert "--calibration none" in error
+    assert main([*command, "--calibration", "none"]) == 0
+    assert open_delta(tmp_path / "delta").config.saliency == "weight"

@@ -96,6 +96,59 @@ def test_layers_that_are_finished_get_no_moments(pair, tmp_path, die_after, monk
 
 
 @pytest.mark.parametrize(
+    ("budget", "count"), [({"target_bits": 2.5}, 4), ({"target_size": 60_000}, 60), ({"max_kl": 0.05}, 59)]
+)
+def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tmp_path, monkeypatch, budget, count):
+    arguments = (MESwitchConfig(salient_channels=4, **budget), TEXTS)
+    whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
+    original, added = WorkFolder.add_candidate, []
+
+    def add_candidate(self, name, candidate, leaves):
+        if len(added) == count:
+            raise Killed
+        original(self, name, candidate, leaves)
+        added.append((name, candidate))
+
+    monkeypatch.setattr(WorkFolder, "add_candidate", add_candidate)
+    with pytest.raises(Killed):
+        compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    again = WorkFolder(tmp_path / "delta.partial")
+    assert {(n, c) for n, of_module in again.candidates.items() for c in of_module.values()} == set(added)
+    name = added[-1][0]
+    assert len(again.candidates[name]) < 8, "it was killed within a module"
+    first, count = list(added), -1
+    added.clear()
+    compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    assert files_of(tmp_path / "delta") == whole
+    assert not set(first) & set(added), "nothing is fitted twice"
+    assert name in {n for n, _ in added}
+    assert not (tmp_path / "delta.partial").exists()
+
+
+def test_a_damaged_file_of_a_candidate_is_made_anew(pair, tmp_path, monkeypatch):
+    arguments = (MESwitchConfig(salient_channels=4, target_bits=2.5), None)
+    whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr(recipe, "spend", die)
+    with pytest.raises(Killed):
+        compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    monkeypatch.undo()
+    kept = sorted((tmp_path / "delta.partial").glob("*q_proj@*.safetensors"))
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    kept[2].write_bytes(kept[3].read_bytes())  # another candidate's
+    text = kept[4].read_bytes()
+    assert b'"error":"' in text
+    kept[4].write_bytes(text.replace(b'"error":"', b'"erorr":"'))
+    found = WorkFolder(tmp_path / "delta.partial").candidates
+    assert sum(map(len, found.values())) == 8 * len(found) - 3
+    compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    assert files_of(tmp_path / "delta") == whole
+
+
+@pytest.mark.parametrize(
     "change",
     ["bits", "calibration", "tokens", "base", "expert", "version"],
 )

@@ -6,16 +6,16 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..compression.calibration import DEFAULT
 from ..compression.presets import DEFAULT_PRESET, PRESETS
+from ..delta_format.spec import LinearRecord, ModuleRecord
 from .device import usable_device
 
 if TYPE_CHECKING:
     from ..compression.spending import Allocation
-    from ..inspection import Inspection
 
 _EXAMPLE = r"""examples:
   meswitch compress me/base me/math -o math-delta
@@ -151,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..compression.recipe import compress
     from ..configuration import MESwitchConfig
+    from ..delta_format.reader import open_delta
     from ..inspection import inspect_delta
 
     # `None` is a value of --embedding-bits, so the option is absent where it was not given.
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
         "dense_bytes": inspection.dense_bytes,
         "ratio": inspection.ratio,
         "bits_per_weight": inspection.bits_per_weight,
-        "candidates": _candidates(inspection),
+        "candidates": _candidates(open_delta(directory).records.values()),
         "seconds": round(seconds, 3),
     }
     if chosen and chosen[0].kl is not None:
@@ -193,10 +194,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{directory}: {inspection.total_bytes:,} bytes{ratio} ({seconds:.1f} s)")
 
 
-def _candidates(inspection: Inspection) -> list[dict[str, int]]:
-    """How many linear layers have which bits and salient channels."""
-    counts = Counter((row.bits or 0, row.salient_channels or 0) for row in inspection.modules if row.kind == "linear")
+def _candidates(records: Iterable[ModuleRecord]) -> list[dict[str, Any]]:
+    """How many linear layers are stored how."""
+    counts = Counter(
+        (record.bits, record.salient_channels, record.column_step)
+        for record in records
+        if isinstance(record, LinearRecord)
+    )
     return [
-        {"bits": bits, "salient_channels": salient, "modules": count}
-        for (bits, salient), count in sorted(counts.items())
+        {"bits": bits, "salient_channels": salient, "column_steps": column_steps, "modules": count}
+        for (bits, salient, column_steps), count in sorted(counts.items())
     ]

@@ -26,23 +26,31 @@ from .work_folder import Candidate, Codes
 
 __all__ = ["CandidateFits", "CandidateStore", "candidate_codes", "output_error"]
 
-#: Bits, and salient channels in units of those that were asked for.
-_CODES = ((1, 0), (1, 1), (2, 0), (2, 1), (2, 4), (3, 1), (4, 1))
+#: Bits, salient channels in units of those that were asked for, and whether there are column steps.
+_CODES = (
+    (1, 0, False),
+    (1, 0, True),
+    (1, 1, True),
+    (2, 0, True),
+    (2, 1, True),
+    (2, 4, True),
+    (3, 1, True),
+    (4, 1, True),
+)
 
 
-def candidate_codes(salient_channels: int, in_features: int) -> list[Codes]:
-    """Bits and salient channels of the candidates of a linear, the smallest first.
+def candidate_codes(config: MESwitchConfig, in_features: int) -> list[Codes]:
+    """How the candidates of a linear are stored, the smallest first.
 
     Args:
-        salient_channels: the ``salient_channels`` of the config.
-        in_features: input channels of the layer, which caps them.
+        config: its ``salient_channels`` are the unit of theirs; with its ``column_steps``, all have such.
+        in_features: input channels of the layer, which caps the salient ones.
 
-    >>> candidate_codes(16, 64)
-    [(1, 0), (1, 16), (2, 0), (2, 16), (2, 64), (3, 16), (4, 16)]
-    >>> candidate_codes(0, 64)
-    [(1, 0), (2, 0), (3, 0), (4, 0)]
+    >>> [tuple(codes) for codes in candidate_codes(MESwitchConfig(salient_channels=0, column_steps=True), 64)]
+    [(1, 0, True), (2, 0, True), (3, 0, True), (4, 0, True)]
     """
-    return list(dict.fromkeys((bits, min(factor * salient_channels, in_features)) for bits, factor in _CODES))
+    unit, always = config.salient_channels, config.column_steps
+    return list(dict.fromkeys(Codes(bits, min(n * unit, in_features), always or own) for bits, n, own in _CODES))
 
 
 def output_error(error: Tensor, second_moment: Tensor | None) -> float:
@@ -52,6 +60,7 @@ def output_error(error: Tensor, second_moment: Tensor | None) -> float:
         error: float32 ``[out, in]``.
         second_moment: float32 ``[in, in]``, ``E[x xᵀ]``, or its diagonal ``[in]``; `None` weighs all channels alike.
 
+    >>> import torch
     >>> output_error(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
     1.0
     """
@@ -112,7 +121,7 @@ class CandidateFits:
         first = next(iter(there.values()), None)
         if first is None:
             return False
-        wanted = candidate_codes(self._config.salient_channels, first.record.in_features)
+        wanted = candidate_codes(self._config, first.record.in_features)
         return _is_exact(there.get(wanted[0])) or there.keys() >= set(wanted)
 
     def fit(
@@ -140,10 +149,10 @@ class CandidateFits:
         )
         delta: Tensor | None = None
         in_features = expert["weight"].shape[0 if is_conv1d else 1]
-        for bits, salient in candidate_codes(self._config.salient_channels, in_features):
-            if (bits, salient) in there:
+        for codes in candidate_codes(self._config, in_features):
+            if codes in there:
                 continue
-            result = compressed(config=self._config.with_codes(bits, salient))
+            result = compressed(config=self._config.with_codes(*codes))
             if result is None:
                 return
             record, leaves = result
@@ -169,5 +178,5 @@ class CandidateFits:
 
 
 def _is_exact(candidate: Candidate | None) -> bool:
-    """Whether nothing can be better: the smallest candidate, if it loses nothing."""
-    return candidate is not None and candidate.codes == (1, 0) and candidate.error == 0
+    """Whether nothing can be better: the first candidate, if it loses nothing, is the smallest, too."""
+    return candidate is not None and candidate.error == 0

@@ -97,8 +97,8 @@ def compress(
         CompressionError: the expert is of another architecture than the base, equals it, is quantised, or holds NaN or
             infinite weights, or differs from it in more than weights; calibration text or a device that cannot be
             used; an output folder that holds a model, cannot be written to, or that another process works on; a disk
-            that is full; a pattern of ``layer_bits`` that matches no linear layer or embedding; a budget that cannot
-            be kept.
+            that is full; a pattern of ``layer_bits`` that matches no linear layer or embedding.
+        BudgetError: no delta keeps the budget. The fits stay in ``<output_dir>.partial``, for a call with another.
         UnsupportedModelError: a layer that deltas cannot express.
     """
     config = config if config is not None else MESwitchConfig()
@@ -217,11 +217,15 @@ def _request(
     text: CalibrationBatches | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that determines the tensors of a delta."""
+    """Everything that determines the tensors of a delta, or, with a budget, of its candidates."""
+    kind = None if config.budget is None else config.budget[0]
+    # What is fitted does not depend on how much may be spent, only on which text is kept apart to measure on.
+    unspent = {"target_bits": None, "target_size": None, "max_kl": None}
+    budget = None if kind is None else "measured" if kind == "max_kl" else "counted"
     return {
         "base": source_identity(base),
         "expert": source_identity(expert),
-        "config": config.to_dict(),
+        "config": config.to_dict() | unspent | {"budget": budget},
         "calibration": None if text is None else text.digest(),
         "device": device.type,
         "versions": versions(),

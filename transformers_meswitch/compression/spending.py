@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.spec import LinearRecord, bits_per_weight, record_bytes, tensor_key
 from ..delta_format.writer import delta_bytes
-from ..errors import CompressionError
+from ..errors import BudgetError
 from .budget import Option, allocate, allocate_to_loss, total
-from .work_folder import Codes, WorkFolder
+from .work_folder import Codes, WorkFolder, codes_of
 
 __all__ = ["Allocation", "spend"]
 
@@ -33,7 +33,7 @@ class Allocation:
 
     Attributes:
         bits_per_weight: of all linears together; `None` where there is none.
-        counts: how many linears have which bits and salient channels.
+        counts: how many linears are stored how.
         loss: sum of the predicted losses of the linears that had candidates, see :mod:`.candidates`.
         kl: for ``max_kl``, the KL divergence that was measured, nats a token.
     """
@@ -46,16 +46,20 @@ class Allocation:
     def __str__(self) -> str:
         """One line for people.
 
-        >>> print(Allocation(1.5, {(1, 0): 2, (2, 16): 1}, 0.01, kl=0.0123))
-        1.50 bits a weight: 2 linears at 1 bit, 1 at 2 bits + 16 channels; KL 0.0123 on text kept apart
+        >>> print(Allocation(1.5, {Codes(1, 0, True): 2, Codes(2, 16): 1}, 0.01, kl=0.0123))
+        1.50 bits a weight: 2 linears at 1 bit + column steps, 1 at 2 bits + 16 channels; KL 0.0123 on text kept apart
         """
         parts = []
-        for i, ((bits, salient), count) in enumerate(sorted(self.counts.items())):
+        for i, (codes, count) in enumerate(sorted(self.counts.items())):
             noun = "" if i else " linear" if count == 1 else " linears"
-            codes = f"{bits} bit{'' if bits == 1 else 's'}" + (f" + {salient} channels" if salient else "")
-            parts.append(f"{count}{noun} at {codes}")
+            how = [f"{codes.bits} bit{'' if codes.bits == 1 else 's'}"]
+            how += [f"{codes.salient_channels} channels"] if codes.salient_channels else []
+            how += ["column steps"] if codes.column_steps else []
+            parts.append(f"{count}{noun} at {' + '.join(how)}")
+        if not parts:
+            return "no linear layer changed"
         kl = "" if self.kl is None else f"; KL {self.kl:.3g} on text kept apart"
-        return f"{self.bits_per_weight or 0:.2f} bits a weight: {', '.join(parts) or 'no linears'}{kl}"
+        return f"{self.bits_per_weight or 0:.2f} bits a weight: {', '.join(parts)}{kl}"
 
 
 def spend(
@@ -73,7 +77,7 @@ def spend(
         divergence: measures KL(expert ‖ base + what is chosen in ``work``), for ``max_kl``.
 
     Raises:
-        CompressionError: not even the smallest delta fits; or, for ``max_kl``, not even the best one comes near
+        BudgetError: not even the smallest delta fits; or, for ``max_kl``, not even the best one comes near
             enough.
     """
     problem = _Problem(work)
@@ -90,7 +94,7 @@ def spend(
         choice, kl = _within_kl(problem, float(config.max_kl or 0), divergence)
         problem.choose(choice)
     linears = [record for record in work.records.values() if isinstance(record, LinearRecord)]
-    counts = Counter((record.bits, record.salient_channels) for record in linears)
+    counts = Counter(map(codes_of, linears))
     loss = total(problem.options(_tensor_bytes), choice).loss
     return Allocation(bits_per_weight(linears), dict(sorted(counts.items())), loss, kl)
 
@@ -143,14 +147,15 @@ def _smallest(options: Sequence[Sequence[Option]]) -> list[int]:
 
 def _within_bits(problem: _Problem, target: float) -> list[int]:
     options, weights = problem.options(_tensor_bytes), problem.weights()
-    room = math.floor(target * weights / 8) - problem.pinned_bytes()
+    # A target that was worked out from bytes must give those bytes, whatever its last digit was rounded to.
+    room = math.floor(target * weights / 8 * (1 + 1e-12)) - problem.pinned_bytes()
     least = total(options, _smallest(options)).size
     if least > room:
         # Rounded up, so that what is named can be had.
         possible = math.ceil(80_000 * (least + problem.pinned_bytes()) / weights) / 10_000
-        raise CompressionError(
-            f"target_bits is {target}; the linear layers of this expert take {possible} bits a weight at least: one "
-            "of a code, and the step sizes. Give at least that much, or fewer bits in layer_bits."
+        raise BudgetError(
+            f"target_bits is {target:g}; the linear layers of this expert take {possible} bits a weight at least: "
+            "those of layer_bits, one elsewhere, and the step sizes. Give at least that much."
         )
     return allocate(options, room)
 
@@ -162,7 +167,7 @@ def _within_size(problem: _Problem, target: int, measured: Callable[[], int]) ->
     problem.choose(choice)
     least = measured()
     if least > target:
-        raise CompressionError(
+        raise BudgetError(
             f"target_size is {target:,} bytes; the delta of this expert takes {least:,} at least, with one bit a "
             "weight and no salient channels. Give at least that much, or smaller embedding_bits or layer_bits."
         )
@@ -207,7 +212,7 @@ def _within_kl(problem: _Problem, target: float, divergence: Callable[[], float]
         best = allocate_to_loss(options, 0.0)
         kl = measured[tuple(best)][1] if tuple(best) in measured else measure(best)
         if kl > target:
-            raise CompressionError(
+            raise BudgetError(
                 f"max_kl is {target:g}; at 4 bits, the most there are, the KL divergence from the expert is {kl:.3g} "
                 f"on the calibration text kept apart. Keep it as a full model, or allow max_kl={_rounded_up(kl):g}; "
                 "embedding_bits=4 or None helps where the embedding was trained."

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,7 @@ from ..delta_format.serialize import write_tensors
 from ..delta_format.spec import LinearRecord, ModuleRecord, parse_record, tensor_key
 from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
-from ..errors import CompressionError, MESwitchError
+from ..errors import BudgetError, CompressionError, MESwitchError
 
 __all__ = [
     "Candidate",
@@ -34,6 +34,7 @@ __all__ = [
     "FinishedModules",
     "ModulesInMemory",
     "WorkFolder",
+    "codes_of",
     "partial_folder",
     "request_folder",
     "work_folder",
@@ -46,8 +47,19 @@ _REQUEST, _LOCK, _SUFFIX, _UNFINISHED = "request.json", ".lock", ".safetensors",
 #: Between a module's name and what tells its candidates apart; in no module's name.
 _OF = "@"
 
-#: What tells the candidates of a linear apart: its bits and its salient channels.
-Codes = tuple[int, int]
+
+class Codes(NamedTuple):
+    """What tells the candidates of a linear apart.
+
+    Attributes:
+        bits: bits of one code.
+        salient_channels: input channels in bfloat16.
+        column_steps: whether there is a step per input channel.
+    """
+
+    bits: int
+    salient_channels: int
+    column_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,22 @@ class Candidate:
 
     @property
     def codes(self) -> Codes:
-        """Bits and salient channels."""
-        return self.record.bits, self.record.salient_channels
+        """What tells it from the other candidates."""
+        return codes_of(self.record)
 
     @property
     def loss(self) -> float:
         """What the model loses by it."""
         return self.error * self.weight
+
+
+def codes_of(record: LinearRecord) -> Codes:
+    """How a linear is stored.
+
+    >>> codes_of(LinearRecord(8, 8, 2, salient_channels=4))
+    Codes(bits=2, salient_channels=4, column_steps=False)
+    """
+    return Codes(record.bits, record.salient_channels, record.column_step)
 
 
 class FinishedModules(Protocol):
@@ -178,7 +199,7 @@ class WorkFolder:
         record = self.records[name]
         if name not in self.candidates or not isinstance(record, LinearRecord):
             return name
-        return _candidate_file(name, (record.bits, record.salient_channels))
+        return _candidate_file(name, codes_of(record))
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -204,7 +225,7 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def _candidate_file(name: str, codes: Codes) -> str:
-    return f"{name}{_OF}{codes[0]}-{codes[1]}"
+    return f"{name}{_OF}{codes.bits}-{codes.salient_channels}{'-columns' if codes.column_steps else ''}"
 
 
 def _read_module(path: Path, name: str, *, is_candidate: bool) -> ModuleRecord | Candidate | None:
@@ -237,7 +258,7 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
 
     What an earlier run of the same request finished is found in it; what is left of another request is removed.
     Leaving the context normally, or with a :class:`MESwitchError` (the request cannot succeed), removes the folder;
-    any other end leaves it for the next run.
+    any other end leaves it for the next run, as does a budget that cannot be kept: another may be, from the same fits.
 
     Args:
         output: the delta repo to be.
@@ -260,6 +281,8 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
         _prepare(folder, request)
         try:
             yield folder
+        except BudgetError:
+            raise
         except MESwitchError:
             _remove(folder)
             raise

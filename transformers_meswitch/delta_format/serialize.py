@@ -63,7 +63,7 @@ def file_bytes(headers: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Map
     """Bytes of the file that :func:`write_tensors` writes.
 
     >>> file_bytes({"a": ("BF16", (3, 5))})
-    94
+    102
     """
     text, _, data = _header(headers, metadata)
     return 8 + len(text) + data
