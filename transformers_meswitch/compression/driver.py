@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -58,17 +59,24 @@ def compress_expert(
         CompressionError: as :func:`compress_modules`, and when the weights are equal.
         UnsupportedModelError: as :func:`compress_modules`.
     """
-    for name, record, leaves in compress_modules(
-        model,
-        base_parameters,
-        expert_parameters,
-        config,
-        finished=finished.records,
-        second_moments=second_moments,
-        device=device,
-        progress=progress,
-    ):
-        finished.add(name, record, leaves)
+    # A module is written, which waits for the disk, while the next is worked on.
+    with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
+        written: Future[None] | None = None
+        for module in compress_modules(
+            model,
+            base_parameters,
+            expert_parameters,
+            config,
+            finished=frozenset(finished.records),
+            second_moments=second_moments,
+            device=device,
+            progress=progress,
+        ):
+            if written is not None:
+                written.result()
+            written = writer.submit(finished.add, *module)
+        if written is not None:
+            written.result()
     if not finished.records:
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
@@ -142,13 +150,13 @@ def compress_modules(
     ):
         if name in finished:
             continue
+        ours, theirs = expert.of(name), base.of(name)
         if following is not None:
             for parameters in (base, expert):
                 parameters.announce(following)
         if name == head and base.tied and expert.tied:
-            _check_tied_head(name, base, expert)
+            _check_tied_head(name, ours, theirs)
             continue
-        ours, theirs = expert.of(name), base.of(name)
         where = next(iter(ours.values())).device if device is None else torch.device(device)
         result = compress_module(
             kinds[name],
@@ -182,9 +190,8 @@ def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Para
         check_shapes(kind, base.shapes(name), expert.shapes(name), name)
 
 
-def _check_tied_head(name: str, base: Parameters, expert: Parameters) -> None:
+def _check_tied_head(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     """A tied head is stored with the embedding; there is no place for a bias of its own."""
-    ours, theirs = expert.of(name), base.of(name)
     for key in sorted(set(ours) - {"weight"}):
         if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key].to(ours[key])):
             raise UnsupportedModelError(

@@ -28,6 +28,7 @@ from .batches import CalibrationBatches, tokenize
 from .calibration import Calibration, describe, read_samples
 from .driver import compress_expert
 from .layerwise import LayerwiseMoments
+from .read_ahead import ReadAhead
 from .request import check_layer_bits, check_request
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .work_folder import partial_folder, work_folder
@@ -120,15 +121,20 @@ def compress(
         moments = LayerwiseMoments(model_config, expert_parameters, text, device=where, dtype=dtype, progress=progress)
     output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
-    with _disk_errors(output), work_folder(output, request) as work:
+    with (
+        _disk_errors(output),
+        work_folder(output, request) as work,
+        ReadAhead(base_parameters) as base_ahead,
+        ReadAhead(expert_parameters) as expert_ahead,
+    ):
         if progress:
             _report(used, len(work.records))
         delta_config = compress_expert(
             model,
             base_source,
-            base_parameters,
+            base_ahead,
             expert_location,
-            expert_parameters,
+            expert_ahead,
             config,
             work,
             generation_config=generation_config,
