@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["NOT_FINITE", "bins", "count_magnitudes", "exact_weights", "is_coarse", "octave", "searched_step"]
 
 #: Mantissa bits that tell bins of an octave apart, by the bits of a code: more levels need finer thresholds.
-_FINENESS = {1: 4, 2: 5, 3: 5, 4: 6}
+_FINENESS = {1: 4, 2: 4, 3: 5, 4: 6}
 #: Octaves from the top within which a row's peak must be for the search to see enough of the row.
 _NEAR_TOP = 4
 #: What is smaller than the peak by more than these counts as zero: where it matters, the peak is lost anyway.
@@ -36,7 +36,7 @@ def bins(bits: int) -> int:
     """How many bins a row has: one for each magnitude of few mantissa bits, and the last for zeros and next to zeros.
 
     >>> bins(2)
-    513
+    257
     """
     return (_OCTAVES << _FINENESS[bits]) + 1
 
@@ -85,7 +85,7 @@ def count_magnitudes(delta: Tensor, top: Tensor, bits: int, weight: Tensor | Non
 
     >>> row, top = torch.tensor([[1.0, -3.0, 3.0]]), torch.tensor([128], dtype=torch.int32)
     >>> count_magnitudes(row, top, bits=2).nonzero().tolist()
-    [[0, 16], [0, 64]]
+    [[0, 8], [0, 32]]
     """
     rows, count, dropped = len(delta), bins(bits), _MANTISSA - _FINENESS[bits]
     end = torch.arange(count - 1, rows * count, count, dtype=torch.int32, device=delta.device)

@@ -94,7 +94,7 @@ def _first_pass(
 
     def work(start: int, stop: int) -> tuple[int, RowFit, Tensor]:
         rows = delta.rows(start, stop)
-        fit = fit_rows(rows, bits, weights)
+        fit = fit_rows(rows, bits, weights, settle=False)
         rows /= divisor(fit.step)[:, None]
         error = nearest_levels(rows, bits).sub_(rows).square_()
         return start, fit, fit.step.square() @ error
