@@ -6,7 +6,8 @@
 
 Random weights, stated in the result: for time and memory only, since accuracy needs real fine-tunes. Each compression
 runs in a process of its own, whose peak memory is the operating system's count. A plain read of both checkpoints,
-which no compression can beat, is timed beside it. The result goes to ``benchmarks/results``.
+which no compression can beat, is timed beside it: what ``dd if=FILE of=/dev/null bs=16M`` does. The result goes to
+``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -26,25 +27,6 @@ from benchmarks.compress.random_pair import SHAPES, shape_of, write_pair
 from benchmarks.provenance import device_name, provenance, write_result
 
 RESULTS = Path(__file__).parents[1] / "results"
-
-#: One compression; prints its seconds and peaks. Peak host memory is what the process had resident at most.
-_RUN = """
-import json, resource, sys, time
-import torch
-from transformers_meswitch import MESwitchConfig, compress
-base, expert, output, bits, salient, device, calibration, tokens = sys.argv[1:]
-torch.zeros(1, device=device)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-start = time.perf_counter()
-compress(base, expert, output, MESwitchConfig(bits=int(bits), salient_channels=int(salient)), calibration or None,
-         device=device, max_calibration_tokens=int(tokens), local_files_only=True)
-seconds = time.perf_counter() - start
-found = {"seconds": seconds, "start_bytes": before,
-         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-if device == "cuda":
-    found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
-print(json.dumps(found))
-"""
 
 
 def files_of(*folders: Path) -> list[Path]:
@@ -78,8 +60,8 @@ def run(base: Path, expert: Path, output: Path, args: argparse.Namespace, calibr
     """One row: seconds, bytes read a second, and peaks of one compression."""
     forget(files_of(base, expert))
     settings = (args.bits, args.salient_channels, args.device, calibration, args.tokens)
-    command = [sys.executable, "-c", _RUN, *map(str, (base, expert, output, *settings))]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.compress.one_run", *map(str, (base, expert, output, *settings))]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in files_of(base, expert))
     return {
         "what": f"calibrated on {args.tokens:,} tokens" if calibration else "not calibrated",
@@ -99,7 +81,8 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
     rows = [{"what": what, "seconds": seconds, "mb_per_second": size / 1e6 / seconds}]
     rows.append(run(base, expert, folder / "plain", args, ""))
     text = folder / "text.jsonl"
-    line = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 7
+    # A token a letter, and samples of just below a power of two of them: little of a batch is padding.
+    line = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 6
     with text.open("w") as file:
         for i in range(1 + args.tokens // len(line)):
             file.write(json.dumps({"text": f"{i}: {line}"}) + "\n")
@@ -110,16 +93,18 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]
 
 def render(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
-    lines = [
-        "| what | time, s | of both checkpoints, MB/s | peak host memory, MB | at start | device, MB | delta, MB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    phases = next(row["phases"] for row in rows if "phases" in row)
+    titles = ["time, s", *(f"{phase}, s" for phase in phases), "of both checkpoints, MB/s"]
+    titles += ["peak host memory, MB", "at start", "device, MB", "delta, MB"]
+    lines = [f"| what | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for row in rows:
         sizes = [
             f"{row[key] / 1e6:,.0f}" if key in row else ""
             for key in ("peak_bytes", "start_bytes", "device_peak_bytes", "delta_bytes")
         ]
-        lines.append(f"| {row['what']} | {row['seconds']:.1f} | {row['mb_per_second']:,.0f} | {' | '.join(sizes)} |")
+        parts = [f"{row['phases'][phase]:.1f}" if "phases" in row else "" for phase in phases]
+        cells = [row["what"], f"{row['seconds']:.1f}", *parts, f"{row['mb_per_second']:,.0f}", *sizes]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -132,9 +117,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--salient-channels", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=65536, help="to calibrate on; 0 for no calibrated run")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints go for the time; default: the system's")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/compress_<shape>_<device>.json")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows, size = measure(Path(folder), args)
     config = shape_of(args.shape, args.layers)
     result = {

@@ -6,6 +6,7 @@ import copy
 import json
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "mistral-7b": load_shapes["mistral-7b"],
 }  # fmt: skip
 
+#: Files written at a time, each with a tensor of up to 0.5 GB in float32 in the making.
+_WRITERS = 4
+
 
 def shape_of(name: str, layers: int | None) -> PreTrainedConfig:
     """The configuration of a shape, with another number of layers if one is given."""
@@ -38,7 +42,7 @@ def shape_of(name: str, layers: int | None) -> PreTrainedConfig:
 
 
 def write_pair(base: Path, expert: Path, config: PreTrainedConfig, device: str) -> None:
-    """Write bfloat16 checkpoints, a file a layer, one tensor in memory at a time; the expert's has a tokenizer.
+    """Write bfloat16 checkpoints, a file a layer and a few of them at a time; the expert's has a tokenizer.
 
     Weights are normal with a deviation of 0.02; the expert's differ from the base's by a tenth of that in every
     element of the linears and norms. The embedding and head are equal, as after a fine-tuning that froze them.
@@ -46,22 +50,26 @@ def write_pair(base: Path, expert: Path, config: PreTrainedConfig, device: str) 
     model = meta_model(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     fixed = ("model.embed_tokens.weight", "lm_head.weight")
-    for folder, changed in ((base, False), (expert, True)):
+    shards = {f"model-{i:05}.safetensors": names for i, names in enumerate(_shards(shapes, config.num_hidden_layers))}
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    for folder in (base, expert):
         folder.mkdir(parents=True)
         config.save_pretrained(folder)
-        weight_map = {}
-        for i, names in enumerate(_shards(shapes, config.num_hidden_layers)):
-            file = f"model-{i:05}.safetensors"
-            weight_map.update(dict.fromkeys(names, file))
-            headers = {name: ("BF16", shapes[name]) for name in names}
-
-            def weights(name: str, changed: bool = changed) -> torch.Tensor:
-                return _weights(name, shapes[name], changed and name not in fixed, device)
-
-            write_tensors(folder / file, headers, weights, {"format": "pt"})
         index: dict[str, Any] = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     _tokenizer().save_pretrained(expert)
+
+    def write(folder: Path, file: str) -> None:
+        def weights(name: str) -> torch.Tensor:
+            return _weights(name, shapes[name], folder == expert and name not in fixed, device)
+
+        write_tensors(
+            folder / file, {name: ("BF16", shapes[name]) for name in shards[file]}, weights, {"format": "pt"}
+        )
+
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        for written in [writers.submit(write, folder, file) for folder in (base, expert) for file in shards]:
+            written.result()
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], layers: int) -> Iterator[list[str]]:

@@ -92,7 +92,8 @@ def test_layers_that_are_finished_get_no_moments(pair, tmp_path, die_after, monk
     die_after(None)
     compress(*pair, tmp_path / "delta", CONFIG, TEXTS, progress=False)
     assert not any("layers.0." in name for name in asked)
-    assert not set(asked) & set(before[:-1])
+    # The last may have been killed before it was written, and the one worked on meanwhile was lost with it.
+    assert not set(asked) & set(before[:-2])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -76,18 +77,25 @@ def compress_expert(
         CompressionError: as :func:`compress_modules`, and when the weights are equal.
         UnsupportedModelError: as :func:`compress_modules`.
     """
-    for name, record, leaves in compress_modules(
-        model,
-        base_parameters,
-        expert_parameters,
-        config,
-        finished=finished.records if budget is None else budget.candidates,
-        second_moments=second_moments,
-        candidates=None if budget is None else budget.candidates,
-        device=device,
-        progress=progress,
-    ):
-        finished.add(name, record, leaves)
+    # A module is written, which waits for the disk, while the next is worked on.
+    with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
+        written: Future[None] | None = None
+        for module in compress_modules(
+            model,
+            base_parameters,
+            expert_parameters,
+            config,
+            finished=frozenset(finished.records) if budget is None else budget.candidates,
+            second_moments=second_moments,
+            candidates=None if budget is None else budget.candidates,
+            device=device,
+            progress=progress,
+        ):
+            if written is not None:
+                written.result()
+            written = writer.submit(finished.add, *module)
+        if written is not None:
+            written.result()
     fingerprint = fingerprint_checkpoint(base.checkpoint.paths)
 
     def description() -> MESwitchExpertConfig:
@@ -170,13 +178,13 @@ def compress_modules(
     ):
         if name in finished:
             continue
+        ours, theirs = expert.of(name), base.of(name)
         if following is not None:
             for parameters in (base, expert):
                 parameters.announce(following)
         if name == head and base.tied and expert.tied:
-            _check_tied_head(name, base, expert)
+            _check_tied_head(name, ours, theirs)
             continue
-        ours, theirs = expert.of(name), base.of(name)
         where = next(iter(ours.values())).device if device is None else torch.device(device)
         theirs = {key: value.to(where) for key, value in theirs.items()}
         ours = {key: value.to(where) for key, value in ours.items()}
@@ -217,9 +225,8 @@ def _check_architecture(kinds: Mapping[str, str], base: Parameters, expert: Para
         check_shapes(kind, base.shapes(name), expert.shapes(name), name)
 
 
-def _check_tied_head(name: str, base: Parameters, expert: Parameters) -> None:
+def _check_tied_head(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     """A tied head is stored with the embedding; there is no place for a bias of its own."""
-    ours, theirs = expert.of(name), base.of(name)
     for key in sorted(set(ours) - {"weight"}):
         if ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key].to(ours[key])):
             raise UnsupportedModelError(

@@ -277,6 +277,11 @@ class LayerwiseMoments:
 
     def _run_layer(self, layer: nn.Module, collector: MomentCollector) -> None:
         with self._loaded(layer):
+            if self._stage < len(self._layers):
+                # The disk has until the moments of this layer are used up.
+                for name in self._parameters.modules:
+                    if name.startswith(f"{self._prefix}.{self._stage}."):
+                        self._parameters.announce(name)
             for j, batch in enumerate(self._bar(self._batches, f"layer {self._stage} of {len(self._layers)}")):
                 hidden = self._hidden[j]
                 args, kwargs = self._calls[tuple(hidden.shape)][self._stage - 1]
@@ -400,12 +405,13 @@ class LayerwiseMoments:
 
     def _load(self, name: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         for key, value in self._parameters.of(name).items():
+            value = value.to(self._device)
             # Told here, since a NaN in a norm shows itself in the moments of modules before it.
             if not bool(value.isfinite().all()):
                 raise CompressionError(
                     f"{name}.{key} of the expert holds NaN or infinite values; compress an intact checkpoint."
                 )
-            module._parameters[key] = nn.Parameter(value.to(self._device, dtype or self._dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(value.to(dtype or self._dtype), requires_grad=False)
 
     def _bar(self, batches: tuple[Batch, ...], what: str) -> Any:
         return tqdm(batches, desc=f"Calibrating, {what}", unit="batch", leave=False, disable=not self._progress)

@@ -93,8 +93,12 @@ def quantize(delta: Tensor, step: Tensor, bits: int, column_step: Tensor | None 
     scaled = delta / divisor(step)[:, None]
     if column_step is not None:
         scaled /= divisor(column_step)
-    codes = codes_of(nearest_levels(scaled, bits), bits)
-    codes[step == 0] = 0
+    half = 2 ** (bits - 1)
+    # By way of signed bytes, to which processors convert several times faster.
+    codes = scaled.floor_().clamp_(-half, half - 1).to(torch.int8).add_(half).view(torch.uint8)
+    unused = step == 0
+    if bool(unused.any()):
+        codes[unused] = 0
     if column_step is not None:
         codes[:, column_step == 0] = 0
     return codes

@@ -12,8 +12,11 @@ from ..delta_format.spec import LinearRecord
 from ..errors import CompressionError
 from .compensation import compensate
 from .covariance import fit_column_steps, fit_levels_and_step, refit_step, salient_absorption
+from .differences import Difference
+from .finite import require_finite
 from .levels import codes_of, dequantize, dequantize_packed, quantize
 from .packing import pack
+from .row_codes import DELTA_NOT_FINITE, code_rows, salient_channels_of
 from .saliency import reconstruction_error, select_salient
 from .step_size import fit_row_column_steps, fit_step
 
@@ -34,7 +37,7 @@ class QuantizedLinear:
 
 
 def compress_linear(
-    delta: Tensor,
+    delta: Tensor | Difference,
     bits: int,
     salient_channels: int,
     second_moment: Tensor | None = None,
@@ -47,7 +50,8 @@ def compress_linear(
     form, and the salient columns take up what they can of the codes' errors, see :mod:`.covariance`.
 
     Args:
-        delta: float32 ``[out, in]``, any device.
+        delta: float32 ``[out, in]``, any device; or the two matrices whose difference it is, which is then formed a
+            few rows at a time where that will do.
         bits: bits of one code, 1 to 4.
         salient_channels: input channels to keep in bfloat16, at most ``in`` of which exist.
         second_moment: of the layer's inputs: float32 ``[in, in]``, ``E[x xᵀ]``; or float32 ``[in]``, its diagonal;
@@ -62,18 +66,13 @@ def compress_linear(
     >>> {leaf: tuple(tensor.shape) for leaf, tensor in stored.tensors.items()}
     {'codes': (2, 1), 'step': (2,), 'salient_index': (1,), 'salient': (2, 1)}
     """
-    if delta.ndim != 2:
-        raise CompressionError(f"the weight delta has shape {tuple(delta.shape)}, expected [out, in].")
-    delta = delta.to(torch.float32)
-    _require_finite(
-        delta,
-        "the weight delta",
-        "The base or the expert holds NaN, infinite or huge weights; compress an intact checkpoint.",
-    )
-    out_features, in_features = delta.shape
+    difference = delta if isinstance(delta, Difference) else Difference.to_zero(delta)
+    if len(difference.shape) != 2:
+        raise CompressionError(f"the weight delta has shape {tuple(difference.shape)}, expected [out, in].")
+    out_features, in_features = difference.shape
     covariance = diagonal = None
     if second_moment is not None:
-        second_moment = _checked_moment(second_moment.to(device=delta.device, dtype=torch.float32), in_features)
+        second_moment = _checked_moment(second_moment.to(device=difference.device, dtype=torch.float32), in_features)
         diagonal = second_moment if second_moment.ndim == 1 else second_moment.diagonal()
         seen = diagonal[diagonal > 0]
         if len(seen):
@@ -84,10 +83,24 @@ def compress_linear(
             covariance.diagonal().copy_(diagonal / diagonal.max())
     salient_channels = min(salient_channels, in_features)
 
+    record = LinearRecord(out_features, in_features, bits, salient_channels, column_step=column_steps)
+    if covariance is None and not column_steps and out_features and in_features:
+        found = code_rows(difference, bits, salient_channels, diagonal)
+        tensors = {"codes": found.codes, "step": found.step}
+        if salient_channels:
+            tensors |= {"salient_index": found.salient_index.to(torch.int32), "salient": found.salient.bfloat16()}
+        _require_representable(difference, tensors)
+        return QuantizedLinear(record, tensors)
+
+    delta = difference.whole()
+    require_finite(delta, *DELTA_NOT_FINITE)
     salient = torch.arange(in_features, device=delta.device)[:salient_channels]
     if 0 < salient_channels < in_features:
-        approximation = _fit_diagonal(delta, bits, diagonal, column_steps).values(delta, bits)
-        salient = select_salient(reconstruction_error(delta, approximation, diagonal), salient_channels)
+        if column_steps:
+            approximation = _fit_diagonal(delta, bits, diagonal, column_steps).values(delta, bits)
+            salient = select_salient(reconstruction_error(delta, approximation, diagonal), salient_channels)
+        else:
+            salient = salient_channels_of(difference, bits, salient_channels, diagonal)
     is_coded = torch.ones(in_features, dtype=torch.bool, device=delta.device)
     is_coded[salient] = False
     coded = is_coded.nonzero().squeeze(1)
@@ -105,10 +118,8 @@ def compress_linear(
         tensors["column_step"] = steps.column
     if salient_channels:
         tensors |= {"salient_index": salient.to(torch.int32), "salient": columns.to(torch.bfloat16)}
-    _require_representable(delta, tensors)
-    return QuantizedLinear(
-        LinearRecord(out_features, in_features, bits, salient_channels, column_step=column_steps), tensors
-    )
+    _require_representable(difference, tensors)
+    return QuantizedLinear(record, tensors)
 
 
 def _checked_moment(second_moment: Tensor, in_features: int) -> Tensor:
@@ -117,7 +128,7 @@ def _checked_moment(second_moment: Tensor, in_features: int) -> Tensor:
             f"the second moment has shape {tuple(second_moment.shape)}, expected [{in_features}] or "
             f"[{in_features}, {in_features}]: one per channel, or one per pair of channels."
         )
-    _require_finite(
+    require_finite(
         second_moment,
         "the second moment of the layer's inputs",
         "The expert's activations overflow on the calibration text, its weights are finite: leave calibration out, or "
@@ -126,20 +137,12 @@ def _checked_moment(second_moment: Tensor, in_features: int) -> Tensor:
     return second_moment
 
 
-def _require_finite(tensor: Tensor, what: str, way_out: str) -> None:
-    finite = tensor.isfinite()
-    if not bool(finite.all()):
-        where = (~finite).nonzero()[0].tolist()
-        raise CompressionError(
-            f"{what} is {tensor[tuple(where)].item()} at {where}, expected finite numbers. {way_out}"
-        )
-
-
-def _require_representable(delta: Tensor, tensors: Mapping[str, Tensor]) -> None:
+def _require_representable(delta: Difference, tensors: Mapping[str, Tensor]) -> None:
     for leaf, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            peak = delta.whole().abs().max().item()
             raise CompressionError(
-                f"the weight delta reaches {delta.abs().max().item():.3g}, for which {leaf} overflows {tensor.dtype}. "
+                f"the weight delta reaches {peak:.3g}, for which {leaf} overflows {tensor.dtype}. "
                 "No fine-tune is so far from its base; compress an intact checkpoint."
             )
 

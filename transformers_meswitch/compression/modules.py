@@ -10,7 +10,7 @@ from torch import Tensor
 from ..configuration import MESwitchConfig
 from ..delta_format.spec import LinearRecord, ModuleRecord, ValuesRecord
 from ..errors import CompressionError
-from .differences import differs
+from .differences import Difference, differs
 from .linear import compress_linear
 from .rows import compress_rows
 
@@ -55,10 +55,14 @@ def compress_module(
     True
     """
     check_shapes(kind, _shapes(base), _shapes(expert), name)
-    _check_values(base, expert, name)
+    _check_dtypes(base, expert, name)
     expert = {key: value.float() if value.dtype == torch.float64 else value for key, value in expert.items()}
     if kind == "linear":
+        # Of the weights, a delta that is not finite tells, without another pass over them.
+        ours, theirs = ({key: value for key, value in of.items() if key != "weight"} for of in (expert, base))
+        _check_finite(theirs, ours, name)
         return _compress_linear(base, expert, name, config, second_moment, is_conv1d)
+    _check_finite(base, expert, name)
     if kind == "rows":
         bits = None if exact_rows else config.row_bits_of(name)
         try:
@@ -108,7 +112,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _check_values(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
+def _check_dtypes(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
     for whose, tensors in (("base", base), ("expert", expert)):
         for key, tensor in tensors.items():
             if tensor.dtype not in _FLOATS:
@@ -116,6 +120,11 @@ def _check_values(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name
                     f"{name}.{key} of the {whose} is {tensor.dtype}, expected one of {_FLOATS}. "
                     "Quantised checkpoints cannot be compressed; use the checkpoint before quantisation."
                 )
+
+
+def _check_finite(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
+    for whose, tensors in (("base", base), ("expert", expert)):
+        for key, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise CompressionError(
                     f"{name}.{key} of the {whose} holds NaN or infinite values; compress an intact checkpoint."
@@ -152,17 +161,21 @@ def _compress_linear(
     is_conv1d: bool,
 ) -> tuple[LinearRecord, dict[str, Tensor]] | None:
     own_bias = "bias" in expert and differs(base["bias"], expert["bias"])
-    delta = weight_delta(base["weight"], expert["weight"], is_conv1d)
+    pair = (base["weight"].to(expert["weight"].device), expert["weight"])
+    delta = Difference(*(weight.T for weight in pair)) if is_conv1d else Difference(*pair)
     bits = config.bits_of(name)
-    if bool((delta == 0).all()):
+    # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
+    if delta.is_zero():
+        _check_finite(base, expert, name)
         if not own_bias:
             return None
         # The record must announce codes; all-zero ones say that only the bias changed.
-        quantized = compress_linear(delta, bits, 0)
+        quantized = compress_linear(torch.zeros(delta.shape, device=delta.device), bits, 0)
     else:
         try:
             quantized = compress_linear(delta, bits, config.salient_channels, second_moment, config.column_steps)
         except CompressionError as error:
+            _check_finite(base, expert, name)
             raise CompressionError(f"{name}: {error}") from error
     record, tensors = quantized.record, dict(quantized.tensors)
     if own_bias:

@@ -41,12 +41,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise CompressionError(f"a code is {int(codes.max())}, expected below {2**bits} for {bits} bits.")
     out, channels = codes.shape
+    if not codes.numel():
+        return codes.new_empty(out, packed_width(channels, bits))
     groups = -(-channels // _GROUP)
-    grouped = nn.functional.pad(codes, (0, groups * _GROUP - channels)).view(out, groups, _GROUP)
-    word = torch.zeros(out, groups, dtype=torch.int64, device=codes.device)
-    for i in range(_GROUP):
-        word |= grouped[:, :, i].to(torch.int64) << (i * bits)
-    packed = torch.stack([(word >> (8 * byte)) & 0xFF for byte in range(bits)], dim=-1).to(torch.uint8)
+    padding = groups * _GROUP - channels
+    grouped = (nn.functional.pad(codes, (0, padding)) if padding else codes.contiguous()).view(out, groups, _GROUP)
+    # Eight codes, a byte each, are one integer; neighbours are moved together, then pairs of them, then fours.
+    word = grouped.view(torch.int64)
+    for width in (1, 2):
+        kept = sum((1 << (2 * width * bits)) - 1 << start for start in range(0, 64, 16 * width))
+        word = (word | (word >> (width * (8 - bits)))) & kept
+    word |= word >> (4 * (8 - bits))
+    packed = word.view(torch.uint8)[..., :bits].contiguous()
     return packed.view(out, groups * bits)[:, : packed_width(channels, bits)].contiguous()
 
 

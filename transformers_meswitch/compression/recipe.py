@@ -31,6 +31,7 @@ from .delta_parameters import DeltaParameters
 from .driver import Budget, compress_expert
 from .held_out import HELD_OUT_EVERY, HELD_OUT_TOKENS, HeldOutDivergence
 from .layerwise import LayerwiseMoments
+from .read_ahead import ReadAhead
 from .request import check_layer_bits, check_request
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .spending import Allocation, spend
@@ -140,7 +141,12 @@ def compress(
         moments = LayerwiseMoments(model_config, expert_parameters, fitted_on, probe=probe, **run)
     output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
-    with _disk_errors(output), work_folder(output, request) as work:
+    with (
+        _disk_errors(output),
+        work_folder(output, request) as work,
+        ReadAhead(base_parameters) as base_ahead,
+        ReadAhead(expert_parameters) as expert_ahead,
+    ):
         if progress:
             _report(used, len({*work.records, *work.candidates}))
         allocations: list[Allocation] = []
@@ -160,9 +166,9 @@ def compress(
         delta_config = compress_expert(
             model,
             base_source,
-            base_parameters,
+            base_ahead,
             expert_location,
-            expert_parameters,
+            expert_ahead,
             config,
             work,
             generation_config=generation_config,

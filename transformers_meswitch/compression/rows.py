@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..delta_format.spec import AnyRowsRecord, QuantizedRowsRecord, RowsRecord, record_bytes
-from .differences import bit_patterns, differs
+from .differences import Difference, bit_patterns, differs
 from .linear import compress_linear
 
 __all__ = ["coded_index", "compress_rows", "rows_record"]
@@ -102,7 +102,9 @@ def compress_rows(
         index = torch.cat([changed, added])
         tensors = {"row_index": index.to(torch.int32), "rows": weight[index]}
     else:
-        delta = weight[changed].float().sub_(of_base[changed].float())
+        whole = len(changed) == shared
+        ours, theirs = (part[:shared] if whole else part[changed] for part in (weight, of_base))
+        delta = Difference(theirs, ours)
         quantized = compress_linear(delta, record.bits, record.salient_channels, second_moment)
         tensors = dict(quantized.tensors)
         if record.has_row_index:

@@ -2,32 +2,110 @@
 
 For row ``j`` with delta ``d``, levels ``q`` and input second moments ``h`` (the diagonal of ``E[x xᵀ]``) the lost
 output is ``sum_i h_i (d_i - s q_i)²``. Given the levels, its minimum is in closed form, ``s = sum h d q / sum h q²``;
-given the step, the nearest levels are best. Alternating the two never raises the error, and converges in a few rounds.
+given the step, the nearest levels are best. A histogram of the row's magnitudes tells the step to begin with (see
+:mod:`.magnitudes`), and the exact closed form for the levels that it gives never raises the error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .blocks import over_blocks
 from .levels import divisor, nearest_levels
+from .magnitudes import count_magnitudes, exact_weights, is_coarse, octave, searched_step
 
-__all__ = ["fit_row_column_steps", "fit_step"]
+__all__ = ["RowFit", "Weights", "fit_row_column_steps", "fit_rows", "fit_step"]
 
-#: Elements worked on at once: on a CPU the temporaries then stay in its cache (4 times as fast as blocks of 2**22);
-#: elsewhere they only have to stay small beside the layer.
-_BLOCK = {"cpu": 2**18}
-_OTHER_BLOCK = 2**24
-#: The alternation stops when no row gains this share of its error; the rounds bound it where gains stay small.
-_GAIN = 1e-5
-_ROUNDS = 32
-#: The alternation finds a local minimum; it starts from the best of these fractions of the step that spans the row.
-#: Against an exhaustive search this loses 0.1 % of the error at 2 bits and 40 channels, nothing at 1024.
-_STARTS = tuple(0.9**k for k in range(22))
-#: Row and column steps pull on each other, so their alternation ends at this relative gain rather than at none.
+#: The alternation of rows and columns ends at this relative gain; the rounds bound it where gains stay small.
 _JOINT_GAIN = 1e-4
+_ROUNDS = 32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an error of each channel weighs.
+
+    Attributes:
+        each: float32 ``[n]``, from zero to one.
+        whole: float64 ``[n]``, the same as whole numbers, see :func:`.magnitudes.exact_weights`.
+    """
+
+    each: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, second_moment: Tensor | None, device: torch.device) -> Weights | None:
+        """Second moments scaled to a maximum of one; `None` where there are none or all are zero.
+
+        Args:
+            second_moment: float32 ``[n]``, zero or more.
+            device: where the weights are to be.
+        """
+        if second_moment is None or not bool((second_moment > 0).any()):
+            return None
+        moment = second_moment.to(device=device, dtype=torch.float32)
+        each = moment / moment.max()
+        return cls(each, exact_weights(each))
+
+    def at(self, channels: Tensor) -> Weights:
+        """Those of some channels, int64 ``[k]``."""
+        return Weights(self.each[channels], self.whole[channels])
+
+
+@dataclass(frozen=True)
+class RowFit:
+    """The steps of some rows, and what they came of.
+
+    Attributes:
+        step: float32 ``[rows]``; zero for a row of zeros.
+        counts: their histograms, ``[rows, bins]``, see :func:`.magnitudes.count_magnitudes`.
+        top: int32 ``[rows]``, the octaves that they were counted with.
+    """
+
+    step: Tensor
+    counts: Tensor
+    top: Tensor
+
+
+def fit_rows(
+    delta: Tensor,
+    bits: int,
+    weights: Weights | None,
+    counted: tuple[Tensor, Tensor] | None = None,
+    settle: bool = True,
+) -> RowFit:
+    """Step sizes of a block of rows.
+
+    Args:
+        delta: float32 ``[rows, n]``, contiguous; a row that is not finite gets a step that means nothing.
+        bits: bits of one code, 1 to 4.
+        weights: of the channels; `None` weighs all alike.
+        counted: histograms of these rows and the octaves they were counted with, if they are known already.
+        settle: whether to end with the exact closed form; what the search finds is within a percent of it.
+    """
+    counts, top = counted if counted is not None else _count(delta, bits, weights)
+    if counted is not None and is_coarse(counts, bits):
+        counts, top = _count(delta, bits, weights)
+    step = searched_step(counts, top, bits)
+    if settle:
+        scaled = delta / divisor(step)[:, None]
+        level = nearest_levels(scaled, bits)
+        product, square = scaled.mul_(level), level.square_()
+        if weights is None:
+            step = step * (product.sum(dim=1) / square.sum(dim=1))
+        else:
+            step = step * ((product @ weights.each) / (square @ weights.each))
+    return RowFit(step.nan_to_num_(), counts, top)
+
+
+def _count(delta: Tensor, bits: int, weights: Weights | None) -> tuple[Tensor, Tensor]:
+    peak = delta.abs().amax(dim=1) if delta.shape[1] else delta.new_zeros(len(delta))
+    top = octave(peak)
+    return count_magnitudes(delta, top, bits, None if weights is None else weights.whole), top
 
 
 def fit_step(delta: Tensor, bits: int, second_moment: Tensor | None = None) -> Tensor:
@@ -41,58 +119,17 @@ def fit_step(delta: Tensor, bits: int, second_moment: Tensor | None = None) -> T
     Returns:
         float32 ``[out]``; zero for a row of zeros.
 
-    >>> fit_step(torch.tensor([[0.1, -0.1, 0.3, -0.3], [0.0, 0.0, 0.0, 0.0]]), bits=2).tolist()
-    [0.20000000298023224, 0.0]
+    >>> fit_step(torch.tensor([[0.5, -0.5, 1.5, -1.5], [0.0, 0.0, 0.0, 0.0]]), bits=2).tolist()
+    [1.0, 0.0]
     """
-    out, channels = delta.shape
-    if channels == 0 or out == 0:
-        return delta.new_zeros(out, dtype=torch.float32)
-    weight = _weights(delta, second_moment)
-    return torch.cat([_fit_rows(block, bits, weight) for block in delta.split(_rows_at_once(delta))])
+    if not delta.numel():
+        return delta.new_zeros(len(delta), dtype=torch.float32)
+    weights = Weights.of(second_moment, delta.device)
 
+    def work(start: int, stop: int) -> Tensor:
+        return fit_rows(delta[start:stop].contiguous(), bits, weights).step
 
-def _rows_at_once(delta: Tensor) -> int:
-    return max(1, _BLOCK.get(delta.device.type, _OTHER_BLOCK) // delta.shape[1])
-
-
-def _weights(delta: Tensor, second_moment: Tensor | None) -> Tensor:
-    """Second moments scaled to a maximum of one; all ones where there are none or all are zero."""
-    if second_moment is None or not bool((second_moment > 0).any()):
-        return delta.new_ones(delta.shape[1], dtype=torch.float32)
-    moment = second_moment.to(device=delta.device, dtype=torch.float32)
-    return moment / moment.max()
-
-
-def _fit_rows(delta: Tensor, bits: int, weight: Tensor) -> Tensor:
-    peak = delta.abs().amax(dim=1)
-    # Rows are scaled to a peak of one: squares of deltas near 1e-20 would underflow.
-    unit = delta / divisor(peak)[:, None]
-
-    def error_and_optimum(step: Tensor) -> tuple[Tensor, Tensor]:
-        """Error of each row at its step, and the closed-form step for the levels that the step gives."""
-        level = nearest_levels(unit / divisor(step)[:, None], bits)
-        # Every level is at least a half away from zero and some weight is one, so the divisor is positive.
-        optimum = (unit * level) @ weight / ((level * level) @ weight)
-        return (unit - level * step[:, None]).square() @ weight, optimum
-
-    span = torch.full_like(peak, 2 / 2**bits)
-    # At 1 bit the levels are the signs, whatever the step: the closed form is the global minimum from any start.
-    starts = _STARTS if bits > 1 else _STARTS[:1]
-    step, error, optimum = span, torch.full_like(peak, torch.inf), span
-    for fraction in starts:
-        start = span * fraction
-        start_error, start_optimum = error_and_optimum(start)
-        better = start_error < error
-        step, error = torch.where(better, start, step), torch.where(better, start_error, error)
-        optimum = torch.where(better, start_optimum, optimum)
-    for _ in range(_ROUNDS):
-        next_error, next_optimum = error_and_optimum(optimum)
-        better = next_error < error
-        if not bool((next_error < error * (1 - _GAIN)).any()):
-            break
-        step, error = torch.where(better, optimum, step), torch.where(better, next_error, error)
-        optimum = torch.where(better, next_optimum, optimum)
-    return torch.where(peak > 0, step * peak, torch.zeros_like(peak))
+    return torch.cat(over_blocks(work, delta.shape, delta.device))
 
 
 def fit_row_column_steps(delta: Tensor, bits: int, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,7 +153,8 @@ def fit_row_column_steps(delta: Tensor, bits: int, second_moment: Tensor | None 
     out, channels = delta.shape
     if channels == 0 or out == 0:
         return delta.new_zeros(out, dtype=torch.float32), delta.new_zeros(channels, dtype=torch.float32)
-    weight = _weights(delta, second_moment)
+    weights = Weights.of(second_moment, delta.device)
+    weight = delta.new_ones(channels, dtype=torch.float32) if weights is None else weights.each
     magnitude = delta.square().mean(dim=0).sqrt()
     flat = torch.where(magnitude > 0, torch.ones_like(magnitude), torch.zeros_like(magnitude))
     fits = [_alternate(delta, bits, weight, start) for start in (flat, magnitude / magnitude.max().clamp_min(1e-38))]
@@ -157,8 +195,8 @@ def _refit_rows(delta: Tensor, bits: int, weight: Tensor, row: Tensor, column: T
         square = level.square() @ weight
         return torch.where((square > 0) & (r > 0), ((d * level) @ weight) / divisor(square), torch.zeros_like(r))
 
-    rows = _rows_at_once(delta)
-    return torch.cat([optimum(d, r) for d, r in zip(delta.split(rows), row.split(rows), strict=True)])
+    blocks = over_blocks(lambda i, j: optimum(delta[i:j], row[i:j]), delta.shape, delta.device)
+    return torch.cat(blocks)
 
 
 def _levels(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
@@ -167,8 +205,7 @@ def _levels(delta: Tensor, bits: int, row: Tensor, column: Tensor) -> Tensor:
 
 def _sum_over_rows(delta: Tensor, row: Tensor, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Sum of ``part`` over blocks of rows."""
-    rows = _rows_at_once(delta)
-    parts = [part(d, r) for d, r in zip(delta.split(rows), row.split(rows), strict=True)]
+    parts = over_blocks(lambda i, j: part(delta[i:j], row[i:j]), delta.shape, delta.device)
     return torch.stack(parts).sum(dim=0)
 
 
