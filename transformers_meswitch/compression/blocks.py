@@ -13,7 +13,7 @@ __all__ = ["over_blocks"]
 
 #: Elements worked on at once: on a CPU the temporaries then stay in a core's cache; elsewhere they only have to stay
 #: small beside the layer.
-_BLOCK = {"cpu": 2**17}
+_BLOCK = {"cpu": 2**18}
 _OTHER_BLOCK = 2**24
 
 _Found = TypeVar("_Found")
@@ -33,7 +33,7 @@ def over_blocks(
         shape: rows and columns of the matrix.
         device: where it is.
 
-    >>> over_blocks(lambda start, stop: stop - start, (5, 2**17), torch.device("cpu"))
+    >>> over_blocks(lambda start, stop: stop - start, (5, 2**18), torch.device("cpu"))
     [1, 1, 1, 1, 1]
     """
     rows, width = shape
@@ -46,11 +46,12 @@ def over_blocks(
     started = Barrier(at_once + 1)
 
     def start_one() -> None:
-        torch.set_num_threads(1)  # for this thread, and for those that torch has not met yet
+        torch.get_num_threads()  # what is asked of a thread that torch has not met would be forgotten
+        torch.set_num_threads(1)
         started.wait()
 
     with ThreadPoolExecutor(at_once, initializer=start_one) as pool:
         found = [pool.submit(work, *bound) for bound in bounds]
         started.wait()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # which is also what threads that torch has not met yet get
         return [future.result() for future in found]
