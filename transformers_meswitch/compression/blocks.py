@@ -13,7 +13,7 @@ __all__ = ["over_blocks"]
 
 #: Elements worked on at once: on a CPU the temporaries then stay in a core's cache; elsewhere they only have to stay
 #: small beside the layer.
-_BLOCK = {"cpu": 2**18}
+_BLOCK = {"cpu": 2**17}
 _OTHER_BLOCK = 2**24
 
 _Found = TypeVar("_Found")
@@ -33,7 +33,7 @@ def over_blocks(
         shape: rows and columns of the matrix.
         device: where it is.
 
-    >>> over_blocks(lambda start, stop: stop - start, (5, 2**18), torch.device("cpu"))
+    >>> over_blocks(lambda start, stop: stop - start, (5, 2**17), torch.device("cpu"))
     [1, 1, 1, 1, 1]
     """
     rows, width = shape
