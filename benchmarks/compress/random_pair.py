@@ -70,6 +70,8 @@ def write_pair(base: Path, expert: Path, config: PreTrainedConfig, device: str) 
     with ThreadPoolExecutor(_WRITERS) as writers:
         for written in [writers.submit(write, folder, file) for folder in (base, expert) for file in shards]:
             written.result()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that are measured
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], layers: int) -> Iterator[list[str]]:

@@ -46,11 +46,12 @@ def over_blocks(
     started = Barrier(at_once + 1)
 
     def start_one() -> None:
-        torch.set_num_threads(1)  # for this thread, and for those that torch has not met yet
+        torch.get_num_threads()  # what is asked of a thread that torch has not met would be forgotten
+        torch.set_num_threads(1)
         started.wait()
 
     with ThreadPoolExecutor(at_once, initializer=start_one) as pool:
         found = [pool.submit(work, *bound) for bound in bounds]
         started.wait()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # which is also what threads that torch has not met yet get
         return [future.result() for future in found]

@@ -31,6 +31,7 @@ from ..errors import CompressionError
 from ..module_kinds import is_linear
 from .batches import Batch, CalibrationBatches
 from .damage import LayerDamage, in_float32
+from .finite import all_finite
 from .moments import MomentCollector
 from .sources import Parameters, output_head
 
@@ -407,7 +408,7 @@ class LayerwiseMoments:
         for key, value in self._parameters.of(name).items():
             value = value.to(self._device)
             # Told here, since a NaN in a norm shows itself in the moments of modules before it.
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 raise CompressionError(
                     f"{name}.{key} of the expert holds NaN or infinite values; compress an intact checkpoint."
                 )

@@ -42,7 +42,7 @@ def bins(bits: int) -> int:
 
 
 def octave(peak: Tensor) -> Tensor:
-    """The octave of a magnitude: the exponent field of its float32.
+    """The octave of a magnitude: the exponent field of its float32, or of the least magnitude that has bins below it.
 
     Args:
         peak: float32 ``[rows]``, zero or more.
@@ -53,7 +53,7 @@ def octave(peak: Tensor) -> Tensor:
     >>> octave(torch.tensor([1.0, 1.5, 2.0])).tolist()
     [127, 127, 128]
     """
-    return peak.view(torch.int32) >> _MANTISSA
+    return (peak.view(torch.int32) >> _MANTISSA).clamp_min_(_OCTAVES + 1)
 
 
 def exact_weights(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from ..configuration import MESwitchConfig
 from ..delta_format.spec import LinearRecord, ModuleRecord, ValuesRecord
 from ..errors import CompressionError
 from .differences import Difference, differs
+from .finite import all_finite
 from .linear import compress_linear
 from .rows import compress_rows
 
@@ -125,7 +126,7 @@ def _check_dtypes(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name
 def _check_finite(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name: str) -> None:
     for whose, tensors in (("base", base), ("expert", expert)):
         for key, tensor in tensors.items():
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise CompressionError(
                     f"{name}.{key} of the {whose} holds NaN or infinite values; compress an intact checkpoint."
                 )
