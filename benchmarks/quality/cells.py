@@ -102,8 +102,8 @@ def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Several results as one. Of a cell that is in more than one, the last counts.
 
     Raises:
-        ValueError: a cell's expert was trained differently in two results, so their cells are not of one expert. One
-            that was trained twice with the same settings, to the same loss and the same distance, is one.
+        ValueError: a cell's expert was trained differently in two results, so their cells are not of one expert.
+            Training again gives the same weights only by chance; ``digest`` tells.
     """
     merged: dict[str, Any] = {}
     experts: dict[str, Any] = {}

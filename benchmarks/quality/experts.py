@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["ExpertFolder", "load_pieces", "save_pieces", "write_checkpoint"]
+__all__ = ["ExpertFolder", "load_pieces", "save_pieces", "weights_digest", "write_checkpoint"]
 
 #: A little under 16 MB.
 _PIECE_BYTES = 15_500_000
@@ -46,6 +47,15 @@ class ExpertFolder:
     def load(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameter's name to its value."""
         return load_file(self._weights, device=str(device))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values of a state, by which an expert is told from one that was trained like it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_checkpoint(base: Path, weights: Mapping[str, Tensor], folder: Path) -> Path:

@@ -100,8 +100,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['base']}; {device}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{result['date']}.",
         "",
-        "Greedy answers of merged weights: base + delta summed in float32, rounded to bfloat16. The interval of "
-        "expert − method is of paired items.",
+        "Greedy answers, the delta's output added to the base's in every layer; of `+merged`, of base + delta rounded "
+        "to bfloat16. The interval of expert − method is of paired items.",
     ]
     experts = sorted({cell["expert"] for cell in cells})
     for expert in experts:

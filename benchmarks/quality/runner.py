@@ -16,7 +16,7 @@ from .calibration import collect_moments
 from .cells import CellStore, ExpertId
 from .data import held_out, load_split
 from .decoding import ATTENTION, GreedyDecoder
-from .experts import ExpertFolder
+from .experts import ExpertFolder, weights_digest
 from .measures import divergence, reference_states, to_bits
 from .methods import METHODS, Compressed, Inputs, Method, merged_weights, rest_bytes
 from .methods.base import linear_names, synchronize
@@ -197,6 +197,7 @@ class Runner:
         training["compiled"] = self._compiled
         weights = {key: value.detach().bfloat16() for key, value in self._trainee.named_parameters()}
         changes = [(weights[key].float() - self._base_state[key].float()).square().mean().sqrt() for key in weights]
+        training["digest"] = weights_digest(weights)
         training["largest_rms_change"] = float(f"{float(torch.stack(changes).max()):.3g}")
         self.folder(expert).save(weights, training)
         return training

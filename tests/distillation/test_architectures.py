@@ -22,7 +22,7 @@ def test_the_student_is_base_and_delta_and_can_be_trained(model_type, tmp_path):
     expert = fine_tune(tmp_path / "base", seed=5).eval()
     expert.save_pretrained(tmp_path / "expert")
     how = MESwitchConfig(bits=2, salient_channels=2, column_steps=True)
-    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", how, progress=False)
+    compress(tmp_path / "base", tmp_path / "expert", tmp_path / "delta", how, calibration=None, progress=False)
     inputs = open_inputs(tmp_path / "base", tmp_path / "expert", tmp_path / "delta")
     model, deltas = _student(inputs.base, inputs.delta, torch.device("cpu"), torch.float32)
     assert {type(model.get_submodule(name)).__name__ for name in deltas} == {"LinearLayer"}

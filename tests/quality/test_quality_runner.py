@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.cells import CellStore, ExpertId, merge
 from benchmarks.quality.data import write_split
-from benchmarks.quality.experts import ExpertFolder, load_pieces, save_pieces
+from benchmarks.quality.experts import ExpertFolder, load_pieces, save_pieces, weights_digest
 from benchmarks.quality.methods import OURS
 from benchmarks.quality.methods.ours import ours
 from benchmarks.quality.quantized_base import measure_over_quantized_base
@@ -147,6 +147,8 @@ def test_results_merge_and_the_last_counts():
     assert set(merged["experts"]) == {"a-light-s0", "b-light-s0"}
     with pytest.raises(ValueError, match="a-light-s0 was trained twice"):
         merge([one, {**one, "experts": {"a-light-s0": {"steps": 2}}}])
+    slower = {**one, "experts": {"a-light-s0": {"steps": 1, "seconds": 9.0}}}
+    assert merge([slower, {**one, "experts": {"a-light-s0": {"steps": 1, "seconds": 8.0}}}])["cells"] == one["cells"]
 
 
 def test_the_report_pairs_items_and_pools_only_what_is_complete():
@@ -188,6 +190,13 @@ def test_unknown_experts_and_methods_are_named():
     for arguments in (["--methods", "expert,nonsense"], ["--experts", "math-medium"]):
         with pytest.raises(SystemExit):
             main(["run", "--work-dir", "nowhere", *arguments])
+
+
+def test_a_digest_is_of_names_and_values():
+    weights = {"a": torch.ones(2, 2), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    assert weights_digest(dict(reversed(weights.items()))) == weights_digest(weights)
+    assert weights_digest({**weights, "a": weights["a"].clone().fill_diagonal_(1 + 1e-6)}) != weights_digest(weights)
+    assert weights_digest({"b": weights["b"], "c": weights["a"]}) != weights_digest(weights)
 
 
 def test_pieces_are_small_and_give_the_expert_back(pair, tmp_path):

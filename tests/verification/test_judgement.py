@@ -56,10 +56,21 @@ def test_bits_of_a_mixed_delta():
 
 
 @pytest.mark.parametrize(
-    "record", [evidence(kl=0.6), evidence(errors=(1.2, 1.4, 0.3)), evidence(text=False, errors=(1.0,))]
+    "record",
+    [
+        evidence(kl=0.6),
+        evidence(text=False, errors=(1.2, 1.4, 0.3), bits=2),
+        evidence(text=False, errors=(1.0,), bits=2),
+        evidence(text=False, errors=(1.4,), bits=1),
+    ],
 )
 def test_a_delta_of_something_else(record):
     assert "no nearer to this expert" in record.judgement
+
+
+def test_one_bit_codes_may_be_far_off_in_weights_and_text_decides_where_there_is_some():
+    assert "no nearer" not in evidence(text=False, errors=(1.1, 1.2), bits=1).judgement
+    assert "stands for the expert" in evidence(kl=0.001, errors=(1.2, 1.4, 0.3), bits=2).judgement
 
 
 def test_without_text_nothing_is_said_of_answers():

@@ -24,6 +24,9 @@ __all__ = ["bits_that_fit", "is_too_far", "judge"]
 _NEGLIGIBLE_KL, _MAX_KL = 0.01, 0.1
 _MAX_LOSS = 0.05
 _MIN_AGREEMENT = 0.9
+#: Relative error of weights from which they belong to another expert, whose delta is about sqrt(2) away. One-bit codes
+#: that make up for each other's errors in the layer's output may be farther from their own than no delta at all.
+_FAR_AT_ONE_BIT = 1.3
 #: Share of its energy that the best uniform quantiser of so many bits leaves of Gaussian values (J. Max, "Quantizing
 #: for minimum distortion", IRE Transactions on Information Theory, 1960, table II).
 _ENERGY_LEFT = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154}
@@ -62,10 +65,13 @@ def _energy_left(weights: WeightEvidence) -> float:
 
 def _belongs(evidence: Evidence) -> bool:
     """Whether the delta brings the base nearer to this expert at all."""
-    errors = list(evidence.weights.relative_errors.values())
-    off = sum(error >= 1 for error in errors)
     text = evidence.text
-    return 2 * off <= len(errors) and (text is None or text.kl < text.kl_base or text.kl <= _NEGLIGIBLE_KL)
+    if text is not None:
+        return text.kl < text.kl_base or text.kl <= _NEGLIGIBLE_KL
+    errors = list(evidence.weights.relative_errors.values())
+    one_bit = _energy_left(evidence.weights) > sum(_ENERGY_LEFT[bits] for bits in (1, 2)) / 2
+    limit = _FAR_AT_ONE_BIT if one_bit else 1.0
+    return 2 * sum(error >= limit for error in errors) <= len(errors)
 
 
 def judge(evidence: Evidence) -> str:
