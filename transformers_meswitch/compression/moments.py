@@ -1,10 +1,4 @@
-"""Second moments of the inputs of linears, summed up while a model runs.
-
-Language models give a token or two of every text, often the first, activations a thousand times as large as those of
-others, on which later tokens do little but rest their attention (Sun et al., "Massive Activations in Large Language
-Models", arXiv 2402.17762). In a down projection near the end of SmolLM2-135M the first token has 95 % of the energy,
-and a fit to all inputs would be one to that token. So none counts for more than a few typical ones.
-"""
+"""Second moments of the inputs of linears, summed up while a model runs."""
 
 from __future__ import annotations
 
@@ -19,9 +13,6 @@ from ..errors import UnsupportedModelError
 from ..module_kinds import linear_sizes
 
 __all__ = ["MomentCollector"]
-
-#: An input's squared norm counts for at most so many times the median of those that were given together with it.
-_MOST = 8.0
 
 #: Dtypes whose mantissas TF32 holds in full.
 _SHORT = (torch.bfloat16, torch.float16)
@@ -43,7 +34,7 @@ def _tensor_cores() -> Iterator[None]:
 
 
 class MomentCollector:
-    """Sums up ``x xᵀ`` over the input vectors ``x`` of linears, those far longer than is usual shortened.
+    """Sums up ``x xᵀ`` over the input vectors ``x`` of linears.
 
     Linears that are given the very same tensor one after the other (query, key and value; gate and up) share one sum.
 
@@ -119,7 +110,7 @@ class MomentCollector:
         self._counts[name] += len(inputs)
 
     def means(self) -> dict[str, Tensor]:
-        """``E[x xᵀ]`` of every linear that was called, outliers shortened; the sums are used up.
+        """``E[x xᵀ]`` of every linear that was called; the sums are used up.
 
         Returns:
             Name to float32 ``[in, in]``, where the linear ran.
@@ -129,13 +120,3 @@ class MomentCollector:
         means = {name: total.div_(max(1, self._counts[name])) for name, total in self._sums.items()}
         self._sums = {}
         return {name: means[owner] for name, owner in self._owner.items()}
-
-
-def _shortened(inputs: Tensor) -> Tensor:
-    """Input vectors ``[n, in]`` with outliers scaled down to the most that one counts for."""
-    energy = inputs.square().sum(dim=1)
-    if not len(energy):
-        return inputs
-    most = _MOST * energy.median()
-    # A median of zero says nothing of what is usual.
-    return inputs * torch.where((energy > most) & (most > 0), most / energy, 1.0).sqrt()[:, None]
