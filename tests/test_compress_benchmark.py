@@ -1,6 +1,8 @@
 """The random pair of ``benchmarks.compress`` is what it says, and the benchmark runs."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +35,17 @@ def test_the_pair_differs_in_linears_and_norms_only(tiny, tmp_path):
     assert 0.015 < float(first.detach().float().std()) < 0.025
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "expert")
     assert max(tokenizer("The quick brown fox.")["input_ids"]) < 160
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a process there keeps the id of a parent that is gone")
+def test_a_measured_process_ends_with_the_one_that_started_it():
+    watch = (
+        "import sys, time; from benchmarks.compress.one_run import end_with; end_with(int(sys.argv[1])); time.sleep(3)"
+    )
+    # Told of another parent than it has, it finds that one gone.
+    for parent, code in ((os.getpid(), 0), (os.getppid(), 1)):
+        assert subprocess.run([sys.executable, "-c", watch, str(parent)], timeout=120).returncode == code
 
 
 @pytest.mark.slow

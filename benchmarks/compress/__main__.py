@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def plain_read(paths: Iterable[Path]) -> float:
 def run(base: Path, expert: Path, output: Path, args: argparse.Namespace, calibration: str) -> dict[str, Any]:
     """One row: seconds, bytes read a second, and peaks of one compression."""
     forget(files_of(base, expert))
-    settings = (args.bits, args.salient_channels, args.device, calibration, args.tokens)
+    settings = (args.bits, args.salient_channels, args.device, calibration, args.tokens, os.getpid())
     command = [sys.executable, "-m", "benchmarks.compress.one_run", *map(str, (base, expert, output, *settings))]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in files_of(base, expert))
@@ -140,4 +141,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ended by ``timeout`` or a scheduler: as by Ctrl-C, so that the checkpoints and the measured process go, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

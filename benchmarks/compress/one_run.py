@@ -1,18 +1,20 @@
 """One compression in this process: its seconds, by phase, and its peaks, as JSON on standard output.
 
-    python -m benchmarks.compress.one_run BASE EXPERT OUTPUT BITS SALIENT DEVICE CALIBRATION TOKENS
+    python -m benchmarks.compress.one_run BASE EXPERT OUTPUT BITS SALIENT DEVICE CALIBRATION TOKENS PARENT
 
-``CALIBRATION`` may be empty. Phases are what the main thread does or waits for; what other threads do meanwhile is not
-counted.
+``CALIBRATION`` may be empty; ``PARENT`` is the id of the process that starts this one, which ends with it. Phases are
+what the main thread does or waits for; what other threads do meanwhile is not counted.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,17 @@ def peak_bytes() -> int:
     if status.exists():  # where there is one, since the system's count begins with that of the process's parent
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def end_with(parent: int) -> None:
+    """Have this process end within a second of its parent, even of one that was killed: an orphan would hold a GPU."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def timed(function: Callable[..., Any], phase: str, seconds: dict[str, float], device: str) -> Callable[..., Any]:
@@ -87,4 +100,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    *arguments, parent = sys.argv[1:]
+    end_with(int(parent))
+    main(*arguments)

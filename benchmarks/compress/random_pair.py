@@ -68,8 +68,12 @@ def write_pair(base: Path, expert: Path, config: PreTrainedConfig, device: str) 
         )
 
     with ThreadPoolExecutor(_WRITERS) as writers:
-        for written in [writers.submit(write, folder, file) for folder in (base, expert) for file in shards]:
-            written.result()
+        pending = [writers.submit(write, folder, file) for folder in (base, expert) for file in shards]
+        try:
+            for written in pending:
+                written.result()
+        finally:
+            writers.shutdown(cancel_futures=True)  # interrupted, the rest is of no use
     if device == "cuda":
         torch.cuda.empty_cache()  # for the processes that are measured
 

@@ -1,5 +1,6 @@
 """A compression that is killed is taken up where it stopped, and nothing else ever is."""
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from transformers_meswitch.compression.recipe import compress
 from transformers_meswitch.compression.work_folder import WorkFolder
 from transformers_meswitch.configuration import MESwitchConfig
 from transformers_meswitch.delta_format.spec import LinearRecord, ValuesRecord, tensor_key
-from transformers_meswitch.errors import CompressionError
+from transformers_meswitch.errors import CheckpointError, CompressionError
 
 CONFIG = MESwitchConfig(bits=2, salient_channels=4)
 TEXTS = ["abcdefgh" * 8, "the quick brown fox", "jumps over the lazy dog"]
@@ -357,6 +358,55 @@ def test_a_full_disk_keeps_what_is_finished(pair, tmp_path):
     assert start(pair, tmp_path / "delta").wait() == 0
     assert (tmp_path / "delta" / "adapter_config.json").exists()
     assert not partial.exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_while_keeps_what_is_finished(pair, tmp_path, monkeypatch):
+    out, partial = tmp_path / "delta", tmp_path / "delta.partial"
+    original, done = WorkFolder.add, []
+
+    def add(self, name, record, leaves):
+        original(self, name, record, leaves)
+        done.append(name)
+        if len(done) == 4:
+            raise CheckpointError("the share is gone")
+
+    whole = files_of(compress(*pair, tmp_path / "whole", CONFIG, None, progress=False))
+    monkeypatch.setattr(WorkFolder, "add", add)
+    with pytest.raises(CheckpointError, match="the share is gone"):
+        compress(*pair, out, CONFIG, None, progress=False)
+    assert len(list(partial.glob("*.safetensors"))) == 4
+    compress(*pair, out, CONFIG, None, progress=False)
+    assert len(done) > 4
+    assert len(done) == len(set(done))  # nothing was made twice
+    assert files_of(out) == whole
+
+
+@pytest.mark.parametrize("config", [CONFIG, MESwitchConfig(target_bits=2.0, salient_channels=4)])
+@pytest.mark.parametrize("at", [3, -1])
+def test_a_disk_that_fills_up_behind_the_work_leaves_whole_modules_only(pair, tmp_path, monkeypatch, config, at):
+    """Modules are written in a thread; an error there, even of the last one, is the run's."""
+    out, partial = tmp_path / "delta", tmp_path / "delta.partial"
+    original, written = work_folder.write_tensors, []
+
+    def write(path, headers, get, metadata=None):
+        written.append(path)
+        if len(written) == full_after:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, headers, get, metadata)
+
+    monkeypatch.setattr(work_folder, "write_tensors", write)
+    full_after = None
+    whole = files_of(compress(*pair, tmp_path / "whole", config, None, progress=False))
+    full_after = at if at > 0 else len(written)
+    written.clear()
+    with pytest.raises(CompressionError, match="run the same command again"):
+        compress(*pair, out, config, None, progress=False)
+    assert not out.exists()
+    assert not list(partial.glob("*.unfinished"))
+    full_after = None
+    compress(*pair, out, config, None, progress=False)
+    assert files_of(out) == whole
 
 
 def test_the_request_names_all_that_determines_the_delta(pair, tmp_path, die_after):

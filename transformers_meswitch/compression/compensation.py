@@ -11,6 +11,9 @@ the channels look at that, with steps fixed:
 Codes that compensate want larger steps than codes that are nearest: by a third at one bit, by two hundredths at two
 (``docs/quality.md``). Kept at the steps of nearest codes, one-bit codes lose more by feedback than they gain, so the
 steps are fitted again after each pass, in closed form.
+
+Memory: feedback holds four float32 ``[n, n]`` beside the covariance while it inverts it, 0.82 GB each for the widest
+linear of Mistral-7B (``n`` 14336); all else is of the linear's own shape.
 """
 
 from __future__ import annotations
@@ -116,6 +119,7 @@ def _inverse_factor(covariance: Tensor) -> Tensor:
         damped = covariance.clone()
         damped.diagonal().add_(added * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these matrices takes as much as all moments of a layer
         if not bool(failed):
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
         # The damped identity can always be factored, and enough of it makes this that.

@@ -8,8 +8,9 @@ hands its input on.
 Memory on the device: the weights of one layer; the hidden states, ``tokens * hidden_size`` elements, padding included;
 the activations of one batch of 4096 tokens; and the moments of one layer, float32. For Mistral-7B (hidden size 4096,
 intermediate size 14336) in bfloat16 with 65,536 tokens: 0.44 GB of weights, 0.54 GB of hidden states (up to 1.07 GB
-with padding) and 1.02 GB of moments. Where the damage of errors is measured, the layer's weights in float32 (0.87 GB)
-stay beside the moments while modules are fitted.
+with padding) and 1.02 GB of moments. Fitting a linear to its moments takes more than all of this, see
+:mod:`.compensation`. Where the damage of errors is measured, the layer's weights in float32 (0.87 GB) stay beside the
+moments while modules are fitted.
 """
 
 from __future__ import annotations
@@ -235,7 +236,8 @@ class LayerwiseMoments:
 
     def _embed(self, collector: MomentCollector) -> None:
         """Fill ``_hidden`` and ``_calls``: what the first layer is given, and how each layer is called."""
-        with self._loaded(self._layers[0]):
+        # What comes before the layers is read once, not once a batch.
+        with self._loaded(self._layers[0]), self._loaded_when_called():
             for j, batch in enumerate(self._bar(self._batches, "embedding")):
                 current: list[Tensor] = []
 

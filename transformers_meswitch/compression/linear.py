@@ -110,6 +110,7 @@ def compress_linear(
     codes = quantize(rest, steps.row, bits, steps.column)
     if covariance is not None and len(coded):
         absorption = salient_absorption(covariance, coded, salient)
+        del covariance  # as large as all moments of a layer, and not needed beside what is left of it
         steps, codes = _fit_covariance(rest, bits, absorption.remaining, steps)
         columns = columns + (rest - dequantize(codes, steps.row, bits, steps.column)) @ absorption.weights
 

@@ -11,7 +11,7 @@ DEFAULT_PRESET = "lossless"
 
 #: Name to arguments of :class:`~transformers_meswitch.MESwitchConfig`; what is not named is its default.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # What cannot be told from the fine-tune on a benchmark: the defaults.
+    # The defaults. The name is the aim; what was lost on benchmarks is in docs/quality.md.
     "lossless": {"bits": 2, "salient_channels": 16, "embedding_bits": 3},
     # A fourth less for the linear layers, spent where it buys most.
     "balanced": {"target_bits": 1.5, "salient_channels": 16, "embedding_bits": 3},

@@ -26,7 +26,7 @@ from ..delta_format.serialize import write_tensors
 from ..delta_format.spec import LinearRecord, ModuleRecord, parse_record, tensor_key
 from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.validate import check_headers, tensor_headers
-from ..errors import BudgetError, CompressionError, MESwitchError
+from ..errors import BudgetError, CheckpointError, CompressionError, MESwitchError
 
 __all__ = [
     "Candidate",
@@ -258,7 +258,8 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
 
     What an earlier run of the same request finished is found in it; what is left of another request is removed.
     Leaving the context normally, or with a :class:`MESwitchError` (the request cannot succeed), removes the folder;
-    any other end leaves it for the next run, as does a budget that cannot be kept: another may be, from the same fits.
+    any other end leaves it for the next run, as do a budget that cannot be kept (another may be, from the same fits)
+    and a checkpoint that cannot be read any more, which may be a network disk's hiccup after hours of work.
 
     Args:
         output: the delta repo to be.
@@ -281,7 +282,7 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
         _prepare(folder, request)
         try:
             yield folder
-        except BudgetError:
+        except (BudgetError, CheckpointError):
             raise
         except MESwitchError:
             _remove(folder)
