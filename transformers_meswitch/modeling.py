@@ -104,7 +104,12 @@ class _Family(PreTrainedModel):
         base_arguments |= _pinned(base, {**hub, **where, **base_arguments}, kwargs.get("gguf_file"))
         if config is not None and not isinstance(config, MESwitchFamilyConfig):
             kwargs["config"] = config
-        loaded = cls._auto_class_for_base.from_pretrained(base, *model_args, **{**kwargs, **base_arguments})
+        arguments = {**kwargs, **base_arguments}
+        # transformers looks for an adapter in the base's repo, on the Hub even where only local files are to be used.
+        lookup = {key: arguments[key] for key in ("cache_dir", "local_files_only") if arguments.get(key) is not None}
+        if lookup:
+            arguments["adapter_kwargs"] = lookup
+        loaded = cls._auto_class_for_base.from_pretrained(base, *model_args, **arguments)
         # With output_loading_info=True, what was missing or unexpected in the base's checkpoint comes along.
         model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
         if isinstance(model, MESwitchMixin):
