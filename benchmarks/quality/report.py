@@ -134,7 +134,7 @@ _MARKERS = "osD^vP*"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Exact match against the bytes of the linears' deltas, a panel an expert."""
+    """Exact match against the bytes of the linears' deltas, a panel an expert, the first seed of each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,7 +151,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for panel in axes.flat[len(experts) :]:
         panel.set_visible(False)
     for panel, expert in zip(axes.flat, experts, strict=False):
-        own = [cell for cell in cells if cell["expert"] == expert]
+        # One seed, since a method that was not run on all of them would be seen beside another expert's line.
+        seed = min(cell["seed"] for cell in cells if cell["expert"] == expert)
+        own = [cell for cell in cells if (cell["expert"], cell["seed"]) == (expert, seed)]
         points = {name: [cell for cell in own if cell["method"] == name] for name in (_EXPERT, *shown)}
         for name, group in points.items():
             if not group:
@@ -163,7 +165,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             colour, marker = styles[name]
             size = group[0]["linear_bytes"] / 2**20
             panel.plot(size, share, marker, color=colour, markersize=9 if name.startswith("ours") else 6, label=name)
-        panel.set(title=expert, xlabel="linears of the delta, MiB", ylabel="exact match, %")
+        panel.set(title=f"{expert}, seed {seed}", xlabel="linears of the delta, MiB", ylabel="exact match, %")
         panel.grid(alpha=0.3)
     drawn = [panel.get_legend_handles_labels() for panel in axes.flat]
     handles = {label: handle for found in drawn for handle, label in zip(*found, strict=True)}
