@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import meswitch_kernels
+from tests.triton_interpreter import check_interpreted
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
 from transformers_meswitch.ops import delta_linear, dequantize_delta
 
@@ -43,17 +41,7 @@ def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: b
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    test = f"{__file__}::{test_triton_gives_the_bits_of_torch.__name__}"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout, run.stdout
+    check_interpreted(__file__, test_triton_gives_the_bits_of_torch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import meswitch_kernels
 from meswitch_kernels import dequantize_delta, dequantize_delta_reference, has_kernel
+from tests.triton_interpreter import check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -109,25 +107,7 @@ def test_rows_past_two_to_the_31_elements() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tests = [test_kernel_writes_every_element_and_nothing_else, test_operator_runs_the_kernel]
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *(f"{__file__}::{t.__name__}" for t in tests),
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout, run.stdout
+    check_interpreted(__file__, test_kernel_writes_every_element_and_nothing_else, test_operator_runs_the_kernel)
 
 
 # What follows needs neither Triton nor a GPU.

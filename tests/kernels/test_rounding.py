@@ -9,15 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from meswitch_kernels import round_in_turn, round_in_turn_reference
+from tests.triton_interpreter import check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -100,25 +98,7 @@ def test_operator_runs_the_kernel(device: str) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_kernel_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tests = [test_kernel, test_operator_runs_the_kernel]
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *(f"{__file__}::{t.__name__}" for t in tests),
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout, run.stdout
+    check_interpreted(__file__, test_kernel, test_operator_runs_the_kernel)
 
 
 # What follows needs neither Triton nor a GPU.

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..configuration import MESwitchConfig
 from ..delta_format.spec import LinearRecord, ModuleRecord
 from .linear import reconstruct_linear
-from .modules import compress_module, weight_delta
+from .modules import compress_module, weight_difference
 from .work_folder import Candidate, Codes
 
 __all__ = ["CandidateFits", "CandidateStore", "candidate_codes", "output_error"]
@@ -158,12 +158,15 @@ class CandidateFits:
             record, leaves = result
             assert isinstance(record, LinearRecord)
             if delta is None:  # after the first, since that one checked the values
-                delta = weight_delta(base["weight"], expert["weight"], is_conv1d)
+                difference = weight_difference(base["weight"], expert["weight"], is_conv1d)
+                delta = difference.whole()
+                if difference.is_zero():  # in the expert's dtype, which may have fewer bits than the base's
+                    delta.zero_()
             lost = delta - reconstruct_linear(record, leaves)
             error = output_error(lost, second_moment)
             if weight is None:
-                own = expert["weight"].float()
-                weight = self._weight(name, lost, error, own.T if is_conv1d else own, second_moment)
+                own = expert["weight"].T if is_conv1d else expert["weight"]
+                weight = self._weight(name, lost, error, own, second_moment)
             candidate = Candidate(record, error, weight)
             self._store.add_candidate(name, candidate, leaves)
             if _is_exact(candidate):
@@ -173,7 +176,7 @@ class CandidateFits:
         damage = self._damage(name, lost) if error else None
         if damage:
             return damage / error
-        energy = output_error(own, second_moment)
+        energy = output_error(own.float(), second_moment)
         return 1 / energy if energy else 1.0
 
 

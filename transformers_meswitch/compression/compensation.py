@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meswitch_kernels import round_in_turn
 
-from .covariance import fit_column_steps, refit_step, row_gain
+from .covariance import fit_column_steps, fitted_step, refit_step, row_gain
 from .levels import divisor
 
 __all__ = ["compensate", "descend", "feedback"]
@@ -62,19 +62,19 @@ def compensate(
     peak = divisor(delta.abs().amax(dim=1))
     delta, step = delta / peak[:, None], step / peak
 
-    def gain(levels: Tensor, step: Tensor) -> Tensor:
-        return row_gain(delta, levels if column_step is None else levels * column_step, covariance, step)
+    def in_steps(levels: Tensor) -> Tensor:
+        return levels if column_step is None else levels * column_step
 
     fed = feedback(delta, bits, covariance, step, column_step)
-    fed_step = refit_step(delta, fed if column_step is None else fed * column_step, covariance, step)
-    better = gain(fed, fed_step) > gain(levels, step)
+    fed_step, fed_gain = fitted_step(delta, in_steps(fed), covariance, step)
+    better = fed_gain > row_gain(delta, in_steps(levels), covariance, step)
     levels = torch.where(better[:, None], fed, levels)
     step = torch.where(better, fed_step, step)
     for _ in range(_SWEEPS):
         levels = descend(delta, bits, covariance, levels, step, column_step)
         if column_step is not None:
             column_step = fit_column_steps(delta, levels, covariance, step, column_step)
-        step = refit_step(delta, levels if column_step is None else levels * column_step, covariance, step)
+        step = refit_step(delta, in_steps(levels), covariance, step)
     return levels, step * peak, column_step
 
 

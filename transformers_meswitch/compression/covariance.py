@@ -20,7 +20,15 @@ from torch import Tensor
 
 from .levels import divisor, nearest_levels
 
-__all__ = ["Absorption", "fit_column_steps", "fit_levels_and_step", "refit_step", "row_gain", "salient_absorption"]
+__all__ = [
+    "Absorption",
+    "fit_column_steps",
+    "fit_levels_and_step",
+    "fitted_step",
+    "refit_step",
+    "row_gain",
+    "salient_absorption",
+]
 
 #: The alternation stops when no row gains this share of its error, at the latest after so many rounds.
 _GAIN = 1e-3
@@ -65,10 +73,7 @@ def fit_levels_and_step(
         scale = divisor(current)[:, None] if column_step is None else divisor(current)[:, None] * divisor(column_step)
         levels = nearest_levels(delta / scale, bits)
         effective = levels if column_step is None else levels * column_step
-        product, square = _products(delta, effective, covariance)
-        optimum = _optimum(product, square, current)
-        # What the row's error falls by, from all of its energy, with these levels at their best step.
-        gain = optimum * (2 * product - optimum * square)
+        optimum, gain = fitted_step(delta, effective, covariance, current)
         better = gain > best_gain
         worthwhile = bool((gain > best_gain + _GAIN * (energy - gain).clamp_min(0)).any())
         best_gain = torch.where(better, gain, best_gain)
@@ -96,7 +101,19 @@ def refit_step(delta: Tensor, levels: Tensor, covariance: Tensor, step: Tensor) 
     >>> refit_step(torch.tensor([[1.0, -3.0]]), torch.tensor([[0.5, -0.5]]), torch.eye(2), torch.ones(1)).tolist()
     [4.0]
     """
-    return _optimum(*_products(delta, levels, covariance), step)
+    return fitted_step(delta, levels, covariance, step)[0]
+
+
+def fitted_step(delta: Tensor, levels: Tensor, covariance: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`refit_step` gives, and what :func:`row_gain` gives at it.
+
+    >>> step, gain = fitted_step(torch.tensor([[3.0]]), torch.tensor([[0.5]]), torch.eye(1), torch.ones(1))
+    >>> step.item(), gain.item()
+    (6.0, 9.0)
+    """
+    product, square = _products(delta, levels, covariance)
+    optimum = _optimum(product, square, step)
+    return optimum, _gain(product, square, optimum)
 
 
 def _products(delta: Tensor, levels: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +137,10 @@ def row_gain(delta: Tensor, levels: Tensor, covariance: Tensor, step: Tensor) ->
     >>> row_gain(torch.tensor([[3.0]]), torch.tensor([[0.5]]), torch.eye(1), torch.tensor([4.0])).item()
     8.0
     """
-    product, square = _products(delta, levels, covariance)
+    return _gain(*_products(delta, levels, covariance), step)
+
+
+def _gain(product: Tensor, square: Tensor, step: Tensor) -> Tensor:
     return step * (2 * product - step * square)
 
 

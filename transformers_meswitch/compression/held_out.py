@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -67,7 +69,7 @@ class HeldOutDivergence:
                 # The last token of a sequence is followed by none; what is predicted there counts for nothing.
                 part = (row, slice(0, length - 1))
                 fidelity.add(of_expert[part], of_model[part], batch.ids[row, 1:length])
-        if not fidelity.kl == fidelity.kl:
+        if math.isnan(fidelity.kl):
             raise CompressionError(
                 f"The expert or its delta gives logits that are not numbers in {self._dtype} on the calibration text, "
                 "so max_kl cannot be measured. Calibrate on other text, or give target_bits or target_size."

@@ -15,7 +15,7 @@ from .finite import all_finite
 from .linear import compress_linear
 from .rows import compress_rows
 
-__all__ = ["check_shapes", "compress_module", "weight_delta"]
+__all__ = ["check_shapes", "compress_module", "weight_difference"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -132,25 +132,19 @@ def _check_finite(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], name
                 )
 
 
-def weight_delta(base: Tensor, expert: Tensor, is_conv1d: bool = False) -> Tensor:
-    """What a fine-tune changed of a linear's weight.
+def weight_difference(base: Tensor, expert: Tensor, is_conv1d: bool = False) -> Difference:
+    """What a fine-tune changed of a linear's weight, ``[out, in]`` on the expert's device.
 
     Args:
         base: ``[out, in]``, or ``[in, out]`` of a GPT-2 ``Conv1D``; floating.
         expert: of the same shape.
         is_conv1d: whether it is a ``Conv1D``'s.
 
-    Returns:
-        float32 ``[out, in]`` on the expert's device; zero where the two are equal in the expert's dtype.
-
-    >>> weight_delta(torch.ones(1, 2), torch.tensor([[1.0, 3.0]])).tolist()
+    >>> weight_difference(torch.ones(2, 1), torch.tensor([[1.0], [3.0]]), is_conv1d=True).whole().tolist()
     [[0.0, 2.0]]
     """
-    delta = expert.float() - base.to(expert.device).float()
-    # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
-    if not differs(base, expert):
-        delta.zero_()
-    return delta.T.contiguous() if is_conv1d else delta
+    base = base.to(expert.device)
+    return Difference(base.T, expert.T) if is_conv1d else Difference(base, expert)
 
 
 def _compress_linear(
@@ -162,8 +156,7 @@ def _compress_linear(
     is_conv1d: bool,
 ) -> tuple[LinearRecord, dict[str, Tensor]] | None:
     own_bias = "bias" in expert and differs(base["bias"], expert["bias"])
-    pair = (base["weight"].to(expert["weight"].device), expert["weight"])
-    delta = Difference(*(weight.T for weight in pair)) if is_conv1d else Difference(*pair)
+    delta = weight_difference(base["weight"], expert["weight"], is_conv1d)
     bits = config.bits_of(name)
     # As for all other parameters: a copy of the base in fewer bits differs by rounding alone, and is no change.
     if delta.is_zero():
