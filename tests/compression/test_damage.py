@@ -6,9 +6,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.models.architectures import ARCHITECTURES, VOCABULARY, build
-from transformers_meswitch.compression import layerwise
+from transformers_meswitch.compression import layered_model
 from transformers_meswitch.compression.batches import CalibrationBatches, pack, spread
-from transformers_meswitch.compression.layerwise import LayerwiseMoments, decoder_layers
+from transformers_meswitch.compression.layered_model import decoder_layers
+from transformers_meswitch.compression.layerwise import LayerwiseMoments
 from transformers_meswitch.compression.sources import LiveParameters, output_head
 
 
@@ -74,7 +75,7 @@ def test_damage_is_that_in_the_whole_model(architecture):
             # Nothing is left of it.
             assert moments.damage(name, error) == pytest.approx(expected, rel=2e-3), name
     assert moments.get(output_head(model)) is not None
-    assert all(p.is_meta for p in moments._model.parameters())
+    assert all(p.is_meta for p in moments._run.model.parameters())
 
 
 def test_the_check_notices_another_layer():
@@ -110,7 +111,7 @@ def test_where_there_is_no_layer_or_no_probe(monkeypatch, caplog):
     probed = moments_of(model, text().batches)
     probed.get(name)
     assert probed.damage("transformer.h.1.mlp.c_fc", errors(model, name)) is None
-    monkeypatch.setattr(layerwise, "decoder_layers", lambda model: None)
+    monkeypatch.setattr(layered_model, "decoder_layers", lambda model: None)
     whole = moments_of(model, text().batches)
     assert whole.get(name) is not None
     assert whole.damage(name, errors(model, name)) is None
@@ -126,12 +127,12 @@ def test_predictions_are_the_models_own(architecture, tied):
             with torch.no_grad():
                 expected = model(input_ids=batch.ids).logits
             torch.testing.assert_close(logits[batch.real], expected[batch.real], rtol=1e-4, atol=1e-4)
-    assert all(p.is_meta for p in moments._model.parameters())
+    assert all(p.is_meta for p in moments._run.model.parameters())
 
 
 def test_predictions_of_a_model_that_is_run_whole(monkeypatch):
     model = build("gpt2", tied=True)
-    monkeypatch.setattr(layerwise, "decoder_layers", lambda model: None)
+    monkeypatch.setattr(layered_model, "decoder_layers", lambda model: None)
     batch, logits = text().batches[0], next(moments_of(model).predictions())
     with torch.no_grad():
         torch.testing.assert_close(logits, model(input_ids=batch.ids).logits, rtol=1e-4, atol=1e-4)

@@ -8,9 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.models.architectures import ARCHITECTURES, VOCABULARY, build
-from transformers_meswitch.compression import layerwise
+from transformers_meswitch.compression import layered_model
 from transformers_meswitch.compression.batches import CalibrationBatches, pack
-from transformers_meswitch.compression.layerwise import LayerwiseMoments, decoder_layers
+from transformers_meswitch.compression.layered_model import LayeredModel, decoder_layers
+from transformers_meswitch.compression.layerwise import LayerwiseMoments
 from transformers_meswitch.compression.sources import LiveParameters, output_head
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -108,16 +109,16 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch):
     loaded = []
     original = LayerwiseMoments._run_layer
 
-    def spy(self, layer, *args):
-        original(self, layer, *args)
-        assert all(p.is_meta for p in self._model.parameters())
+    def spy(self, *args):
+        original(self, *args)
+        assert all(p.is_meta for p in self._run.model.parameters())
 
-    def load(self, name, module, *more, original=LayerwiseMoments._load):
-        original(self, name, module, *more)
-        loaded.append({n.split(".")[2] for n, p in self._model.named_parameters() if "layers" in n and not p.is_meta})
+    def load(self, name, *more, original=LayeredModel.load):
+        original(self, name, *more)
+        loaded.append({n.split(".")[2] for n, p in self.model.named_parameters() if "layers" in n and not p.is_meta})
 
     monkeypatch.setattr(LayerwiseMoments, "_run_layer", spy)
-    monkeypatch.setattr(LayerwiseMoments, "_load", load)
+    monkeypatch.setattr(LayeredModel, "load", load)
     for name in linears(model):
         moments.get(name)
     assert len(moments._held) == 1, "the head's alone, after the last layer"
@@ -204,19 +205,19 @@ def breaking(kind):
 def test_models_that_do_more_between_layers_are_run_whole(kind, monkeypatch, caplog):
     model = build("llama", tied=False)
     moments = collector(model)
-    for changed in (model, moments._model):
+    for changed in (model, moments._run.model):
         breaking(kind)(changed)
     expected = by_hooks(model, sequences())
     with caplog.at_level(logging.WARNING):
         check_all(moments, model, expected)
     assert "is loaded whole for calibration" in caplog.text
-    assert all(p.is_meta for p in moments._model.parameters())
+    assert all(p.is_meta for p in moments._run.model.parameters())
 
 
 def test_a_model_without_a_list_of_layers_is_run_whole(monkeypatch, caplog):
     model = build("gpt2", tied=True)
     expected = by_hooks(model, sequences())
-    monkeypatch.setattr(layerwise, "decoder_layers", lambda model: None)
+    monkeypatch.setattr(layered_model, "decoder_layers", lambda model: None)
     with caplog.at_level(logging.WARNING):
         check_all(collector(model), model, expected)
     assert "it has no list of alike decoder layers" in caplog.text

@@ -48,7 +48,7 @@ class DeltaParameters:
         return self._expert.shapes(module)
 
     def of(self, module: str) -> dict[str, Tensor]:
-        """A module's own parameters by name, on the CPU; float32 where it is quantised, else in the file's dtype."""
+        """A module's own parameters by name: float32 where it is quantised, where its tensors are; else as stored."""
         parameters = dict(self._base.of(module))
         stored = self._stored_as.get(module, module)
         record = self._records.get(stored)
@@ -58,9 +58,9 @@ class DeltaParameters:
         if isinstance(record, LinearRecord):
             change = reconstruct_linear(record, leaves)
             change = change.T if is_conv1d(self._submodule(module)) else change
-            parameters["weight"] = parameters["weight"].cpu().float() + change
+            parameters["weight"] = parameters["weight"].to(change.device, torch.float32) + change
         elif isinstance(record, RowsRecord | QuantizedRowsRecord):
-            parameters["weight"] = _rows(parameters["weight"].cpu(), record, leaves)
+            parameters["weight"] = _rows(parameters["weight"], record, leaves)
         else:
             parameters |= {name.removeprefix("values."): value for name, value in leaves.items()}
         if "bias" in leaves:
@@ -81,8 +81,8 @@ class DeltaParameters:
 def _rows(base: Tensor, record: RowsRecord | QuantizedRowsRecord, leaves: Mapping[str, Tensor]) -> Tensor:
     """The expert's matrix, float32 ``[num_rows, width]``."""
     shared = min(record.num_rows, len(base))
-    weight = torch.zeros(record.num_rows, record.width)
-    weight[:shared] = base[:shared].float()
+    weight = torch.zeros(record.num_rows, record.width, device=next(iter(leaves.values())).device)
+    weight[:shared] = base[:shared]
     if isinstance(record, RowsRecord):
         return weight.index_copy_(0, leaves["row_index"].long(), leaves["rows"].float())
     index = coded_index(record, leaves)

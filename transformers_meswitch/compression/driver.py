@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +19,29 @@ from ..delta_format.spec import ModuleRecord
 from ..errors import CompressionError, UnsupportedModelError
 from ..module_kinds import is_conv1d, module_kinds
 from .candidates import CandidateFits
+from .drift import Drift
 from .expert_config import expert_config
 from .layerwise import SecondMoments
 from .modules import check_shapes, compress_module
 from .request import check_layer_bits
 from .sources import Parameters, Source, input_embedding, output_head
-from .work_folder import FinishedModules
+from .work_folder import Codes, FinishedModules
 
-__all__ = ["Budget", "compress_expert", "compress_modules"]
+__all__ = ["Budget", "Drifts", "compress_expert", "compress_modules", "write_behind"]
+
+
+class Drifts(Protocol):
+    """How far the inputs of linears are from the expert's, as they are in the model that is being made."""
+
+    def drift(self, name: str) -> Drift | None:
+        """Of the inputs of a linear, of which the second moments are those in the model that is being made.
+
+        Returns:
+            `None` if the linear is not to make up for it.
+        """
+
+    def settle(self, name: str, record: ModuleRecord, leaves: Mapping[str, Tensor]) -> None:
+        """Be told that a module was compressed, which is part of the model from now on."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +52,13 @@ class Budget:
         candidates: fits the candidates of the linears that it chooses for.
         spend: chooses among them once all are fitted, see :func:`~.spending.spend`; it is given a function that
             describes what is chosen.
+        refit: fits what was chosen once more, each linear to what the choice makes of those before it; `None` leaves
+            it as it is.
     """
 
     candidates: CandidateFits
     spend: Callable[[Callable[[], MESwitchExpertConfig]], None]
+    refit: Callable[[], None] | None = None
 
 
 def compress_expert(
@@ -53,6 +72,7 @@ def compress_expert(
     *,
     generation_config: GenerationConfig,
     second_moments: SecondMoments | None = None,
+    drifts: Drifts | None = None,
     budget: Budget | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -69,6 +89,7 @@ def compress_expert(
         finished: where modules go; those that it has already are not worked on again.
         generation_config: the expert's.
         second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
+        drifts: see :func:`compress_modules`.
         budget: what the config's budget is spent with, whose candidates go where ``finished`` is.
         device: see :func:`compress_modules`.
         progress: whether to show a progress bar.
@@ -77,25 +98,21 @@ def compress_expert(
         CompressionError: as :func:`compress_modules`, and when the weights are equal.
         UnsupportedModelError: as :func:`compress_modules`.
     """
-    # A module is written, which waits for the disk, while the next is worked on.
-    with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
-        written: Future[None] | None = None
-        for module in compress_modules(
+    write_behind(
+        compress_modules(
             model,
             base_parameters,
             expert_parameters,
             config,
             finished=frozenset(finished.records) if budget is None else budget.candidates,
             second_moments=second_moments,
+            drifts=drifts,
             candidates=None if budget is None else budget.candidates,
             device=device,
             progress=progress,
-        ):
-            if written is not None:
-                written.result()
-            written = writer.submit(finished.add, *module)
-        if written is not None:
-            written.result()
+        ),
+        finished,
+    )
     fingerprint = fingerprint_checkpoint(base.checkpoint.paths)
 
     def description() -> MESwitchExpertConfig:
@@ -115,11 +132,30 @@ def compress_expert(
 
     if budget is not None:
         budget.spend(description)
+        if budget.refit is not None:
+            budget.refit()
     if not finished.records:
         raise CompressionError(
             f"{expert} and {base.location} hold equal weights; there is no delta to store. Give a fine-tune."
         )
     return description()
+
+
+def write_behind(modules: Iterable[tuple[str, ModuleRecord, dict[str, Tensor]]], finished: FinishedModules) -> None:
+    """Put modules where they go, one being written, which waits for the disk, while the next is worked on.
+
+    Args:
+        modules: what :func:`compress_modules` yields.
+        finished: where they go.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="write-behind") as writer:
+        written: Future[None] | None = None
+        for module in modules:
+            if written is not None:
+                written.result()
+            written = writer.submit(finished.add, *module)
+        if written is not None:
+            written.result()
 
 
 def compress_modules(
@@ -129,7 +165,9 @@ def compress_modules(
     config: MESwitchConfig,
     *,
     finished: Container[str] = (),
+    codes: Mapping[str, Codes] | None = None,
     second_moments: SecondMoments | None = None,
+    drifts: Drifts | None = None,
     candidates: CandidateFits | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -144,9 +182,12 @@ def compress_modules(
         expert: the expert's parameters.
         config: bits, salient channels and column steps.
         finished: names of modules to leave out.
+        codes: linears that are stored otherwise than the config says.
         second_moments: name of a linear or of the output head to float32 ``[in, in]``, ``E[x xᵀ]`` of its inputs,
             asked for in the order of the modules, see :mod:`.layerwise`; one for which there is none is weighed
             evenly. An embedding whose rows the output head shares goes by the head's, and comes last.
+        drifts: what linears are to make up for, with ``second_moments`` of the same inputs; it is told of every module
+            before that is yielded.
         candidates: takes the linears whose bits a budget chooses, which are not yielded.
         device: where to compute; `None` is where the expert's parameters are.
         progress: whether to show a progress bar.
@@ -198,12 +239,15 @@ def compress_modules(
             theirs,
             ours,
             name=name,
-            config=config,
+            config=config.with_codes(*codes[name]) if codes and name in codes else config,
             second_moment=moment,
+            drift=None if drifts is None or kinds[name] != "linear" else drifts.drift(name),
             is_conv1d=conv1d,
             exact_rows=name in kept_equal,
         )
         if result is not None:
+            if drifts is not None:
+                drifts.settle(name, *result)
             yield name, *result
 
 

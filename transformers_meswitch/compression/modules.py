@@ -11,6 +11,7 @@ from ..configuration import MESwitchConfig
 from ..delta_format.spec import LinearRecord, ModuleRecord, ValuesRecord
 from ..errors import CompressionError
 from .differences import Difference, differs
+from .drift import Drift, corrected_delta
 from .finite import all_finite
 from .linear import compress_linear
 from .rows import compress_rows
@@ -28,6 +29,7 @@ def compress_module(
     name: str,
     config: MESwitchConfig,
     second_moment: Tensor | None = None,
+    drift: Drift | None = None,
     is_conv1d: bool = False,
     exact_rows: bool = False,
 ) -> tuple[ModuleRecord, dict[str, Tensor]] | None:
@@ -40,6 +42,7 @@ def compress_module(
         name: canonical module name, for ``config.layer_bits`` and for messages.
         config: bits, salient channels and column steps.
         second_moment: of the inputs of a linear or an output head, see :func:`~.linear.compress_linear`.
+        drift: of a linear's inputs, which the delta is to make up for; with the whole second moment.
         is_conv1d: whether a linear's weight is a GPT-2 ``Conv1D``'s ``[in, out]``.
         exact_rows: whether rows stay exact whatever ``config.embedding_bits`` says.
 
@@ -62,7 +65,7 @@ def compress_module(
         # Of the weights, a delta that is not finite tells, without another pass over them.
         ours, theirs = ({key: value for key, value in of.items() if key != "weight"} for of in (expert, base))
         _check_finite(theirs, ours, name)
-        return _compress_linear(base, expert, name, config, second_moment, is_conv1d)
+        return _compress_linear(base, expert, name, config, second_moment, drift, is_conv1d)
     _check_finite(base, expert, name)
     if kind == "rows":
         bits = None if exact_rows else config.row_bits_of(name)
@@ -147,12 +150,22 @@ def weight_difference(base: Tensor, expert: Tensor, is_conv1d: bool = False) -> 
     return Difference(base.T, expert.T) if is_conv1d else Difference(base, expert)
 
 
+def _target(
+    delta: Difference, weight: Tensor, second_moment: Tensor | None, drift: Drift | None, is_conv1d: bool
+) -> Tensor | Difference:
+    """What is to be quantised."""
+    if drift is None or second_moment is None:
+        return delta
+    return corrected_delta(delta.whole(), weight.T if is_conv1d else weight, second_moment, drift)
+
+
 def _compress_linear(
     base: Mapping[str, Tensor],
     expert: Mapping[str, Tensor],
     name: str,
     config: MESwitchConfig,
     second_moment: Tensor | None,
+    drift: Drift | None,
     is_conv1d: bool,
 ) -> tuple[LinearRecord, dict[str, Tensor]] | None:
     own_bias = "bias" in expert and differs(base["bias"], expert["bias"])
@@ -167,7 +180,8 @@ def _compress_linear(
         quantized = compress_linear(torch.zeros(delta.shape, device=delta.device), bits, 0)
     else:
         try:
-            quantized = compress_linear(delta, bits, config.salient_channels, second_moment, config.column_steps)
+            target = _target(delta, expert["weight"], second_moment, drift, is_conv1d)
+            quantized = compress_linear(target, bits, config.salient_channels, second_moment, config.column_steps)
         except CompressionError as error:
             _check_finite(base, expert, name)
             raise CompressionError(f"{name}: {error}") from error

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..module_kinds import linear_sizes
 
-__all__ = ["MomentCollector"]
+__all__ = ["MomentCollector", "tensor_cores"]
 
 #: Dtypes whose mantissas TF32 holds in full.
 _SHORT = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def _tensor_cores() -> Iterator[None]:
+def tensor_cores() -> Iterator[None]:
     """Let a GPU multiply float32 matrices on its tensor cores, in TF32 and with float32 sums: several times faster.
 
     TF32 drops mantissa bits that numbers which were bfloat16 or float16 do not have, so their products lose nothing.
@@ -105,7 +105,7 @@ class MomentCollector:
             self._sums[name] = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
             self._counts[name] = 0
         wide = inputs.to(torch.float32)
-        with _tensor_cores() if inputs.dtype in _SHORT else nullcontext():
+        with tensor_cores() if inputs.dtype in _SHORT else nullcontext():
             self._sums[name].addmm_(wide.T, wide)
         self._counts[name] += len(inputs)
 

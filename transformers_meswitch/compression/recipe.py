@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..cards import write_delta_card
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
+from ..delta_format.spec import LinearRecord
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError
 from ..inspection import full_copy_bytes
@@ -28,14 +31,16 @@ from .batches import CalibrationBatches, hold_out, spread, tokenize
 from .calibration import DEFAULT, Calibration, describe, read_samples
 from .candidates import CandidateFits
 from .delta_parameters import DeltaParameters
-from .driver import Budget, compress_expert
+from .driver import Budget, compress_expert, compress_modules, write_behind
 from .held_out import HELD_OUT_EVERY, HELD_OUT_TOKENS, HeldOutDivergence
-from .layerwise import LayerwiseMoments
+from .layerwise import LayerwiseMoments, SecondMoments
+from .partly_compressed import PartlyCompressed
 from .read_ahead import ReadAhead
 from .request import check_layer_bits, check_request
+from .sequential import SequentialStatistics
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .spending import Allocation, spend
-from .work_folder import partial_folder, work_folder
+from .work_folder import codes_of, partial_folder, work_folder
 
 __all__ = ["calibration_text", "compress", "source_identity", "usable", "versions"]
 
@@ -124,21 +129,20 @@ def compress(
 
     generation_config = generation_config_of(expert_location, model_config)
     license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
-    text = moments = used = divergence = None
+    text = fitted_on = drifts = used = divergence = None
+    moments: SecondMoments | None = None
+    run: dict[str, Any] = {"device": where, "progress": progress}
     if calibration is not None:
         vocab_size = expert_parameters.shapes(input_embedding(model))["weight"][0]
         text = calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
         used = f"{describe(calibration)}: {text.samples:,} samples, {text.tokens:,} tokens"
         # On a CPU, half precision is slower than float32, where it is not missing.
-        dtype = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
-        run: dict[str, Any] = {"device": where, "dtype": dtype, "progress": progress}
+        run["dtype"] = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
         fitted_on = text
         if config.max_kl is not None:
             fitted_on, apart = hold_out(text, HELD_OUT_EVERY, HELD_OUT_TOKENS)
             divergence = HeldOutDivergence(model_config, expert_parameters, apart, **run)
             used += f", {apart.tokens:,} of them kept apart to measure on"
-        probe = () if config.budget is None else spread(fitted_on.batches, _PROBE_TOKENS)
-        moments = LayerwiseMoments(model_config, expert_parameters, fitted_on, probe=probe, **run)
     output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
     with (
@@ -151,18 +155,54 @@ def compress(
             _report(used, len({*work.records, *work.candidates}))
         allocations: list[Allocation] = []
 
-        def spend_budget(describe: Callable[[], MESwitchExpertConfig]) -> None:
-            def measure() -> float:
-                assert divergence is not None
-                made = DeltaParameters(model, base_parameters, expert_parameters, work.records, work.tensors())
-                return divergence.measure(made)
+        def measure() -> float:
+            assert divergence is not None
+            made = DeltaParameters(model, base_parameters, expert_parameters, work.records, work.tensors())
+            return divergence.measure(made)
 
+        def spend_budget(describe: Callable[[], MESwitchExpertConfig]) -> None:
             allocations.append(spend(config, work, describe, measure))
+
+        def in_turn(text: CalibrationBatches, finished: Collection[str]) -> SequentialStatistics:
+            so_far = PartlyCompressed(model, base_parameters, expert_parameters, finished, work.read)
+            return SequentialStatistics(model_config, expert_parameters, so_far, text, **run)
+
+        def refit(text: CalibrationBatches) -> None:
+            """What was chosen among fits to the expert's own inputs is fitted to those in the model made of it."""
+            work.begin_refits()
+            linears = {name: r for name, r in work.records.items() if isinstance(r, LinearRecord)}
+            done = work.refitted | (work.records.keys() - linears.keys())
+            statistics = in_turn(text, done)
+            modules = compress_modules(
+                model,
+                base_ahead,
+                expert_ahead,
+                config,
+                finished=done | (set(module_kinds(model)) - work.records.keys()),
+                codes={name: codes_of(record) for name, record in linears.items()},
+                second_moments=statistics,
+                drifts=statistics,
+                device=where,
+                progress=progress,
+            )
+            write_behind(modules, work)
+            if divergence is not None:
+                before, after = allocations[-1].kl, measure()
+                if before is not None and after > before:
+                    work.drop_refits()
+                else:
+                    allocations[-1] = replace(allocations[-1], kl=after)
 
         budget = None
         if config.budget is not None:
-            fits = CandidateFits(config, work) if moments is None else CandidateFits(config, work, moments.damage)
-            budget = Budget(fits, spend_budget)
+            fits = CandidateFits(config, work)
+            if fitted_on is not None:
+                probe = spread(fitted_on.batches, _PROBE_TOKENS)
+                moments = LayerwiseMoments(model_config, expert_parameters, fitted_on, probe=probe, **run)
+                fits = CandidateFits(config, work, moments.damage)
+            budget = Budget(fits, spend_budget, None if fitted_on is None else partial(refit, fitted_on))
+        elif fitted_on is not None:
+            moments = drifts = in_turn(fitted_on, work.records)
         delta_config = compress_expert(
             model,
             base_source,
@@ -173,6 +213,7 @@ def compress(
             work,
             generation_config=generation_config,
             second_moments=moments,
+            drifts=drifts,
             budget=budget,
             device=where,
             progress=progress,
@@ -233,6 +274,8 @@ def _request(
         "expert": source_identity(expert),
         "config": config.to_dict() | unspent | {"budget": budget},
         "calibration": None if text is None else text.digest(),
+        # Not what the work folders of earlier releases hold, under the same version while there is none.
+        "fit": "layers in turn",
         "device": device.type,
         "versions": versions(),
     }

@@ -2,12 +2,14 @@
 
 ``<output>.partial`` beside the delta repo to be holds ``request.json``, which says what is being made, and a
 safetensors file for each finished module, moved into place when it is whole. Where a budget is to choose between
-several candidates of a module, each has a file of its own. The folder is removed when the delta is written.
+several candidates of a module, each has a file of its own, and so has a linear that is fitted once more after the
+choice. The folder is removed when the delta is written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 _REQUEST, _LOCK, _SUFFIX, _UNFINISHED = "request.json", ".lock", ".safetensors", ".unfinished"
 #: Between a module's name and what tells its candidates apart; in no module's name.
 _OF = "@"
+#: In the place of what tells candidates apart: fitted once more, after the choice.
+_REFIT = "refit"
 
 
 class Codes(NamedTuple):
@@ -134,17 +138,22 @@ class WorkFolder:
 
     Attributes:
         candidates: module name to its candidates by codes; those that were chosen are in ``records`` as well.
+        refitted: names of linears that were fitted once more after the choice.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.records: dict[str, ModuleRecord] = {}
         self.candidates: dict[str, dict[Codes, Candidate]] = {}
+        self.refitted: set[str] = set()
+        self._choice: str | None = None
         for path in sorted(folder.iterdir()):
             if path.suffix == _UNFINISHED:
                 path.unlink()
             elif path.suffix == _SUFFIX:
-                name, of, _ = path.name.removesuffix(_SUFFIX).partition(_OF)
+                name, of, which = path.name.removesuffix(_SUFFIX).partition(_OF)
+                if which == _REFIT:
+                    continue  # of which choice is looked at when it is made
                 found = _read_module(path, name, is_candidate=bool(of))
                 if found is None:  # of a machine that went down; written anew
                     path.unlink()
@@ -159,7 +168,11 @@ class WorkFolder:
         Raises:
             OSError: the disk is full or not writable.
         """
-        self._write(name, name, record, leaves, {})
+        if self._choice is None:
+            self._write(name, name, record, leaves, {})
+        else:
+            self._write(f"{name}{_OF}{_REFIT}", name, record, leaves, {"choice": self._choice})
+            self.refitted.add(name)
         self.records[name] = record
 
     def add_candidate(self, name: str, candidate: Candidate, leaves: Mapping[str, Tensor]) -> None:
@@ -181,11 +194,40 @@ class WorkFolder:
         """
         self.records |= {name: self.candidates[name][codes].record for name, codes in choice.items()}
 
+    def begin_refits(self) -> None:
+        """From now on, modules that are added take the place of those chosen, which stay.
+
+        Those that an earlier run had refitted after the same choice are found, those after another are removed.
+        """
+        linears = sorted((n, codes_of(r)) for n, r in self.records.items() if isinstance(r, LinearRecord))
+        self._choice = hashlib.sha256(json.dumps(linears).encode()).hexdigest()
+        for path in self._folder.glob(f"*{_OF}{_REFIT}{_SUFFIX}"):
+            name = path.name.partition(_OF)[0]
+            found = _read_module(path, name, is_candidate=False, choice=self._choice)
+            if found is None:
+                path.unlink()
+            else:
+                self.refitted.add(name)
+
+    def drop_refits(self) -> None:
+        """Go back to what was chosen."""
+        self.refitted.clear()
+
     def _write(
         self, file: str, name: str, record: ModuleRecord, leaves: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
         tensors = {tensor_key(name, leaf): tensor for leaf, tensor in leaves.items()}
         write_whole(self._folder / f"{file}{_SUFFIX}", tensors, {"record": json.dumps(asdict(record)), **metadata})
+
+    def read(self, name: str) -> tuple[ModuleRecord, dict[str, Tensor]]:
+        """A finished module: its record, and its tensors by leaf name on the CPU.
+
+        Raises:
+            DeltaFormatError: a file that cannot be read any more.
+        """
+        record = self.records[name]
+        files = TensorFiles([self._folder / f"{self._file_of(name)}{_SUFFIX}"])
+        return record, {leaf: files.read(tensor_key(name, leaf)) for leaf in record.leaves()}
 
     def tensors(self) -> TensorFiles:
         """All tensors by name on disk, read one at a time.
@@ -197,6 +239,8 @@ class WorkFolder:
 
     def _file_of(self, name: str) -> str:
         record = self.records[name]
+        if name in self.refitted:
+            return f"{name}{_OF}{_REFIT}"
         if name not in self.candidates or not isinstance(record, LinearRecord):
             return name
         return _candidate_file(name, codes_of(record))
@@ -228,8 +272,10 @@ def _candidate_file(name: str, codes: Codes) -> str:
     return f"{name}{_OF}{codes.bits}-{codes.salient_channels}{'-columns' if codes.column_steps else ''}"
 
 
-def _read_module(path: Path, name: str, *, is_candidate: bool) -> ModuleRecord | Candidate | None:
-    """What a finished module's file holds; `None` if it is not whole."""
+def _read_module(
+    path: Path, name: str, *, is_candidate: bool, choice: str | None = None
+) -> ModuleRecord | Candidate | None:
+    """What a finished module's file holds; `None` if it is not whole, or refitted after another choice."""
     try:
         headers = TensorFiles([path]).headers
         with safe_open(path, framework="pt") as file:
@@ -237,7 +283,7 @@ def _read_module(path: Path, name: str, *, is_candidate: bool) -> ModuleRecord |
         record = parse_record(name, json.loads(metadata["record"]))
         check_headers({name: record}, headers)
         if not is_candidate:
-            return record
+            return record if metadata.get("choice") == choice else None
         candidate = Candidate(cast(LinearRecord, record), float(metadata["error"]), float(metadata["weight"]))
         whole = math.isfinite(candidate.loss) and path.name == f"{_candidate_file(name, candidate.codes)}{_SUFFIX}"
     except (MESwitchError, SafetensorError, OSError, ValueError, KeyError, AttributeError):
