@@ -24,12 +24,12 @@ import torch
 
 from transformers_meswitch import MESwitchConfig, compress
 from transformers_meswitch.compression import driver, recipe
-from transformers_meswitch.compression.layerwise import LayerwiseMoments
 from transformers_meswitch.compression.read_ahead import ReadAhead
+from transformers_meswitch.compression.sequential import SequentialStatistics
 
 #: Phase to the function that it is spent in and its owner.
 _PHASES: dict[str, tuple[Any, str]] = {
-    "calibrating": (LayerwiseMoments, "get"),
+    "calibrating": (SequentialStatistics, "get"),
     "waiting for reads": (ReadAhead, "of"),
     "fitting": (driver, "compress_module"),
     "writing the repo": (recipe, "write_delta"),

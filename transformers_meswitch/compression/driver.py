@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,6 +32,9 @@ __all__ = ["Budget", "Drifts", "compress_expert", "compress_modules", "write_beh
 
 class Drifts(Protocol):
     """How far the inputs of linears are from the expert's, as they are in the model that is being made."""
+
+    def order(self, names: Sequence[str], /) -> list[str]:
+        """Modules in the order in which to compress them, given in that of the model."""
 
     def drift(self, name: str) -> Drift | None:
         """Of the inputs of a linear, of which the second moments are those in the model that is being made.
@@ -210,6 +213,8 @@ def compress_modules(
     if base.tied and expert.tied and head is not None:
         order = [*(name for name in kinds if name != embedding), embedding]
         used_as[embedding] = head
+    if drifts is not None:
+        order = drifts.order(order)
     for name, following in tqdm(
         zip(order, [*order[1:], None], strict=True),
         total=len(order),

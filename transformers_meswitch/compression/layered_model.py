@@ -121,6 +121,14 @@ class LayeredModel:
         """The linears of a stage by name."""
         return {name: self.model.get_submodule(name) for name, own in self.stage_of.items() if own == stage}
 
+    def name_in_layer(self, name: str) -> str:
+        """What a module of a layer is called there.
+
+        Args:
+            name: canonical name of a module within a layer.
+        """
+        return name[len(self._prefix) + 1 :].partition(".")[2]
+
     def bar(self, what: str, batches: int | None = None) -> Iterator[int]:
         """The numbers of the first batches, all by default, on a progress bar."""
         count = len(self._batches) if batches is None else batches

@@ -16,7 +16,7 @@ an input of 14336 channels).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 class SequentialStatistics:
     """Second moments of linears' inputs as they are in the compressed model, and how far these are from the expert's.
 
-    It is the :class:`~.layerwise.SecondMoments` and the :class:`~.driver.Drifts` of :func:`~.driver.compress_modules`.
-    Ask in the order in which the model names its modules. Where the layers' wiring does not allow for corrections (see
+    It is the :class:`~.layerwise.SecondMoments` and the :class:`~.driver.Drifts` of
+    :func:`~.driver.compress_modules`.
+    Ask in the order of :meth:`order`. Where the layers' wiring does not allow for corrections (see
     :func:`~.residual_stream.wiring_of`), moments are the expert's own, as :class:`~.layerwise.LayerwiseMoments` forms
     them, and no drift is known.
 
@@ -80,8 +81,38 @@ class SequentialStatistics:
         self._held: dict[str, Tensor] = {}
         self._drifts: dict[str, Drift] = {}
         self._alone: LayerwiseMoments | None = None
-        if not len(self._expert.layers):
+        self._call_order = self._scouted(LayeredModel(config, expert, calibration.batches[:1], **run))
+        if not self._call_order:
             self._give_up()
+
+    @staticmethod
+    def _scouted(run: LayeredModel) -> list[str]:
+        """The linears of the first layer in the order of their calls; none where there is no stream to follow."""
+        if not len(run.layers):
+            return []
+        try:
+            run.embed()
+            with run.loaded(run.layers[0]), tensor_cores():
+                wiring = wiring_of(run.layers[0], run.linears(1), *run.call(1, 0))
+        except LayersNotApartError:
+            return []
+        return [] if wiring is None else [name for group in wiring.groups for name in group]
+
+    def order(self, names: Sequence[str], /) -> list[str]:
+        """Modules in the order in which to compress them: the linears of a layer as they are called.
+
+        Args:
+            names: canonical names in the order in which the model names them.
+        """
+        run = self._expert
+        rank = {run.name_in_layer(name): i for i, name in enumerate(self._call_order)}
+        ordered = list(names)
+        for stage in self._layer_stages:
+            places = [i for i, name in enumerate(names) if run.stage_of.get(name) == stage]
+            called = sorted((names[i] for i in places), key=lambda name: rank.get(run.name_in_layer(name), len(rank)))
+            for i, name in zip(places, called, strict=True):
+                ordered[i] = name
+        return ordered
 
     def get(self, name: str, /) -> Tensor | None:
         """``E[x̃ x̃ᵀ]`` of the inputs of a linear or of the output head, float32 ``[in, in]``.
@@ -96,7 +127,7 @@ class SequentialStatistics:
         if stage is None:
             return None
         if stage < self._stage:
-            raise ValueError(f"{name} is asked for after a later layer; ask in the order of the model's modules.")
+            raise ValueError(f"{name} is asked for after a later layer; ask in the order of the model's layers.")
         try:
             while self._stage < stage:
                 self._leave()
@@ -167,13 +198,11 @@ class SequentialStatistics:
         for run in self._both:
             self._loaded.enter_context(run.loaded(run.layers[self._stage - 1]))
         linears = self._expert.linears(self._stage)
-        # The stream is the same in all layers of most models, and looked for in each: in some, layers alternate.
-        if asked or self._stage == 1:
-            layer = self._expert.layers[self._stage - 1]
-            self._wiring = wiring_of(layer, linears, *self._expert.call(self._stage, 0))
-            if self._wiring is None and self._stage == 1:
-                raise LayersNotApartError("the linears of its layers do not write into one residual stream")
-        if asked and self._wiring is None:
+        if not asked:
+            return
+        # Looked for in each layer: in some models, they alternate.
+        self._wiring = wiring_of(self._expert.layers[self._stage - 1], linears, *self._expert.call(self._stage, 0))
+        if self._wiring is None:
             collector = MomentCollector(linears)
             for j in self._expert.bar(f"layer {self._stage} of {len(self._expert.layers)}"):
                 with collector.collecting(self._real[j]):

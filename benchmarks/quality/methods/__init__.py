@@ -115,15 +115,21 @@ METHODS = {
             Method(f"{name}-distilled", f"{name}, distilled", partial(from_folders, config=OURS[name], distilled=True))
             for name in ("ours-1bit", "ours-1bit-salient", "ours-2bit")
         ),
-        Method(
-            "ours-1bit-diagonal",
-            "this package, 1 bit, steps a row and a column, fitted to each channel's energy alone",
-            partial(ours, config=OURS["ours-1bit"], diagonal=True),
+        *(
+            Method(
+                f"{name}-alone",
+                f"{name}, fitted to the expert's own inputs",
+                partial(ours, config=OURS[name], fit="alone"),
+            )
+            for name in ("ours-1bit", "ours-2bit")
         ),
-        Method(
-            "ours-2bit-diagonal",
-            "this package, 2 bits, 16 salient channels, fitted to each channel's energy alone",
-            partial(ours, config=OURS["ours-2bit"], diagonal=True),
+        *(
+            Method(
+                f"{name}-diagonal",
+                f"{name}-alone, fitted to each channel's energy alone",
+                partial(ours, config=OURS[name], fit="diagonal"),
+            )
+            for name in ("ours-1bit", "ours-2bit")
         ),
     )
 }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from transformers_meswitch import MESwitchConfig
+from transformers_meswitch.compression.batches import CalibrationBatches, pack
 from transformers_meswitch.compression.driver import compress_modules
 from transformers_meswitch.compression.linear import reconstruct_linear
+from transformers_meswitch.compression.partly_compressed import PartlyCompressed
 from transformers_meswitch.compression.rows import coded_index
+from transformers_meswitch.compression.sequential import SequentialStatistics
 from transformers_meswitch.delta_format.spec import (
     LinearRecord,
     ModuleRecord,
@@ -63,24 +67,36 @@ def leaf_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def ours(inputs: Inputs, config: MESwitchConfig, *, diagonal: bool = False) -> Compressed:
+def ours(
+    inputs: Inputs, config: MESwitchConfig, *, fit: Literal["in turn", "alone", "diagonal"] = "in turn"
+) -> Compressed:
     """The delta that ``meswitch compress`` makes of the expert, calibrated.
 
     Args:
         inputs: the expert.
         config: bits, salient channels and column steps.
-        diagonal: fit to the second moments' diagonal alone, to tell what the rest of them is worth.
+        fit: to what each linear is fitted: to its inputs in the model that is being made, as the package does; to tell
+            what that is worth, to those in the expert; and of these to the second moments' diagonal alone.
     """
-    moments = {name: moment.diagonal() if diagonal else moment for name, moment in inputs.moments.items()}
-    modules = compress_modules(
-        inputs.model,
-        StateParameters(inputs.model, inputs.base),
-        StateParameters(inputs.model, inputs.expert),
-        config,
-        second_moments=moments,
-        progress=False,
-    )
-    return collected(inputs, modules)
+    base, expert = (StateParameters(inputs.model, state) for state in (inputs.base, inputs.expert))
+    sources: dict[str, Any]
+    if fit == "in turn":
+        sequences = [ids for ids, _ in inputs.sequences]
+        batches = tuple(pack(sequences, max_length=max(map(len, sequences))))
+        statistics = SequentialStatistics(
+            inputs.model.config,
+            expert,
+            PartlyCompressed(inputs.model, base, expert),
+            CalibrationBatches(batches, len(sequences), sum(map(len, sequences))),
+            device=next(iter(inputs.base.values())).device,
+            dtype=inputs.model.dtype,
+            progress=False,
+        )
+        sources = {"second_moments": statistics, "drifts": statistics}
+    else:
+        of_all = inputs.moments.items()
+        sources = {"second_moments": {name: c.diagonal() if fit == "diagonal" else c for name, c in of_all}}
+    return collected(inputs, compress_modules(inputs.model, base, expert, config, progress=False, **sources))
 
 
 def collected(inputs: Inputs, modules: Iterable[tuple[str, ModuleRecord, dict[str, Tensor]]]) -> Compressed:
