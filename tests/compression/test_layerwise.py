@@ -126,14 +126,18 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch):
     assert {layer for layers in loaded for layer in layers} == set("0123")
 
 
-def test_what_comes_before_the_layers_is_read_once_whatever_the_number_of_batches(monkeypatch):
+def test_what_is_outside_the_layers_is_read_once_whatever_the_number_of_batches(monkeypatch):
     read = []
     original = LiveParameters.of
     monkeypatch.setattr(LiveParameters, "of", lambda self, module: read.append(module) or original(self, module))
     model = build("llama", tied=False)
-    collector(model).get("model.layers.0.self_attn.q_proj")
+    moments = collector(model)
+    moments.get("model.layers.0.self_attn.q_proj")
     assert len(calibration().batches) > 1
     assert read.count("model.embed_tokens") == 1
+    moments.get("lm_head")
+    # Whatever comes after the layers is run by the whole model's forward pass, which begins with the embedding.
+    assert (read.count("model.embed_tokens"), read.count("model.norm")) == (2, 1)
 
 
 def test_linears_with_one_input_share_a_matrix():

@@ -211,16 +211,22 @@ class LayeredModel:
             if name.startswith(f"{self._prefix}.{stage - 1}."):
                 self._parameters.announce(name)
 
-    def run_rest(self, j: int, observing: Callable[[Callable[[], bool]], AbstractContextManager[Any]]) -> None:
+    def run_rest(
+        self,
+        batches: int | None = None,
+        observing: Callable[[int, Callable[[], bool]], AbstractContextManager[Any]] = lambda j, when: nullcontext(),
+    ) -> None:
         """Run what comes after the layers, without the head's own work.
 
         Args:
-            j: number of the batch.
-            observing: a context; it is given a function that tells whether the layers are past.
+            batches: how many of the batches, from the first; all by default.
+            observing: a context for each by its number; it is given a function that tells whether the layers are past.
         """
-        past: list[bool] = []
-        with observing(partial(bool, past)):
-            self._run_outside(j, self._leave(self.hidden[j], past))
+        with self.loaded_when_called():  # read once, not once a batch
+            for j in self.bar("output head", batches):
+                past: list[bool] = []
+                with observing(j, partial(bool, past)):
+                    self._run_outside(j, self._leave(self.hidden[j], past))
 
     def run_whole(self, j: int) -> None:
         """Run the whole model, whose weights are loaded, without the head's own work."""

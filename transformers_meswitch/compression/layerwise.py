@@ -161,8 +161,7 @@ class LayerwiseMoments:
         elif self._stage <= len(run.layers):
             self._run_layer(collector)
         elif collect:
-            for j in run.bar("output head", self._collected):
-                run.run_rest(j, lambda when, j=j: collector.collecting(real[j], when))  # type: ignore[misc]
+            run.run_rest(self._collected, lambda j, when: collector.collecting(real[j], when))
         return collector.means()
 
     def _run_layer(self, collector: MomentCollector) -> None:

@@ -190,8 +190,7 @@ class SequentialStatistics:
                 self._enter_layer(asked)
                 return
             elif asked:
-                for j in self._expert.bar("output head"):
-                    self._expert.run_rest(j, lambda when, j=j: collector.collecting(self._real[j], when))  # type: ignore[misc]
+                self._expert.run_rest(observing=lambda j, when: collector.collecting(self._real[j], when))
         self._held = collector.means()
 
     def _enter_layer(self, asked: bool) -> None:
