@@ -1,6 +1,7 @@
 """Budgets, from two checkpoints to the bytes on disk: kept to the byte, spent where they buy most, measured anew."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -117,17 +118,33 @@ def test_the_fewest_bits_are_named_and_can_be_had(pair, tmp_path):
 
 
 def test_a_module_is_what_its_codes_would_give_throughout(pair, tmp_path):
-    delta, linears, _ = run(pair, tmp_path / "delta", target_bits=2.5)
+    delta, linears, _ = run(pair, tmp_path / "delta", None, target_bits=2.5)
     for codes in set(map(codes_of, linears.values())):
         config = MESwitchConfig(
             bits=codes.bits, salient_channels=codes.salient_channels, column_steps=codes.column_steps
         )
-        uniform = open_delta(resolve_delta(str(compress(*pair, tmp_path / "same", config, TEXTS, progress=False))))
+        uniform = open_delta(resolve_delta(str(compress(*pair, tmp_path / "same", config, None, progress=False))))
         for name, record in linears.items():
             if codes_of(record) == codes:
                 for leaf in record.leaves():
                     key = tensor_key(name, leaf)
                     assert torch.equal(delta.tensor(key), uniform.tensor(key)), key
+
+
+@pytest.mark.parametrize("pinned", [{}, {r"layers\.1\.mlp": 3}])
+def test_calibrated_modules_are_what_the_chosen_bits_would_give_without_a_budget(pair, tmp_path, pinned):
+    """Each fitted to what is made of the layers before it, which the candidates, fitted before the choice, are not."""
+    settings = {"salient_channels": 0, "column_steps": True}
+    delta, linears, _ = run(pair, tmp_path / "delta", TEXTS, target_bits=3.0, layer_bits=pinned, **settings)
+    chosen = {f"{re.escape(name)}$": record.bits for name, record in linears.items()}
+    assert len(set(chosen.values())) > 1
+    config = MESwitchConfig(layer_bits=chosen, **settings)
+    stated = open_delta(resolve_delta(str(compress(*pair, tmp_path / "same", config, TEXTS, progress=False))))
+    assert stated.records == delta.records
+    for name, record in delta.records.items():
+        for leaf in record.leaves():
+            key = tensor_key(name, leaf)
+            assert torch.equal(delta.tensor(key), stated.tensor(key)), key
 
 
 def test_patterns_pin_bits_within_the_budget(pair, tmp_path):

@@ -81,9 +81,9 @@ def test_a_killed_run_is_continued_to_the_same_bytes(pair, tmp_path, die_after, 
 
 def test_layers_that_are_finished_get_no_moments(pair, tmp_path, die_after, monkeypatch):
     asked = []
-    original = recipe.LayerwiseMoments.get
+    original = recipe.SequentialStatistics.get
     monkeypatch.setattr(
-        recipe.LayerwiseMoments, "get", lambda self, name: (asked.append(name), original(self, name))[1]
+        recipe.SequentialStatistics, "get", lambda self, name: (asked.append(name), original(self, name))[1]
     )
     die_after(20)
     with pytest.raises(Killed):
@@ -125,6 +125,49 @@ def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tm
     assert not set(first) & set(added), "nothing is fitted twice"
     assert name in {n for n, _ in added}
     assert not (tmp_path / "delta.partial").exists()
+
+
+@pytest.mark.parametrize(("budget", "count"), [({"target_bits": 2.5}, 1), ({"max_kl": 0.05}, 9)])
+def test_a_run_killed_between_refits_is_continued_to_the_same_bytes(pair, tmp_path, monkeypatch, budget, count):
+    arguments = (MESwitchConfig(salient_channels=0, column_steps=True, **budget), TEXTS)
+    whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
+    original, added = WorkFolder.add, []
+
+    def add(self, name, *rest):
+        refit = name in self.candidates
+        if refit and len(added) == count:
+            raise Killed
+        original(self, name, *rest)
+        if refit:
+            added.append(name)
+
+    monkeypatch.setattr(WorkFolder, "add", add)
+    with pytest.raises(Killed):
+        compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    assert len(list((tmp_path / "delta.partial").glob("*@refit.safetensors"))) == count
+    first, count = list(added), -1
+    added.clear()
+    compress(*pair, tmp_path / "delta", *arguments, progress=False)
+    assert files_of(tmp_path / "delta") == whole
+    assert not set(first) & set(added), "nothing is fitted twice"
+
+
+def test_refits_of_another_choice_are_made_anew(pair, tmp_path, monkeypatch):
+    """Each was fitted to what the choice made of the layers before it."""
+    settings = {"salient_channels": 0, "column_steps": True}
+    config, other = (MESwitchConfig(target_bits=bits, **settings) for bits in (3.0, 2.5))
+    whole = files_of(compress(*pair, tmp_path / "whole", config, TEXTS, progress=False))
+
+    def die(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write_delta", die)
+        with pytest.raises(Killed):
+            compress(*pair, tmp_path / "delta", other, TEXTS, progress=False)
+    assert len(list((tmp_path / "delta.partial").glob("*@refit.safetensors"))) == 21
+    compress(*pair, tmp_path / "delta", config, TEXTS, progress=False)
+    assert files_of(tmp_path / "delta") == whole
 
 
 def test_a_damaged_file_of_a_candidate_is_made_anew(pair, tmp_path, monkeypatch):
@@ -414,7 +457,7 @@ def test_the_request_names_all_that_determines_the_delta(pair, tmp_path, die_aft
     with pytest.raises(Killed):
         compress(*pair, tmp_path / "delta", CONFIG, TEXTS, progress=False)
     request = json.loads((tmp_path / "delta.partial" / "request.json").read_text())
-    assert set(request) == {"base", "expert", "config", "calibration", "device", "versions"}
+    assert set(request) == {"base", "expert", "config", "calibration", "fit", "device", "versions"}
     assert set(request["versions"]) == {"torch", "transformers", "transformers_meswitch"}
     assert request["config"]["bits"] == 2
     assert request["base"]["fingerprint"] != request["expert"]["fingerprint"]
