@@ -1,6 +1,7 @@
 """Statistics of the model in the making against two whole models with hooks, and what comes of them in the end."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -227,6 +228,22 @@ def test_a_layer_of_each_is_in_memory_at_a_time():
             assert all(p.is_meta for n, p in run.model.named_parameters() if "layers" not in n), name
         records = statistics._parameters._records
         assert len({n.split(".")[2] for n in records if "layers" in n}) <= 1
+
+
+def test_activations_do_not_wait_for_the_garbage_collector():
+    """A forward pass is ended by an exception, whose traceback may hold all of its activations in a cycle."""
+    base, expert = pair("llama", tied=True)
+    statistics = in_turn(base, expert, sequences(16))
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for layer in (1, 2):
+            statistics.get(f"model.layers.{layer}.mlp.down_proj")
+            alive.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert alive[1] <= alive[0]
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ an input of 14336 channels).
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -290,7 +291,9 @@ def _stopping_at(module: nn.Module) -> Iterator[list[Tensor]]:
     handle = module.register_forward_pre_hook(stop)
     try:
         yield given
-    except _Reached:
-        pass
+    except _Reached as reached:
+        # Frames and exceptions may refer to each other, and would keep all activations until a garbage collection.
+        traceback.clear_frames(reached.__traceback__)
+        reached.__traceback__ = None
     finally:
         handle.remove()
