@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from transformers_meswitch.compression.calibration import read_samples
 from transformers_meswitch.compression.candidates import CandidateFits, candidate_codes, output_error
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
 from transformers_meswitch.compression.recipe import compress
+from transformers_meswitch.compression.sequential import SequentialStatistics
 from transformers_meswitch.compression.spending import spend
 from transformers_meswitch.compression.work_folder import Candidate, Codes, WorkFolder, codes_of
 from transformers_meswitch.configuration import MESwitchConfig
@@ -145,6 +147,28 @@ def test_calibrated_modules_are_what_the_chosen_bits_would_give_without_a_budget
         for leaf in record.leaves():
             key = tensor_key(name, leaf)
             assert torch.equal(delta.tensor(key), stated.tensor(key)), key
+
+
+def test_a_refit_that_ends_farther_from_the_expert_is_dropped(pair, tmp_path, monkeypatch):
+    settings = {"max_kl": 0.05, "salient_channels": 0, "column_steps": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "refit_chosen", lambda *_, **__: None)
+        chosen, _, (before,) = run(pair, tmp_path / "chosen", **settings)
+    refitted, _, (after,) = run(pair, tmp_path / "refitted", **settings)
+    assert after.kl < before.kl <= 0.05
+
+    original = SequentialStatistics.drift
+
+    def overdone(self, name):
+        drift = original(self, name)
+        return drift and replace(drift, inputs=-20 * drift.inputs)
+
+    monkeypatch.setattr(SequentialStatistics, "drift", overdone)
+    spoiled, _, (kept,) = run(pair, tmp_path / "spoiled", **settings)
+    assert kept.kl == before.kl
+    for name in chosen.tensors():
+        assert torch.equal(spoiled.tensor(name), chosen.tensor(name)), name
+    assert any(not torch.equal(refitted.tensor(name), chosen.tensor(name)) for name in chosen.tensors())
 
 
 def test_patterns_pin_bits_within_the_budget(pair, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
@@ -20,7 +21,7 @@ from ..cards import write_delta_card
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
-from ..delta_format.spec import LinearRecord
+from ..delta_format.spec import ModuleRecord
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError
 from ..inspection import full_copy_bytes
@@ -31,16 +32,17 @@ from .batches import CalibrationBatches, hold_out, spread, tokenize
 from .calibration import DEFAULT, Calibration, describe, read_samples
 from .candidates import CandidateFits
 from .delta_parameters import DeltaParameters
-from .driver import Budget, compress_expert, compress_modules, write_behind
+from .driver import Budget, compress_expert
 from .held_out import HELD_OUT_EVERY, HELD_OUT_TOKENS, HeldOutDivergence
 from .layerwise import LayerwiseMoments, SecondMoments
 from .partly_compressed import PartlyCompressed
 from .read_ahead import ReadAhead
+from .refit import refit_chosen
 from .request import check_layer_bits, check_request
 from .sequential import SequentialStatistics
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .spending import Allocation, spend
-from .work_folder import codes_of, partial_folder, work_folder
+from .work_folder import partial_folder, work_folder
 
 __all__ = ["calibration_text", "compress", "source_identity", "usable", "versions"]
 
@@ -163,29 +165,18 @@ def compress(
         def spend_budget(describe: Callable[[], MESwitchExpertConfig]) -> None:
             allocations.append(spend(config, work, describe, measure))
 
+        def read(name: str) -> tuple[ModuleRecord, dict[str, Tensor]]:
+            # To the device, where those of this run are: the sums with the base are to have the same bits.
+            record, leaves = work.read(name)
+            return record, {leaf: tensor.to(where) for leaf, tensor in leaves.items()}
+
         def in_turn(text: CalibrationBatches, finished: Collection[str]) -> SequentialStatistics:
-            so_far = PartlyCompressed(model, base_parameters, expert_parameters, finished, work.read)
+            so_far = PartlyCompressed(model, base_parameters, expert_parameters, finished, read)
             return SequentialStatistics(model_config, expert_parameters, so_far, text, **run)
 
         def refit(text: CalibrationBatches) -> None:
-            """What was chosen among fits to the expert's own inputs is fitted to those in the model made of it."""
-            work.begin_refits()
-            linears = {name: r for name, r in work.records.items() if isinstance(r, LinearRecord)}
-            done = work.refitted | (work.records.keys() - linears.keys())
-            statistics = in_turn(text, done)
-            modules = compress_modules(
-                model,
-                base_ahead,
-                expert_ahead,
-                config,
-                finished=done | (set(module_kinds(model)) - work.records.keys()),
-                codes={name: codes_of(record) for name, record in linears.items()},
-                second_moments=statistics,
-                drifts=statistics,
-                device=where,
-                progress=progress,
-            )
-            write_behind(modules, work)
+            again: dict[str, Any] = {"device": where, "progress": progress}
+            refit_chosen(model, base_ahead, expert_ahead, config, work, partial(in_turn, text), **again)
             if divergence is not None:
                 before, after = allocations[-1].kl, measure()
                 if before is not None and after > before:
@@ -274,8 +265,8 @@ def _request(
         "expert": source_identity(expert),
         "config": config.to_dict() | unspent | {"budget": budget},
         "calibration": None if text is None else text.digest(),
-        # Not what the work folders of earlier releases hold, under the same version while there is none.
-        "fit": "layers in turn",
+        # A folder from before they were holds other fits.
+        "fit": "linears in turn",
         "device": device.type,
         "versions": versions(),
     }

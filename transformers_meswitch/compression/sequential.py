@@ -224,7 +224,7 @@ class SequentialStatistics:
                 kept = self._real[j].reshape(-1)
                 (x, r), (own_x, own_r) = (self._run_to(run, group[0], before, j, kept) for run in self._both)
                 if second is None:
-                    second, inputs = own_x.new_zeros(2, x.shape[1], x.shape[1]).unbind()
+                    second, inputs = (own_x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2))
                     residual = None if writer is None else own_x.new_zeros(r.shape[1], x.shape[1])
                 assert inputs is not None
                 second.addmm_(own_x.T, own_x)
