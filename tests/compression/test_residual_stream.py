@@ -27,8 +27,12 @@ GPT2 = (
     ["attn.c_proj", "mlp.c_proj"],
     [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
 )
-#: Norms after the linears, and attention beside the MLP.
-NONE = ("gemma2", "gemma3_text", "gpt_neox")
+NEOX = (
+    ["attention.dense", "mlp.dense_4h_to_h"],
+    [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]],
+)
+#: Norms after the linears.
+NONE = ("gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -43,7 +47,7 @@ def test_supported_architectures(architecture):
     if architecture in NONE:
         assert wiring is None
         return
-    writers, groups = {"phi3": PHI3, "gpt2": GPT2}.get(architecture, LLAMA)
+    writers, groups = {"phi3": PHI3, "gpt2": GPT2, "gpt_neox": NEOX}.get(architecture, LLAMA)
     assert wiring.writers == [prefix + name for name in writers]
     assert wiring.groups == [[prefix + name for name in group] for group in groups]
     assert wiring.written_before(wiring.writers[1]) == wiring.writers[:1]
@@ -71,6 +75,17 @@ class Layer(nn.Module):
             return hidden + self.norm(self.down(one.relu()))
         if self.how == "side by side":
             return hidden + (one + self.down(self.norm(hidden)))
+        if self.how == "side by side, the second first":
+            return self.down(self.norm(hidden)) + hidden + one
+        if self.how == "side by side, in place":
+            other = self.down(self.norm(hidden))
+            other += one
+            return other + hidden
+        if self.how == "into its input":
+            hidden += self.down(one.relu())
+            return hidden
+        if self.how == "less, not more":
+            return hidden - self.down(one.relu())
         if self.how == "no stream":
             return self.down(one.relu())
         if self.how == "more behind":
@@ -90,7 +105,16 @@ def watched(how):
     return wiring_of(layer, {"up": layer.up, "down": layer.down}, torch.randn(2, 3, 4), (), {})
 
 
-@pytest.mark.parametrize(("how", "writers"), [("one after the other", ["up", "down"]), ("the second alone", ["down"])])
+@pytest.mark.parametrize(
+    ("how", "writers"),
+    [
+        ("one after the other", ["up", "down"]),
+        ("the second alone", ["down"]),
+        ("side by side", ["up", "down"]),
+        ("side by side, the second first", ["up", "down"]),
+        ("side by side, in place", ["up", "down"]),
+    ],
+)
 def test_sums_are_found(how, writers):
     wiring = watched(how)
     assert wiring.writers == writers
@@ -99,7 +123,17 @@ def test_sums_are_found(how, writers):
 
 @pytest.mark.parametrize(
     "how",
-    ["scaled", "normed", "side by side", "no stream", "more behind", "twice", "on some tokens", "one never"],
+    [
+        "scaled",
+        "normed",
+        "into its input",
+        "less, not more",
+        "no stream",
+        "more behind",
+        "twice",
+        "on some tokens",
+        "one never",
+    ],
 )
 def test_anything_else_is_not_taken_for_a_sum(how):
     assert watched(how) is None

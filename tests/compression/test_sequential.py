@@ -18,13 +18,15 @@ from transformers_meswitch.configuration import MESwitchConfig
 from transformers_meswitch.delta_format.spec import LinearRecord, QuantizedRowsRecord
 from transformers_meswitch.module_kinds import is_conv1d
 
-CORRECTED = [name for name in ARCHITECTURES if name not in ("gemma2", "gemma3_text", "gpt_neox")]
-#: What the stream is read from when a linear's output is added to it: the module that is given it.
+CORRECTED = [name for name in ARCHITECTURES if name not in ("gemma2", "gemma3_text")]
+#: Where the stream is when a linear's output is added to it: the module that is given it, and one that added to that.
 STREAM = {
-    "self_attn.o_proj": "input_layernorm",
-    "mlp.down_proj": "post_attention_layernorm",
-    "attn.c_proj": "ln_1",
-    "mlp.c_proj": "ln_2",
+    "self_attn.o_proj": ("input_layernorm", None),
+    "mlp.down_proj": ("post_attention_layernorm", None),
+    "attn.c_proj": ("ln_1", None),
+    "mlp.c_proj": ("ln_2", None),
+    "attention.dense": ("input_layernorm", None),
+    "mlp.dense_4h_to_h": ("input_layernorm", "attention.dense"),
 }
 CONFIG = MESwitchConfig(bits=2, salient_channels=3)
 
@@ -56,21 +58,31 @@ def in_turn(base, expert, rows, device="cpu"):
     return SequentialStatistics(expert.config, parameters[1], so_far, calibration(rows), **settings)
 
 
-def given(model, rows, names):
-    """What modules are given, one sample at a time without padding: name to float64 ``[tokens, width]``."""
-    inputs, handles = {}, []
-    for name in names:
-        handles.append(
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].flatten(0, -2).double())
-            )
-        )
+def watched(model, rows, name):
+    """What a linear is given and the stream that it adds to, one sample at a time without padding, in float64.
+
+    ``[tokens, width]`` each; `None` in the place of the stream for a linear that does not add to it.
+    """
+    prefix, key = next(((name.removesuffix(key), key) for key in STREAM if name.endswith(key)), ("", None))
+    module, other = STREAM.get(key, (None, None))
+    found, handles = {}, []
+
+    def keep(what):
+        return lambda _, args, *output: found.setdefault(what, []).append((output or args)[0].flatten(0, -2).double())
+
+    handles.append(model.get_submodule(name).register_forward_pre_hook(keep("x")))
+    if module is not None:
+        handles.append(model.get_submodule(prefix + module).register_forward_pre_hook(keep("r")))
+    if other is not None:
+        handles.append(model.get_submodule(prefix + other).register_forward_hook(keep("added")))
     with torch.no_grad():
         for row in rows:
             model(input_ids=torch.tensor([row]), use_cache=False)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(found) for name, found in inputs.items()}
+    joined = {what: torch.cat(parts) for what, parts in found.items()}
+    stream = joined.get("r")
+    return joined["x"], stream if other is None else stream + joined["added"]
 
 
 class Checked:
@@ -90,10 +102,7 @@ class Checked:
 
     def drift(self, name):
         found = self._statistics.drift(name)
-        stream = next((f"{name[: -len(key)]}{STREAM[key]}" for key in STREAM if name.endswith(key)), None)
-        names = [name] if stream is None else [name, stream]
-        expert, own = given(self._expert, self._rows, names), given(self.model, self._rows, names)
-        x, own_x = expert[name], own[name]
+        (x, r), (own_x, own_r) = (watched(model, self._rows, name) for model in (self._expert, self.model))
 
         def close(one, other, scale):
             assert one.dtype == torch.float32
@@ -102,9 +111,9 @@ class Checked:
         size = float((own_x.T @ own_x).norm()) / len(x)
         close(self.get(name), own_x.T @ own_x / len(x), size)
         close(found.inputs, (x - own_x).T @ own_x / len(x), size)
-        assert (found.residual is None) == (stream is None)
-        if stream is not None:
-            close(found.residual, (expert[stream] - own[stream]).T @ own_x / len(x), size)
+        assert (found.residual is None) == (r is None)
+        if r is not None:
+            close(found.residual, (r - own_r).T @ own_x / len(x), size)
         self.drifts[name] = found
         return found
 
@@ -173,7 +182,7 @@ def test_other_streams_are_fitted_to_the_experts_own_inputs(architecture):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("bits", [1, 2])
 def test_the_model_ends_nearer_to_the_expert(architecture, bits):
     """On text that nothing was fitted to. Without the stream's drift it would end farther away, or hardly nearer."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ class LayerWiring:
     """How the linears of a decoder layer are wired.
 
     Attributes:
-        writers: names of the linears whose outputs are added to the hidden states, in the order of the additions.
-            These sums lead from the layer's input to its output.
+        writers: names of the linears whose outputs are added to the hidden states, in the order of the additions; of
+            two that are added at once, as in layers with attention beside the MLP, in the order of their calls. These
+            sums lead from the layer's input to its output.
         groups: names of linears that are given the very same tensor, in the order of their calls.
     """
 
@@ -51,8 +53,8 @@ def wiring_of(
 
     Returns:
         `None` where the hidden states do not go from input to output through sums of linears' outputs alone (norms
-        after the linears, outputs that are scaled, parallel branches, mixtures of experts), or a linear is not called
-        exactly once on every position.
+        after the linears, outputs that are scaled, mixtures of experts), a linear is not called exactly once on
+        every position, or the layer overwrites what it is given.
 
     >>> class Layer(nn.Module):
     ...     def __init__(self):
@@ -67,18 +69,19 @@ def wiring_of(
     names = {module: name for name, module in linears.items()}
     positions = hidden.shape[:-1].numel()
     wiring, given, calls = LayerWiring(), list[Tensor](), list[str]()
-    stream, written = hidden, list[tuple[str, Tensor]]()
+    stream = entered = hidden.clone()
+    written = list[tuple[str, Tensor]]()
     regular = True
 
     def see(tensor: Tensor) -> None:
-        """Whether a tensor that a module is given is the stream after one more addition."""
+        """Whether a tensor that a module is given is the stream after one or two more additions."""
         nonlocal stream
-        if tensor.shape != stream.shape or tensor is stream:
+        if tensor.shape != stream.shape or torch.equal(tensor, stream):
             return
-        for name, output in written:
-            if torch.equal(tensor, stream + output):
-                wiring.writers.append(name)
-                stream = tensor
+        for added in (*combinations(written, 1), *combinations(written, 2)):
+            if _is_sum(tensor, stream, [output for _, output in added]):
+                wiring.writers += [name for name, _ in added]
+                stream = tensor.clone()
                 written.clear()
                 return
 
@@ -101,7 +104,7 @@ def wiring_of(
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.shape == stream.shape:
-            written.append((names[module], output))
+            written.append((names[module], output.clone()))  # some layers add to it in place
 
     with ExitStack() as stack, torch.no_grad():
         for module in layer.modules():
@@ -111,5 +114,22 @@ def wiring_of(
             stack.callback(module.register_forward_hook(after).remove)
         output = hidden_of(layer(hidden, *args, **kwargs), hidden)
     see(output)
-    whole = torch.equal(output, stream) and bool(wiring.writers)
+    whole = torch.equal(output, stream) and bool(wiring.writers) and torch.equal(hidden, entered)
     return wiring if whole and regular and set(calls) == set(linears) else None
+
+
+def _is_sum(tensor: Tensor, stream: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor is, bit for bit, the sum of the stream and one or two outputs in whatever order."""
+    for terms in permutations([stream, *outputs]):
+        # The first position first: most are told from it.
+        if all(torch.equal(of(tensor), sum(map(of, terms[1:]), of(terms[0]))) for of in (_first, _all)):
+            return True
+    return False
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])[:1]
+
+
+def _all(tensor: Tensor) -> Tensor:
+    return tensor
