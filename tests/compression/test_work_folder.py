@@ -98,10 +98,10 @@ def test_layers_that_are_finished_get_no_moments(pair, tmp_path, die_after, monk
 
 
 @pytest.mark.parametrize(
-    ("budget", "count"), [({"target_bits": 2.5}, 4), ({"target_size": 60_000}, 60), ({"max_kl": 0.05}, 59)]
+    ("budget", "count"), [({"target_bits": 2.5}, 2), ({"target_size": 60_000}, 30), ({"max_kl": 0.05}, 31)]
 )
 def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tmp_path, monkeypatch, budget, count):
-    arguments = (MESwitchConfig(salient_channels=4, **budget), TEXTS)
+    arguments = (MESwitchConfig(salient_channels=0, column_steps=True, **budget), TEXTS)
     whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
     original, added = WorkFolder.add_candidate, []
 
@@ -117,7 +117,7 @@ def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tm
     again = WorkFolder(tmp_path / "delta.partial")
     assert {(n, c) for n, of_module in again.candidates.items() for c in of_module.values()} == set(added)
     name = added[-1][0]
-    assert len(again.candidates[name]) < 8, "it was killed within a module"
+    assert len(again.candidates[name]) < 4, "it was killed within a module"
     first, count = list(added), -1
     added.clear()
     compress(*pair, tmp_path / "delta", *arguments, progress=False)
