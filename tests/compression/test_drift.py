@@ -1,5 +1,7 @@
 """The corrected delta against a least-squares solver that is given the tokens themselves."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def case(seed=0, scale=1.0):
 
 def statistics(x, own_x, r, own_r):
     second, inputs = own_x.T @ own_x / TOKENS, (x - own_x).T @ own_x / TOKENS
-    return second.float(), Drift(inputs.float(), ((r - own_r).T @ own_x / TOKENS).float())
+    return second.float(), Drift(TOKENS, inputs.float(), ((r - own_r).T @ own_x / TOKENS).float())
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
@@ -37,9 +39,10 @@ def test_it_is_the_least_squares_solution(monkeypatch, scale):
     target = x @ weight.T + r - own_x @ base.T - own_r
     solved = torch.linalg.lstsq(own_x, target).solution.T
     monkeypatch.setattr(module, "_DAMPING", 0.0)
+    monkeypatch.setattr(module, "_DAMPING_OF_FEW", 0.0)
     found = corrected_delta((weight - base).float(), weight.float(), second, drift)
     torch.testing.assert_close(found.double(), solved, rtol=1e-3, atol=1e-4)
-    without = corrected_delta((weight - base).float(), weight.float(), second, Drift(drift.inputs))
+    without = corrected_delta((weight - base).float(), weight.float(), second, Drift(TOKENS, drift.inputs))
     assert (without - solved).norm() > 0.1 * solved.norm(), "the stream's drift made no difference"
 
 
@@ -56,17 +59,29 @@ def test_damping_takes_little():
     assert least < lost(found) < 1.001 * least < 0.9 * lost(weight - base)
 
 
+def test_few_tokens_are_trusted_less():
+    """The same moments, said to be of fewer tokens than there are channels, correct less."""
+    x, own_x, r, own_r, weight, base = case(seed=4)
+    second, drift = statistics(x, own_x, r, own_r)
+    delta = (weight - base).float()
+    many, few = (
+        corrected_delta(delta, weight.float(), second, dataclasses.replace(drift, tokens=tokens))
+        for tokens in (TOKENS, IN // 4)
+    )
+    assert (few - delta).norm() < 0.9 * (many - delta).norm()
+
+
 def test_no_drift_is_no_correction():
     *_, weight, base = case()
     second = torch.eye(IN)
     delta = (weight - base).float()
-    nothing = Drift(torch.zeros(IN, IN), torch.zeros(OUT, IN))
+    nothing = Drift(TOKENS, torch.zeros(IN, IN), torch.zeros(OUT, IN))
     assert torch.equal(corrected_delta(delta, weight.float(), second, nothing), delta)
 
 
 def test_inputs_that_are_all_zero_give_the_delta_itself():
     delta = torch.ones(OUT, IN)
-    assert corrected_delta(delta, delta, torch.zeros(IN, IN), Drift(torch.zeros(IN, IN))) is delta
+    assert corrected_delta(delta, delta, torch.zeros(IN, IN), Drift(TOKENS, torch.zeros(IN, IN))) is delta
 
 
 def test_directions_that_no_token_took_are_left_alone():

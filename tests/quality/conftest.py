@@ -42,5 +42,7 @@ def pair(tmp_path_factory) -> Pair:
         for length in torch.randint(8, 40, (24,), generator=generator)
     ]
     inputs = Inputs(model, before, after, collect_moments(model, sequences), sequences)
-    inputs.base_folder, inputs.texts = base, ["A text to calibrate on, and one more sentence of it."] * 12
+    # Of all letters, since weights are free to be anything for inputs that no text has.
+    letters = [torch.randint(32, 127, (60,), generator=generator).tolist() for _ in range(24)]
+    inputs.base_folder, inputs.texts = base, ["".join(map(chr, codes)) for codes in letters]
     return Pair(base, folder / "expert", inputs)

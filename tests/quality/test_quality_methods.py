@@ -25,7 +25,13 @@ from benchmarks.quality.methods.low_rank import (
 from benchmarks.quality.methods.ours import StateParameters, linear_budget, ours
 from benchmarks.quality.methods.stepped import bitdelta, compress_stepped, round_matrix, rounded
 from transformers_meswitch import MESwitchConfig, compress
+from transformers_meswitch.compression import recipe
+from transformers_meswitch.compression.batches import CalibrationBatches
+from transformers_meswitch.compression.batches import pack as batched
+from transformers_meswitch.compression.linear import reconstruct_linear
 from transformers_meswitch.compression.packing import pack
+from transformers_meswitch.delta_format.reader import open_delta
+from transformers_meswitch.delta_format.spec import tensor_key
 
 
 def relative_error(inputs, compressed) -> float:
@@ -190,7 +196,7 @@ def test_ours_is_the_delta_repo_that_is_written(pair, config, tmp_path):
     compress(pair.base, pair.expert, tmp_path / "delta", config, calibration=None, progress=False)
     # Inputs of which no channel is used more than another weigh as no calibration does.
     even = {name: torch.ones(len(moment)) for name, moment in pair.inputs.moments.items()}
-    found = ours(dataclasses.replace(pair.inputs, moments=even), config)
+    found = ours(dataclasses.replace(pair.inputs, moments=even), config, fit="alone")
     stored = 0
     with safe_open(tmp_path / "delta" / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  (not a dict)
@@ -206,6 +212,21 @@ def test_ours_is_the_delta_repo_that_is_written(pair, config, tmp_path):
         key = next(key for key in merged if key.startswith(f"{name}.") and key.endswith("weight"))
         assert "delta" not in key
         torch.testing.assert_close(merged[key], weights[f"{name}.weight"], rtol=1e-2, atol=1e-3)
+
+
+def test_ours_is_what_is_written_with_calibration(pair, tmp_path, monkeypatch):
+    config = MESwitchConfig(bits=2, salient_channels=3, embedding_bits=None)
+    rows = [ids for ids, _ in pair.inputs.sequences]
+    text = CalibrationBatches(tuple(batched(rows, max_length=max(map(len, rows)))), len(rows), sum(map(len, rows)))
+    monkeypatch.setattr(recipe, "calibration_text", lambda *_: text)
+    delta = open_delta(compress(pair.base, pair.expert, tmp_path / "delta", config, ["in its place"], progress=False))
+    found = ours(pair.inputs, config).deltas
+    alone = ours(pair.inputs, config, fit="alone").deltas
+    for name in pair.inputs.linears():
+        record = delta.records[name]
+        leaves = {leaf: delta.tensor(tensor_key(name, leaf)) for leaf in record.leaves()}
+        assert torch.equal(found[name], reconstruct_linear(record, leaves)), name
+    assert not torch.equal(found[name], alone[name])
 
 
 def test_a_budget_is_what_ours_takes(pair):

@@ -22,8 +22,10 @@ from torch import Tensor
 
 __all__ = ["Drift", "corrected_delta"]
 
-#: Share of its mean that is added to the diagonal of ``C``: how little what few tokens say of an input is trusted.
+#: Share of its mean that is added to the diagonal of ``C``.
 _DAMPING = 0.01
+#: The same, times channels per token, where that is more: what few tokens say of many channels is not to be trusted.
+_DAMPING_OF_FEW = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ class Drift:
     """How far a linear's inputs are from the expert's.
 
     Attributes:
+        tokens: how many the means are over.
         inputs: float32 ``[in, in]``, ``D = E[(x - x̃) x̃ᵀ]``.
         residual: float32 ``[out, in]``, ``R = E[(r - r̃) x̃ᵀ]``; `None` where the output is not added to the stream.
     """
 
+    tokens: int
     inputs: Tensor
     residual: Tensor | None = None
 
@@ -52,7 +56,7 @@ def corrected_delta(delta: Tensor, weight: Tensor, second_moment: Tensor, drift:
         float32 ``[out, in]``; ``delta`` itself where the inputs are all zero.
 
     >>> shrunk = torch.tensor([[0.25]])  # inputs x̃ = x/2 with E[x²] = 1: the weight has to be doubled
-    >>> corrected = corrected_delta(torch.tensor([[1.0]]), torch.tensor([[3.0]]), shrunk, Drift(shrunk))
+    >>> corrected = corrected_delta(torch.tensor([[1.0]]), torch.tensor([[3.0]]), shrunk, Drift(1000, shrunk))
     >>> round(corrected.item(), 1)  # less what the damping keeps
     4.0
     """
@@ -60,7 +64,7 @@ def corrected_delta(delta: Tensor, weight: Tensor, second_moment: Tensor, drift:
     if not bool(mean > 0):
         return delta
     damped = second_moment.clone()
-    damped.diagonal().add_(_DAMPING * mean)
+    damped.diagonal().add_(mean * max(_DAMPING, _DAMPING_OF_FEW * len(second_moment) / drift.tokens))
     owed = weight.float() @ drift.inputs
     if drift.residual is not None:
         owed += drift.residual

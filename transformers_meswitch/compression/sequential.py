@@ -238,7 +238,7 @@ class SequentialStatistics:
             if total is not None:
                 total.div_(count)
         self._held = dict.fromkeys(group, second)
-        self._drifts = {name: Drift(inputs, residual if name == writer else None) for name in group}
+        self._drifts = {name: Drift(count, inputs, residual if name == writer else None) for name in group}
 
     def _run_to(self, run: LayeredModel, name: str, before: list[str], j: int, kept: Tensor) -> tuple[Tensor, Tensor]:
         """What a linear is given of a batch, and the stream that its output is added to: float32 ``[tokens, …]``.
