@@ -9,6 +9,7 @@ from transformers_meswitch.compression import drift as module
 from transformers_meswitch.compression.drift import Drift, corrected_delta
 from transformers_meswitch.compression.modules import compress_module
 from transformers_meswitch.configuration import MESwitchConfig
+from transformers_meswitch.errors import CompressionError
 
 TOKENS, IN, OUT = 200, 12, 7
 
@@ -82,6 +83,16 @@ def test_no_drift_is_no_correction():
 def test_inputs_that_are_all_zero_give_the_delta_itself():
     delta = torch.ones(OUT, IN)
     assert corrected_delta(delta, delta, torch.zeros(IN, IN), Drift(TOKENS, torch.zeros(IN, IN))) is delta
+
+
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+def test_inputs_that_overflow_are_told_as_without_drift(overflow):
+    second = torch.full((IN, IN), overflow)
+    base, expert = ({"weight": torch.full((OUT, IN), value)} for value in (1.0, 2.0))
+    settings = {"name": "o", "config": MESwitchConfig(), "second_moment": second}
+    for drift in (None, Drift(TOKENS, second)):
+        with pytest.raises(CompressionError, match="activations overflow on the calibration text"):
+            compress_module("linear", base, expert, drift=drift, **settings)
 
 
 def test_directions_that_no_token_took_are_left_alone():

@@ -53,7 +53,8 @@ def corrected_delta(delta: Tensor, weight: Tensor, second_moment: Tensor, drift:
         drift: of these inputs.
 
     Returns:
-        float32 ``[out, in]``; ``delta`` itself where the inputs are all zero.
+        float32 ``[out, in]``; ``delta`` itself where the inputs are all zero, or so large that they overflow, which
+        whoever fits to them refuses.
 
     >>> shrunk = torch.tensor([[0.25]])  # inputs x̃ = x/2 with E[x²] = 1: the weight has to be doubled
     >>> corrected = corrected_delta(torch.tensor([[1.0]]), torch.tensor([[3.0]]), shrunk, Drift(1000, shrunk))
@@ -61,7 +62,7 @@ def corrected_delta(delta: Tensor, weight: Tensor, second_moment: Tensor, drift:
     4.0
     """
     mean = second_moment.diagonal().mean()
-    if not bool(mean > 0):
+    if not 0 < float(mean) < torch.inf:
         return delta
     damped = second_moment.clone()
     damped.diagonal().add_(mean * max(_DAMPING, _DAMPING_OF_FEW * len(second_moment) / drift.tokens))
