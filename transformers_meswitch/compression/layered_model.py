@@ -117,6 +117,11 @@ class LayeredModel:
                 stages[name] = own if own is not None else (len(self.layers) + 1 if after else 0)
         return stages
 
+    @property
+    def layer_stages(self) -> range:
+        """The stages that are a layer's."""
+        return range(1, len(self.layers) + 1)
+
     def linears(self, stage: int) -> dict[str, nn.Module]:
         """The linears of a stage by name."""
         return {name: self.model.get_submodule(name) for name, own in self.stage_of.items() if own == stage}

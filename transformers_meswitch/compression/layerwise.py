@@ -112,8 +112,8 @@ class LayerwiseMoments:
         Returns:
             `None` without a probe, for a linear outside the layers, and where the model is run whole.
         """
-        layers = range(1, len(self._run.layers) + 1)
-        if self._whole or not self._probe or self._run.stage_of.get(name) != self._stage or self._stage not in layers:
+        elsewhere = self._run.stage_of.get(name) != self._stage or self._stage not in self._run.layer_stages
+        if self._whole or not self._probe or elsewhere:
             return None
         if self._damage is None:
             layer = self._run.layers[self._stage - 1]
@@ -158,7 +158,7 @@ class LayerwiseMoments:
         collector = MomentCollector(run.linears(self._stage) if collect else {})
         if self._stage == 0:
             run.embed(lambda j, when: collector.collecting(real[j], when) if j < self._collected else nullcontext())
-        elif self._stage <= len(run.layers):
+        elif self._stage in run.layer_stages:
             self._run_layer(collector)
         elif collect:
             run.run_rest(self._collected, lambda j, when: collector.collecting(real[j], when))
@@ -169,11 +169,10 @@ class LayerwiseMoments:
         with run.loaded(run.layers[self._stage - 1]):
             run.announce(self._stage + 1)  # the disk has until the moments of this layer are used up
             for j in run.bar(f"layer {self._stage} of {len(run.layers)}"):
-                if j < self._collected:
-                    with collector.collecting(self._batches[j].real):
-                        run.advance(self._stage, j)
-                else:
+                of_probe = j >= self._collected
+                if of_probe:
                     self._probe.append(run.call(self._stage, j))
+                with nullcontext() if of_probe else collector.collecting(self._batches[j].real):
                     run.advance(self._stage, j)
 
     def _give_up_layers(self, reason: str) -> None:

@@ -175,8 +175,16 @@ def compress(
             return SequentialStatistics(model_config, expert_parameters, so_far, text, **run)
 
         def refit(text: CalibrationBatches) -> None:
-            again: dict[str, Any] = {"device": where, "progress": progress}
-            refit_chosen(model, base_ahead, expert_ahead, config, work, partial(in_turn, text), **again)
+            refit_chosen(
+                model,
+                base_ahead,
+                expert_ahead,
+                config,
+                work,
+                partial(in_turn, text),
+                device=where,
+                progress=progress,
+            )
             if divergence is not None:
                 before, after = allocations[-1].kl, measure()
                 if before is not None and after > before:

@@ -19,6 +19,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ class SequentialStatistics:
         dtype: torch.dtype,
         progress: bool = True,
     ) -> None:
-        self._alone_arguments = (config, expert, calibration)
-        self._alone_settings: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress}
+        self._fit_alone = partial(
+            LayerwiseMoments, config, expert, calibration, device=device, dtype=dtype, progress=progress
+        )
         self._parameters, self._real = compressed, [batch.real for batch in calibration.batches]
         run: dict[str, Any] = {"device": device, "dtype": torch.float32, "progress": progress}
         self._expert = LayeredModel(config, expert, calibration.batches, **run)
@@ -108,7 +110,7 @@ class SequentialStatistics:
         run = self._expert
         rank = {run.name_in_layer(name): i for i, name in enumerate(self._call_order)}
         ordered = list(names)
-        for stage in self._layer_stages:
+        for stage in self._expert.layer_stages:
             places = [i for i, name in enumerate(names) if run.stage_of.get(name) == stage]
             called = sorted((names[i] for i in places), key=lambda name: rank.get(run.name_in_layer(name), len(rank)))
             for i, name in zip(places, called, strict=True):
@@ -155,12 +157,8 @@ class SequentialStatistics:
         if self._alone is not None:
             return
         self._parameters.settle(name, record, leaves)
-        if self._expert.stage_of.get(name) == self._stage and self._stage in self._layer_stages:
+        if self._expert.stage_of.get(name) == self._stage and self._stage in self._expert.layer_stages:
             self._compressed.load(name)
-
-    @property
-    def _layer_stages(self) -> range:
-        return range(1, len(self._expert.layers) + 1)
 
     @property
     def _both(self) -> tuple[LayeredModel, LayeredModel]:
@@ -169,7 +167,7 @@ class SequentialStatistics:
     def _leave(self) -> None:
         """Take all hidden states through the layer of the stage."""
         self._held, self._drifts, self._wiring = {}, {}, None
-        if self._stage in self._layer_stages:
+        if self._stage in self._expert.layer_stages:
             self._compressed.announce(self._stage + 1)  # of the expert, too
             with tensor_cores():
                 for j in self._expert.bar(f"layer {self._stage} of {len(self._expert.layers)}"):
@@ -187,7 +185,7 @@ class SequentialStatistics:
             if self._stage == 0:
                 self._expert.embed(lambda j, when: collector.collecting(self._real[j], when))
                 self._compressed.embed()
-            elif self._stage in self._layer_stages:
+            elif self._stage in self._expert.layer_stages:
                 self._enter_layer(asked)
                 return
             elif asked:
@@ -269,7 +267,7 @@ class SequentialStatistics:
         """From now on as if there were no drift."""
         logger.info("Errors of %s's layers are not made up for by the next.", type(self._expert.model).__name__)
         self._loaded.close()
-        self._alone = LayerwiseMoments(*self._alone_arguments, **self._alone_settings)
+        self._alone = self._fit_alone()
         self._held, self._drifts = {}, {}
         for run in self._both:
             run.forget()
