@@ -61,7 +61,10 @@ def test_peak_memory_is_that_of_a_layer(tmp_path, tokenizer, calibration, mapped
             total += write(tmp_path / f"{who}-{name}", layers, changed, tokenizer)
     assert total > 240e6
     command = [sys.executable, "-c", textwrap.dedent(RUN), *(str(tmp_path / n) for n in ("base", "expert", "delta"))]
-    found = subprocess.run([*command, calibration, mapped], stdout=subprocess.PIPE, check=True, cwd=os.getcwd())
+    # Freed blocks go back at once: what glibc's arenas hold on to differs by 20 MB from run to run.
+    environ = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    options = {"stdout": subprocess.PIPE, "check": True, "cwd": os.getcwd(), "env": environ}
+    found = subprocess.run([*command, calibration, mapped], **options)
     small, large = json.loads(found.stdout)
     # A layer is 2 MB in bfloat16; the delta alone is 8 MB, a checkpoint 126 MB.
-    assert (large - small < 30e6) is not bool(mapped)
+    assert (large - small < 20e6) is not bool(mapped)

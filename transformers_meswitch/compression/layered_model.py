@@ -145,10 +145,12 @@ class LayeredModel:
     def embed(
         self,
         observing: Callable[[int, Callable[[], bool]], AbstractContextManager[Any]] = lambda j, when: nullcontext(),
+        batches: int | None = None,
     ) -> None:
         """Find out what the first layer is given, and how each layer is called.
 
         Args:
+            batches: how many of the batches, from the first; all by default.
             observing: a context for each batch by its number; it is given a function that tells whether the layers
                 are still to come.
 
@@ -156,9 +158,10 @@ class LayeredModel:
             LayersNotApartError: layers cannot be run one by one.
             CompressionError: NaN or infinite weights; the tensor is named.
         """
+        self.forget()
         # What comes before the layers is read once, not once a batch.
         with self.loaded(self.layers[0]), self.loaded_when_called():
-            for j in self.bar("embedding"):
+            for j in self.bar("embedding", batches):
                 current: list[Tensor] = []
 
                 def enter(

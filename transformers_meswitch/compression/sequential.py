@@ -84,17 +84,17 @@ class SequentialStatistics:
         self._held: dict[str, Tensor] = {}
         self._drifts: dict[str, Drift] = {}
         self._alone: LayerwiseMoments | None = None
-        self._call_order = self._scouted(LayeredModel(config, expert, calibration.batches[:1], **run))
+        self._call_order = self._scouted()
         if not self._call_order:
             self._give_up()
 
-    @staticmethod
-    def _scouted(run: LayeredModel) -> list[str]:
+    def _scouted(self) -> list[str]:
         """The linears of the first layer in the order of their calls; none where there is no stream to follow."""
+        run = self._expert
         if not len(run.layers):
             return []
         try:
-            run.embed()
+            run.embed(batches=1)
             with run.loaded(run.layers[0]), tensor_cores():
                 wiring = wiring_of(run.layers[0], run.linears(1), *run.call(1, 0))
         except LayersNotApartError:
