@@ -28,6 +28,8 @@ from transformers_meswitch import errors
 from transformers_meswitch.cli import main
 from transformers_meswitch.demo.runner import FAMILY
 
+pytestmark = pytest.mark.xdist_group("docs")
+
 ROOT = Path(__file__).parents[1]
 HOW_TO = ROOT / "docs" / "how-to"
 HUB = "https://huggingface.co"
