@@ -10,6 +10,7 @@ from .compression.recipe import compress
 from .configuration import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig
 from .distillation.recipe import distill
 from .errors import MESwitchError
+from .export.merged_checkpoint import MergedCheckpoint, merge_checkpoint
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
 from .registration import register
@@ -27,8 +28,10 @@ __all__ = [
     "MESwitchModel",
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
+    "MergedCheckpoint",
     "compress",
     "distill",
+    "merge_checkpoint",
     "verify",
 ]
 

@@ -31,6 +31,7 @@ __all__ = [
     "family_card",
     "hub_id",
     "merge_card",
+    "merged_card",
     "read_card",
     "with_license",
     "with_tags",
@@ -220,6 +221,26 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
     )
 
 
+def merged_card(config: MESwitchExpertConfig, delta: str, *, license: str | None = None) -> str:
+    """The ``README.md`` of a checkpoint that an expert was merged into.
+
+    Args:
+        config: the delta's ``adapter_config.json``.
+        delta: the delta repo, as it was named.
+        license: Hub licence identifier, where known.
+    """
+    base = hub_id(config.base_model_name_or_path)
+    return _render(
+        "merged_card.md",
+        _metadata(base, license, ["me-switch", "arxiv:2406.09041"], library="transformers", relation="finetune"),
+        base=base,
+        base_revision=config.revision if base else None,
+        delta=hub_id(delta),
+        expert=hub_id(config.expert_model_name_or_path),
+        bits=config.bits,
+    )
+
+
 def merge_card(existing: str, fresh: str) -> str:
     """Bring a card up to date without touching what its author wrote.
 
@@ -311,10 +332,12 @@ def _with_metadata(metadata: dict[str, Any], text: str) -> str:
     return f"---{newline}{header}{newline}---{newline}{text}"
 
 
-def _metadata(base: str | None, license: str | None, tags: list[str], *, library: str) -> ModelCardData:
+def _metadata(
+    base: str | None, license: str | None, tags: list[str], *, library: str, relation: str = "adapter"
+) -> ModelCardData:
     return ModelCardData(
         base_model=base,
-        base_model_relation="adapter" if base else None,
+        base_model_relation=relation if base else None,
         library_name=library,
         license=license,
         pipeline_tag="text-generation",

@@ -21,7 +21,13 @@ from .sizes import parse_size
 if TYPE_CHECKING:
     from .delta_format.reader import DeltaFiles
 
-__all__ = ["MESwitchConfig", "MESwitchExpertConfig", "MESwitchFamilyConfig", "expert_references"]
+__all__ = [
+    "MESwitchConfig",
+    "MESwitchExpertConfig",
+    "MESwitchFamilyConfig",
+    "expert_references",
+    "reference_in_family",
+]
 
 
 class _PeftTypeName(str):
@@ -448,6 +454,25 @@ def expert_references(experts: object) -> dict[str, dict[str, Any]]:
             _text(f"experts[{name!r}][{key!r}]", reference.get(key))
         references[name] = reference
     return references
+
+
+def reference_in_family(family: str, reference: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an expert of a family is: ``./path`` is inside the family repo, at its revision and in its subfolder.
+
+    Args:
+        family: the family's Hub id or folder.
+        reference: an entry of its table of experts, in full form.
+        where: ``revision`` and ``subfolder`` of the family, as far as there are any.
+
+    >>> reference_in_family("me/family", {"repo": "./experts/math"}, {"revision": "v1"})
+    {'repo': 'me/family', 'revision': 'v1', 'subfolder': 'experts/math'}
+    """
+    repo = str(reference["repo"])
+    if not repo.startswith("./"):
+        return dict(reference)
+    parts = (where.get("subfolder"), repo[2:].rstrip("/"), reference.get("subfolder"))
+    revision = reference.get("revision") or where.get("revision")
+    return {"repo": family, "revision": revision, "subfolder": "/".join(filter(None, parts))}
 
 
 def _text(key: str, value: Any) -> str | None:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from .compression.expert_config import portable_name
-from .configuration import MESwitchFamilyConfig, expert_references
+from .configuration import MESwitchFamilyConfig, expert_references, reference_in_family
 from .delta_format.location import RepoLocation
 from .errors import MESwitchError, UnsupportedModelError, UnsupportedOperationError
 from .mixin import MESwitchMixin
@@ -95,7 +95,7 @@ class _Family(PreTrainedModel):
         where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
         if experts is None:
             inside = family.experts or {}
-            references = {name: _of_family(source, reference, where) for name, reference in inside.items()}
+            references = {name: reference_in_family(source, reference, where) for name, reference in inside.items()}
         else:
             references = expert_references(experts)
         default = known_expert(family.default_expert, references) if experts is None else None
@@ -217,13 +217,3 @@ def _pinned(base: str, download: Mapping[str, Any], gguf_file: str | None) -> di
         found = None if location.is_local else location.find(gguf_file or "config.json")
         return {} if found is None else {"revision": location.pinned(found).revision}
     return {}
-
-
-def _of_family(family: str, reference: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
-    """A family's own reference; ``./path`` is inside the family repo, at its revision and in its subfolder."""
-    repo = str(reference["repo"])
-    if not repo.startswith("./"):
-        return dict(reference)
-    parts = (where.get("subfolder"), repo[2:].rstrip("/"), reference.get("subfolder"))
-    revision = reference.get("revision") or where.get("revision")
-    return {"repo": family, "revision": revision, "subfolder": "/".join(filter(None, parts))}

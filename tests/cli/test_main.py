@@ -22,7 +22,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"meswitch {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compress", "distill", "inspect", "verify", "generate", "demo"])
+@pytest.mark.parametrize("command", ["compress", "distill", "inspect", "verify", "generate", "merge", "demo"])
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"meswitch {command}" in capsys.readouterr().out.split("example")[-1]
@@ -50,6 +50,8 @@ def test_every_command_shows_an_example(command, capsys):
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--max-tokens", "1"],
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--device", "abacus"],
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--dtype", "int8"],
+        ["merge", "delta"],
+        ["merge", "delta", "-o", "x", "--dtype", "int8"],
         ["generate", "base", "-p", "a", "--max-new-tokens", "0"],
         ["generate", "base", "-p", "a", "--temperature", "-1"],
         ["generate", "base", "-p", "a", "--expert", "math="],

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import MESwitchError
-from . import compress, demo, distill, generate, inspect, verify
+from . import compress, demo, distill, generate, inspect, merge, verify
 
 __all__ = ["main"]
 
-_COMMANDS = (compress, distill, inspect, verify, generate, demo)
+_COMMANDS = (compress, distill, inspect, verify, generate, merge, demo)
 _FAILURE, _INTERRUPTED = 1, 130
 
 

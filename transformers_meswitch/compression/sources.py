@@ -101,7 +101,7 @@ def _refuse_adapter(location: RepoLocation) -> None:
     if method == PEFT_TYPE:
         raise CheckpointError(
             f"{location} is a delta repo, expected a full checkpoint with a config.json. Give the fine-tune that the "
-            "delta was made from; or load the delta, merge_and_unload() it and save_pretrained() what comes of that."
+            "delta was made from; or make a full checkpoint of the delta with meswitch merge."
         )
     raise CheckpointError(
         f"{location} is a PEFT adapter ({method}), expected a full checkpoint with a config.json. An adapter is small "
@@ -259,6 +259,14 @@ class CheckpointParameters:
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own parameters by name, on the CPU in the checkpoint's dtype, read from the files."""
         return {name: self.checkpoint.tensor(self._names[full]) for name, full in self._owned[module].items()}
+
+    def stored_name(self, parameter: str) -> str:
+        """What the checkpoint calls a parameter; a tied one may share its tensor.
+
+        Args:
+            parameter: its full name in the model.
+        """
+        return self._names[parameter]
 
     def announce(self, module: str) -> None:
         """Have the system fetch a module's parameters from the disk meanwhile."""

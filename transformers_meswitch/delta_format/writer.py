@@ -21,11 +21,11 @@ import torch
 
 from ..configuration import MESwitchExpertConfig
 from ..errors import DeltaFormatError, OutputFolderError
-from ..sizes import parse_size
 from .asset_files import TEMPLATE_FOLDER, is_template, stale_assets
 from .folder_lock import PARTIAL_SUFFIX, FolderLock
 from .location import is_plain_path
 from .serialize import file_bytes, tensor_bytes, write_tensors
+from .shards import shard_limit, split_tensors
 from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EVIDENCE_NAME, FORMAT_VERSION
 from .tensor_files import TensorFiles
 from .validate import check_config, check_headers, check_values, tensor_headers
@@ -42,28 +42,9 @@ _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 _Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise DeltaFormatError(
-            f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'."
-        ) from error
-
-
 def _shards(headers: _Headers, limit: int | None) -> dict[str, list[str]]:
-    """File name to the names of the tensors it gets, in the order of names; a tensor is never split."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for key in sorted(headers):
-        size = tensor_bytes(*headers[key])
-        if limit is not None and groups[-1] and used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(key)
-        used += size
+    """File name to the names of the tensors it gets."""
+    groups = split_tensors(headers, limit)
     if len(groups) == 1:
         return {ADAPTER_WEIGHTS_NAME: groups[0]}
     return {f"adapter_model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)}
@@ -213,7 +194,7 @@ def write_delta(
     headers, get = _table(tensors)
     check_headers(records, headers)
     check_values(records, get)
-    shards = _shards(headers, None if max_shard_size is None else _bytes(max_shard_size))
+    shards = _shards(headers, None if max_shard_size is None else shard_limit(max_shard_size))
     contents = _other_files(assets, texts or {})
     if len(shards) > 1:
         total = sum(tensor_bytes(*header) for header in headers.values())

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
 from .attachment import restore_generation_config, set_vocab_size
 from .injection import switch_of, wrapped_layers
 from .naming import known_expert
-from .switch import ExpertSwitch
+from .switch import ExpertInfo, ExpertSwitch
 
-__all__ = ["merge_expert", "unload", "unmerge_expert"]
+__all__ = ["describe_expert", "merge_expert", "unload", "unmerge_expert"]
 
 
 def merge_expert(
@@ -88,20 +88,31 @@ def unload(model: Any, merged: bool) -> Any:
     return model
 
 
-def _become(model: Any, switch: ExpertSwitch, expert: str) -> None:
-    """Let a plain model say that it is the expert whose weights it holds: how it is tied and where its answers end."""
-    info = switch.experts[expert]
-    model.config.tie_word_embeddings = info.tied
-    text_config = model.config.get_text_config()
+def describe_expert(config: PreTrainedConfig, info: ExpertInfo) -> None:
+    """Let a base's configuration say that it is an expert's: vocabulary, how it is tied, where its answers end.
+
+    Args:
+        config: of the base; it is changed in place.
+        info: the expert.
+    """
+    config.tie_word_embeddings = info.tied
+    text_config = config.get_text_config()
+    text_config.vocab_size = info.vocab_size
     if info.eos_token_id:
         first, *more = info.eos_token_id
         text_config.eos_token_id = [first, *more] if more else first
     if info.pad_token_id is not None:
         text_config.pad_token_id = info.pad_token_id
+
+
+def _become(model: Any, switch: ExpertSwitch, expert: str) -> None:
+    """Let a plain model say that it is the expert whose weights it holds."""
+    info = switch.experts[expert]
+    describe_expert(model.config, info)
     if not isinstance(model, GenerationMixin):
         return
     path = None if info.files is None else info.files.asset("generation_config.json")
     if path is not None:
         model.generation_config = GenerationConfig.from_pretrained(path.parent)
     elif info.eos_token_id:
-        model.generation_config.eos_token_id = text_config.eos_token_id
+        model.generation_config.eos_token_id = model.config.get_text_config().eos_token_id

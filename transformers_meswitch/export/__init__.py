@@ -1,0 +1,1 @@
+"""Leaving the package: an expert as a checkpoint that needs nothing of it."""

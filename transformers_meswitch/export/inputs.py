@@ -1,0 +1,139 @@
+"""Finding a delta, of its own repo or of a family's, and the base that it belongs on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..compression.sources import Source, locate
+from ..configuration import MESwitchFamilyConfig, reference_in_family
+from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.location import RepoLocation
+from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
+from ..errors import CheckpointError, ExpertNotFoundError
+
+__all__ = ["Inputs", "open_inputs", "split_expert"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an expert is made of.
+
+    Attributes:
+        base: the base's files.
+        delta: the opened delta, whose values are sound and whose base this is.
+    """
+
+    base: Source
+    delta: Delta
+
+
+def split_expert(source: str) -> tuple[str, str | None]:
+    """A delta repo, or the family and the expert that ``FAMILY:EXPERT`` names.
+
+    Args:
+        source: folder or Hub id, with or without ``:EXPERT``. What is a folder as it stands is one.
+
+    >>> split_expert("me/mistral-family:math"), split_expert("me/math-delta")
+    (('me/mistral-family', 'math'), ('me/math-delta', None))
+    """
+    family, colon, expert = source.rpartition(":")
+    if not colon or not family or not expert or "/" in expert or "\\" in expert or Path(source).is_dir():
+        return source, None
+    return family, expert
+
+
+def open_inputs(
+    source: str | os.PathLike[str],
+    expert: str | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Inputs:
+    """Find a delta and its base, and make sure that they are whole and belong together.
+
+    Args:
+        source: folder or Hub id of a delta repo; of a family repo where ``expert`` is given.
+        expert: name of an expert of the family.
+        base: folder or Hub id of the base; by default what the family, or else the delta, names.
+        base_revision: branch, tag or commit of the base; by default what is named beside it.
+        revision: branch, tag or commit of the delta or family repo.
+        subfolder: folder inside it.
+        token: Hub token, or whether to use the stored one.
+        cache_dir: the Hub cache to use.
+        local_files_only: never use the network.
+
+    Raises:
+        BaseMismatchError: the delta was formed against another base.
+        CheckpointError: no such family or base; a missing, truncated or unreadable checkpoint.
+        CompressionError: the base is quantised.
+        DeltaFormatError: the delta is malformed.
+        ExpertNotFoundError: the family has no such expert.
+    """
+    download: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    repo, family_base = os.fspath(source), None
+    if expert is not None:
+        family, config = _family(RepoLocation(repo, revision, subfolder, **download, error=CheckpointError))
+        experts = config.experts or {}
+        if expert not in experts:
+            known = ", ".join(map(repr, experts)) or "none"
+            raise ExpertNotFoundError(f"The family {family} has no expert {expert!r}. It has: {known}.")
+        reference = reference_in_family(repo, experts[expert], {"revision": family.revision, "subfolder": subfolder})
+        repo, revision, subfolder = str(reference["repo"]), reference.get("revision"), reference.get("subfolder")
+        family_base = _base_in_family(config, family)
+    delta = open_delta(resolve_delta(repo, revision=revision, subfolder=subfolder, **download))
+    check_delta(delta)
+    if base is not None:
+        same = os.fspath(base) == delta.config.base_model_name_or_path
+        pinned = base_revision or (delta.config.revision if same else None)
+        location = RepoLocation(os.fspath(base), pinned, None, **download, error=CheckpointError)
+    else:
+        location = family_base or _stated_base(delta, download)
+        location = replace(location, revision=base_revision or location.revision)
+    found = locate(location)
+    if delta.config.base_fingerprint is not None:
+        compare_fingerprints(
+            delta.config.base_fingerprint, fingerprint_checkpoint(found.checkpoint.paths), str(found.location)
+        )
+    return Inputs(found, delta)
+
+
+def _family(location: RepoLocation) -> tuple[RepoLocation, MESwitchFamilyConfig]:
+    path = location.require("config.json")
+    location = location.pinned(path)
+    config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+    if not isinstance(config, MESwitchFamilyConfig):
+        raise CheckpointError(
+            f"{location} is a plain model (model_type {config.model_type!r}), expected a family with experts. Name "
+            "the delta repo itself, or the family that names it."
+        )
+    return location, config
+
+
+def _base_in_family(config: MESwitchFamilyConfig, family: RepoLocation) -> RepoLocation | None:
+    base = config.base_model_name_or_path
+    if not base:
+        return None
+    if base.startswith("./"):
+        inside = "/".join(filter(None, (family.subfolder, base[2:].rstrip("/"), config.base_subfolder)))
+        return replace(family, subfolder=inside)
+    return replace(family, repo=base, revision=config.base_revision, subfolder=config.base_subfolder)
+
+
+def _stated_base(delta: Delta, download: dict[str, Any]) -> RepoLocation:
+    """The base that a delta names; a relative path is relative to where the delta is."""
+    stated = delta.config.base_model_name_or_path
+    assert stated is not None  # a config without is refused
+    inside = delta.files.directory / stated
+    if stated.startswith(("./", "../")) and inside.is_dir():
+        return RepoLocation(str(inside.resolve()), **download, error=CheckpointError)
+    return RepoLocation(stated, delta.config.revision, None, **download, error=CheckpointError)

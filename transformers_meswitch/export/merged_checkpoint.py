@@ -1,0 +1,264 @@
+"""``merge_checkpoint``: base + delta as a plain checkpoint, written tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedConfig
+
+from ..cards import merged_card
+from ..compression.assets import find_assets, generation_config_of, license_of
+from ..compression.delta_parameters import DeltaParameters
+from ..compression.sources import CheckpointParameters, LiveParameters, meta_model, output_head
+from ..delta_format.asset_files import GENERATION_CONFIG, TEMPLATE_FOLDER
+from ..delta_format.folder_lock import PARTIAL_SUFFIX
+from ..delta_format.serialize import file_bytes, tensor_bytes, write_tensors
+from ..delta_format.shards import shard_limit, split_tensors
+from ..delta_format.tensor_files import TensorFiles
+from ..errors import OutputFolderError
+from ..peft_method.injection import expert_info, plan_injection
+from ..peft_method.merging import describe_expert
+from .inputs import Inputs, open_inputs
+
+__all__ = ["MergedCheckpoint", "merge_checkpoint"]
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_METADATA = {"format": "pt"}
+#: Safetensors names of the dtypes that weights can be asked for in.
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """What :func:`merge_checkpoint` wrote.
+
+    Attributes:
+        directory: the folder.
+        files: names of the weight files.
+        tensors: how many tensors they hold.
+        total_bytes: bytes of the weight files.
+        dtype: safetensors names of the tensors' dtypes.
+        base: the base, and its revision where it is of the Hub.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    tensors: int
+    total_bytes: int
+    dtype: tuple[str, ...]
+    base: str
+
+
+def merge_checkpoint(
+    source: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    expert: str | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "50GB",
+    progress: bool = True,
+) -> MergedCheckpoint:
+    """Write an expert as a plain checkpoint, ``W + Δ̂``, which loads without this package.
+
+    The tensors are those of ``merge_and_unload()`` of a model that was loaded in the dtype of its checkpoint, bit for
+    bit, under the names that the base's checkpoint has; what that has beside the model's parameters is left out. One
+    module at a time is in memory.
+
+    Args:
+        source: folder or Hub id of a delta repo; of a family repo where ``expert`` is given.
+        output_dir: a new or empty folder. It appears when all is written; an interrupted run leaves nothing.
+        expert: name of an expert of the family.
+        base: folder or Hub id of the base; by default what the family, or else the delta, names.
+        base_revision: branch, tag or commit of the base; by default what is named beside it.
+        revision: branch, tag or commit of the delta or family repo.
+        subfolder: folder inside it.
+        token: Hub token, or whether to use the stored one.
+        cache_dir: the Hub cache to use.
+        local_files_only: never use the network.
+        dtype: bfloat16, float16 or float32, to which sums are rounded; by default each tensor has the dtype of the
+            base's.
+        max_shard_size: weight files are at most of this size, bytes or such as ``"5GB"``.
+        progress: whether to show a progress bar.
+
+    Raises:
+        BaseMismatchError: the delta was formed against another base.
+        CheckpointError: a missing, truncated or unreadable checkpoint of the base; no such family.
+        CompressionError: the base is quantised.
+        DeltaFormatError: the delta is malformed, or does not fit the base.
+        ExpertNotFoundError: the family has no such expert.
+        OutputFolderError: the folder holds something, its disk has too little room, or ``max_shard_size`` is no size.
+        ValueError: another dtype.
+        OSError: the disk is not writable.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}, or None.")
+    limit = shard_limit(max_shard_size, OutputFolderError)
+    output = Path(output_dir)
+    _check_output(output)
+    inputs = open_inputs(
+        source,
+        expert,
+        base=base,
+        base_revision=base_revision,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    weights = _Weights(inputs, dtype)
+    shards = split_tensors(weights.headers, limit)
+    names = _file_names(len(shards))
+    sizes = [file_bytes({key: weights.headers[key] for key in keys}, _METADATA) for keys in shards]
+    _check_room(output, sum(sizes))
+    with (
+        _new_folder(output) as folder,
+        tqdm(total=len(weights.headers), desc="Merging", unit="tensor", disable=not progress) as bar,
+    ):
+
+        def get(name: str) -> Tensor:
+            bar.update()
+            return weights.tensor(name)
+
+        for name, keys in zip(names, shards, strict=True):
+            write_tensors(folder / name, {key: weights.headers[key] for key in keys}, get, _METADATA)
+        if len(shards) > 1:
+            (folder / _INDEX).write_text(_index(dict(zip(names, shards, strict=True)), weights))
+        _write_rest(folder, inputs, weights.config, dtype, os.fspath(source))
+    dtypes = tuple(sorted({kind for kind, _ in weights.headers.values()}))
+    return MergedCheckpoint(output, names, len(weights.headers), sum(sizes), dtypes, str(inputs.base.location))
+
+
+class _Weights:
+    """The tensors of the merged checkpoint.
+
+    Attributes:
+        config: the expert's configuration.
+        headers: name to safetensors dtype and shape.
+    """
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype | None) -> None:
+        base_model = meta_model(inputs.base.config)
+        plan_injection(base_model, inputs.delta.config, "expert", {})
+        info = expert_info(inputs.delta.config, base_model)
+        self.config: PreTrainedConfig = copy.deepcopy(inputs.base.config)
+        describe_expert(self.config, info)
+        model = meta_model(self.config)
+        self._base = CheckpointParameters(base_model, inputs.base.checkpoint)
+        shapes = LiveParameters(model)
+        tensors = TensorFiles(inputs.delta.files.weight_paths)
+        self._merged = DeltaParameters(model, self._base, shapes, inputs.delta.records, tensors)
+        self._source: dict[str, tuple[str, str]] = {}
+        self.headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._held: tuple[str, dict[str, Tensor]] = ("", {})
+        head = output_head(model)
+        for module in shapes.modules:
+            for key, shape in shapes.shapes(module).items():
+                if module == head and key == "weight" and info.tied:
+                    continue
+                full = f"{module}.{key}" if module else key
+                stored = self._base.stored_name(full)
+                kind = inputs.base.checkpoint.dtype(stored) if dtype is None else _DTYPES[dtype]
+                # A head that the base has not apart from its embedding gets the name that the model has for it.
+                name = full if stored in self._source else stored
+                self._source[name] = (module, key)
+                self.headers[name] = (kind, shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the dtype and shape that are announced, on the CPU."""
+        module, key = self._source[name]
+        # Weight and bias follow each other in the order of names: a module is put together once.
+        if self._held[0] != module:
+            self._held = (module, self._merged.of(module))
+        return self._held[1][key].to(_TORCH[self.headers[name][0]])
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputFolderError(f"{output} exists and is not an empty folder. Give one that is new or empty.")
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _check_room(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(_existing(output)).free
+    if free < needed:
+        raise OutputFolderError(
+            f"The checkpoint has {needed:,} bytes, and the disk of {output} has {free:,} left. Make room, or give a "
+            "folder on another disk."
+        )
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its place in the end, and is removed if anything goes wrong."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.absolute().parent / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            output.rmdir()  # only if it is still empty
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _file_names(count: int) -> tuple[str, ...]:
+    if count == 1:
+        return (_WEIGHTS,)
+    return tuple(f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1))
+
+
+def _index(shards: dict[str, list[str]], weights: _Weights) -> str:
+    total = sum(tensor_bytes(*header) for header in weights.headers.values())
+    weight_map = {key: name for name, keys in sorted(shards.items()) for key in keys}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+
+
+def _write_rest(
+    folder: Path, inputs: Inputs, config: PreTrainedConfig, dtype: torch.dtype | None, source: str
+) -> None:
+    """Configuration, generation config, tokenizer and card."""
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    location = inputs.delta.files.location
+    assert location is not None  # resolve_delta() always knows
+    assets = find_assets(location)
+    if not any(path.name != GENERATION_CONFIG for path in assets):
+        # An expert without a tokenizer of its own reads what its base's makes of a text.
+        assets += [path for path in find_assets(inputs.base.location) if path.name != GENERATION_CONFIG]
+    for path in assets:
+        target = folder / TEMPLATE_FOLDER / path.name if path.parent.name == TEMPLATE_FOLDER else folder / path.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if not (folder / GENERATION_CONFIG).exists():
+        generation = generation_config_of(inputs.base.location, config)
+        if inputs.delta.config.eos_token_id:
+            generation.eos_token_id = config.get_text_config().eos_token_id
+        generation.save_pretrained(folder)
+    card = merged_card(inputs.delta.config, source, license=license_of(location, inputs.base.location))
+    (folder / "README.md").write_text(card, encoding="utf-8")
