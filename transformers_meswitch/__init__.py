@@ -10,6 +10,7 @@ from .compression.recipe import compress
 from .configuration import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig
 from .distillation.recipe import distill
 from .errors import MESwitchError
+from .export.lora import ExtractedLora, extract_lora
 from .export.merged_checkpoint import MergedCheckpoint, merge_checkpoint
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
@@ -21,6 +22,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Evidence",
+    "ExtractedLora",
     "MESwitchConfig",
     "MESwitchError",
     "MESwitchExpertConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "MergedCheckpoint",
     "compress",
     "distill",
+    "extract_lora",
     "merge_checkpoint",
     "verify",
 ]

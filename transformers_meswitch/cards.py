@@ -8,7 +8,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "delta_card",
     "family_card",
     "hub_id",
+    "lora_card",
     "merge_card",
     "merged_card",
     "read_card",
@@ -238,6 +239,41 @@ def merged_card(config: MESwitchExpertConfig, delta: str, *, license: str | None
         delta=hub_id(delta),
         expert=hub_id(config.expert_model_name_or_path),
         bits=config.bits,
+    )
+
+
+def lora_card(
+    config: MESwitchExpertConfig,
+    delta: str,
+    *,
+    rank: int,
+    lost: float,
+    left_out: Mapping[str, int],
+    kl: tuple[float, float, int] | None = None,
+    license: str | None = None,
+) -> str:
+    """The ``README.md`` of a LoRA that was extracted from a delta.
+
+    Args:
+        config: the delta's ``adapter_config.json``.
+        delta: the delta repo, as it was named.
+        rank: of the factors.
+        lost: share of the linears' deltas that is not in them.
+        left_out: kind to number of modules that a LoRA has no place for: ``rows``, ``values``, ``biases``.
+        kl: KL divergence from base + delta with the LoRA and without, nats a token, and the tokens it was measured on.
+        license: Hub licence identifier, where known.
+    """
+    base = hub_id(config.base_model_name_or_path)
+    return _render(
+        "lora_card.md",
+        _metadata(base, license, ["lora", "peft", "arxiv:2406.09041"], library="peft"),
+        base=base,
+        delta=hub_id(delta),
+        expert=hub_id(config.expert_model_name_or_path),
+        rank=rank,
+        lost=lost,
+        left_out=left_out,
+        kl=kl,
     )
 
 

@@ -22,7 +22,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"meswitch {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compress", "distill", "inspect", "verify", "generate", "merge", "demo"])
+@pytest.mark.parametrize(
+    "command", ["compress", "distill", "inspect", "verify", "generate", "merge", "extract-lora", "demo"]
+)
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"meswitch {command}" in capsys.readouterr().out.split("example")[-1]
@@ -50,6 +52,9 @@ def test_every_command_shows_an_example(command, capsys):
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--max-tokens", "1"],
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--device", "abacus"],
         ["verify", "base", "expert", "delta", "--text", "a.txt", "--dtype", "int8"],
+        ["extract-lora", "delta", "-o", "x", "--rank", "0"],
+        ["extract-lora", "delta", "-o", "x", "--max-tokens", "1"],
+        ["extract-lora", "delta", "-o", "x", "--device", "abacus"],
         ["merge", "delta"],
         ["merge", "delta", "-o", "x", "--dtype", "int8"],
         ["generate", "base", "-p", "a", "--max-new-tokens", "0"],

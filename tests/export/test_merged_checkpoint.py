@@ -260,7 +260,7 @@ def test_an_empty_folder_is_taken(tiny_family, tmp_path):
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tiny_family, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(merged_checkpoint.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(MESwitchError, match=r"has 1,000 left"):
         merge_checkpoint(tiny_family.deltas["math"], tmp_path / "out", base=tiny_family.base, progress=False)
     assert not list(tmp_path.iterdir())

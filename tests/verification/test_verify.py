@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fixtures_models import ADDED_TOKENS, VOCAB_SIZE, dense_delta, dense_model, fine_tune
 from transformers_meswitch import MESwitchConfig, compress, verify
 from transformers_meswitch.errors import BaseMismatchError, DeltaFormatError, VerificationError
+from transformers_meswitch.verification import text as text_module
 from transformers_meswitch.verification import verify as module
 from transformers_meswitch.verification.evidence import read_evidence, tensors_digest
 
@@ -157,12 +158,12 @@ def test_fewer_bits_are_further_and_one_flipped_layer_is_found(tiny_family, tmp_
 def test_text_is_cut_to_pieces_and_to_max_tokens(tiny_family, monkeypatch):
     arguments = (tiny_family.base, tiny_family.experts["math"], tiny_family.deltas["math"])
     texts = texts_of("math", count=3, length=100)
-    monkeypatch.setattr(module, "_PIECE", 30)
+    monkeypatch.setattr(text_module, "_PIECE", 30)
     pieces = [text[start : start + 30] for text in texts for start in range(0, 90, 30)]
     # Of each text the last 10 tokens are a piece of their own; 230 tokens end within the third text's second piece.
     expected = [*pieces[:3], texts[0][90:], *pieces[3:6], texts[1][90:], texts[2][:30]]
     cut = verify(*arguments, texts, max_tokens=230, progress=False)
-    monkeypatch.setattr(module, "_PIECE", 512)
+    monkeypatch.setattr(text_module, "_PIECE", 512)
     assert cut.text == verify(*arguments, expected, progress=False).text
     assert cut.text.tokens == 230 - 9
     assert cut.text.tokens_sha256 != verify(*arguments, texts, progress=False).text.tokens_sha256

@@ -18,9 +18,10 @@ def usable_device(args: argparse.Namespace) -> torch.device:
     """
     import torch
 
+    from ..devices import best_device
+
     if args.device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return best_device()
     try:
         device = torch.device(args.device)
         # A device that torch can name may still be absent; where torch was built without it, that is an assertion.

@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +14,24 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedConfig
 
 from ..cards import merged_card
-from ..compression.assets import find_assets, generation_config_of, license_of
+from ..compression.assets import generation_config_of
 from ..compression.delta_parameters import DeltaParameters
 from ..compression.sources import CheckpointParameters, LiveParameters, meta_model, output_head
-from ..delta_format.asset_files import GENERATION_CONFIG, TEMPLATE_FOLDER
-from ..delta_format.folder_lock import PARTIAL_SUFFIX
+from ..delta_format.asset_files import GENERATION_CONFIG
 from ..delta_format.serialize import file_bytes, tensor_bytes, write_tensors
 from ..delta_format.shards import shard_limit, split_tensors
 from ..delta_format.tensor_files import TensorFiles
-from ..errors import OutputFolderError
+from ..errors import CheckpointError, OutputFolderError
 from ..peft_method.injection import expert_info, plan_injection
 from ..peft_method.merging import describe_expert
 from .inputs import Inputs, open_inputs
+from .output import DTYPES, check_output, check_room, copy_assets, license_of_delta, new_folder
 
 __all__ = ["MergedCheckpoint", "merge_checkpoint"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
-#: Safetensors names of the dtypes that weights can be asked for in.
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -109,11 +103,11 @@ def merge_checkpoint(
         ValueError: another dtype.
         OSError: the disk is not writable.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}, or None.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None.")
     limit = shard_limit(max_shard_size, OutputFolderError)
     output = Path(output_dir)
-    _check_output(output)
+    check_output(output)
     inputs = open_inputs(
         source,
         expert,
@@ -129,9 +123,9 @@ def merge_checkpoint(
     shards = split_tensors(weights.headers, limit)
     names = _file_names(len(shards))
     sizes = [file_bytes({key: weights.headers[key] for key in keys}, _METADATA) for keys in shards]
-    _check_room(output, sum(sizes))
+    check_room(output, sum(sizes))
     with (
-        _new_folder(output) as folder,
+        new_folder(output) as folder,
         tqdm(total=len(weights.headers), desc="Merging", unit="tensor", disable=not progress) as bar,
     ):
 
@@ -177,7 +171,12 @@ class _Weights:
                     continue
                 full = f"{module}.{key}" if module else key
                 stored = self._base.stored_name(full)
-                kind = inputs.base.checkpoint.dtype(stored) if dtype is None else _DTYPES[dtype]
+                kind = inputs.base.checkpoint.dtype(stored) if dtype is None else DTYPES[dtype]
+                if kind not in _TORCH:
+                    raise CheckpointError(
+                        f"{stored} of {inputs.base.location} is of dtype {kind}, expected {', '.join(_TORCH)}. Give "
+                        "dtype= (--dtype), or a base in one of them."
+                    )
                 # A head that the base has not apart from its embedding gets the name that the model has for it.
                 name = full if stored in self._source else stored
                 self._source[name] = (module, key)
@@ -190,40 +189,6 @@ class _Weights:
         if self._held[0] != module:
             self._held = (module, self._merged.of(module))
         return self._held[1][key].to(_TORCH[self.headers[name][0]])
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputFolderError(f"{output} exists and is not an empty folder. Give one that is new or empty.")
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def _check_room(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(_existing(output)).free
-    if free < needed:
-        raise OutputFolderError(
-            f"The checkpoint has {needed:,} bytes, and the disk of {output} has {free:,} left. Make room, or give a "
-            "folder on another disk."
-        )
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its place in the end, and is removed if anything goes wrong."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.absolute().parent / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    partial.mkdir()
-    try:
-        yield partial
-        if output.exists():
-            output.rmdir()  # only if it is still empty
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _file_names(count: int) -> tuple[str, ...]:
@@ -245,20 +210,11 @@ def _write_rest(
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    location = inputs.delta.files.location
-    assert location is not None  # resolve_delta() always knows
-    assets = find_assets(location)
-    if not any(path.name != GENERATION_CONFIG for path in assets):
-        # An expert without a tokenizer of its own reads what its base's makes of a text.
-        assets += [path for path in find_assets(inputs.base.location) if path.name != GENERATION_CONFIG]
-    for path in assets:
-        target = folder / TEMPLATE_FOLDER / path.name if path.parent.name == TEMPLATE_FOLDER else folder / path.name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+    copy_assets(inputs, folder)
     if not (folder / GENERATION_CONFIG).exists():
         generation = generation_config_of(inputs.base.location, config)
         if inputs.delta.config.eos_token_id:
             generation.eos_token_id = config.get_text_config().eos_token_id
         generation.save_pretrained(folder)
-    card = merged_card(inputs.delta.config, source, license=license_of(location, inputs.base.location))
+    card = merged_card(inputs.delta.config, source, license=license_of_delta(inputs))
     (folder / "README.md").write_text(card, encoding="utf-8")

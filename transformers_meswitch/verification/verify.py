@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from ..cards import hub_id
 from ..compression.calibration import Calibration, read_samples
 from ..compression.sources import Source
-from ..delta_format.location import RepoLocation
 from ..delta_format.reader import Delta
 from ..delta_format.spec import LinearRecord
+from ..devices import best_device
 from ..errors import VerificationError
 from ..inspection import relative_errors
 from ..modeling import MESwitchModelForCausalLM
@@ -33,13 +33,10 @@ from .evidence import Evidence, TextEvidence, WeightEvidence, tensors_digest
 from .fidelity import Fidelity, perplexity
 from .inputs import folder_of, open_inputs
 from .saved import check_saveable, save_evidence
+from .text import MIN_TOKENS, logits_of, piece_length, pieces_of, tokenizer_of
 
 __all__ = ["verify"]
 
-#: Longer samples are cut into pieces of this length. It bounds the logits in memory: 512 × vocabulary numbers a model.
-_PIECE = 512
-#: Fewer tokens than this say nothing; it is a guard against a wrong file, not advice.
-_MIN_TOKENS = 32
 #: Name of the delta on the base.
 _DELTA = "delta"
 
@@ -120,7 +117,7 @@ def verify(
     )
     text = None
     if texts is not None:
-        where = torch.device(device) if device is not None else _accelerator()
+        where = torch.device(device) if device is not None else best_device()
         dtype = dtype or (torch.float32 if where.type == "cpu" else of_base.config.dtype or torch.float32)
         text = _run(of_base, of_expert, opened, texts, max_tokens, where, dtype, progress)
     evidence = Evidence(
@@ -148,11 +145,6 @@ def _weights_by_bits(delta: Delta) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _accelerator() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
 def _versions() -> dict[str, str]:
     from .. import __version__
 
@@ -171,11 +163,11 @@ def _run(
     progress: bool,
 ) -> TextEvidence:
     """Run expert, base, and base + delta on the same text."""
-    tokenizer = _tokenizer(expert.location)
-    pieces = list(_pieces(tokenizer, read_samples(texts, tokenizer), _length(expert), max_tokens))
-    if sum(map(len, pieces)) < _MIN_TOKENS:
+    tokenizer = tokenizer_of(expert.location)
+    pieces = list(pieces_of(tokenizer, read_samples(texts, tokenizer), piece_length(expert), max_tokens))
+    if sum(map(len, pieces)) < MIN_TOKENS:
         raise VerificationError(
-            f"The text has {sum(map(len, pieces))} tokens, expected at least {_MIN_TOKENS}, and a few thousand for "
+            f"The text has {sum(map(len, pieces))} tokens, expected at least {MIN_TOKENS}, and a few thousand for "
             "numbers to rely on. Give samples of what the expert is asked and answers."
         )
     comparison = _Comparison()
@@ -226,7 +218,7 @@ class _Comparison:
         """
         vocab_size = reference.shape[-1]
         model.set_expert(_DELTA)
-        of_delta = _logits(model, ids)[:, :vocab_size]
+        of_delta = logits_of(model, ids)[:, :vocab_size]
         self.delta.add(reference, of_delta, torch.tensor(ids[1:]))
         # The base reads the text without the tokens that it does not know.
         known = torch.tensor([place for place, token in enumerate(ids) if token < shared])
@@ -234,7 +226,7 @@ class _Comparison:
             return
         model.set_expert(None)
         kept = torch.tensor(ids)[known]
-        of_base = _logits(model, kept.tolist())[:, :shared]
+        of_base = logits_of(model, kept.tolist())[:, :shared]
         rows = (known[1:] - 1).to(reference.device)
         of_expert, targets = reference[rows, :shared], kept[1:]
         self.shared_base.add(of_expert, of_base, targets)
@@ -247,10 +239,10 @@ class _Comparison:
             VerificationError: a model gave NaN, or the base knows too few of the tokens.
         """
         delta, base, shared_delta = self.delta, self.shared_base, self.shared_delta
-        if base.tokens < _MIN_TOKENS:
+        if base.tokens < MIN_TOKENS:
             raise VerificationError(
                 f"The base knows {base.tokens} of the text's {delta.tokens} predicted tokens, expected at least "
-                f"{_MIN_TOKENS}. Check that base and expert belong together, and give more text."
+                f"{MIN_TOKENS}. Check that base and expert belong together, and give more text."
             )
         for who, figure in (("expert", base.reference_nll), ("delta", delta.kl), ("base", base.kl)):
             if math.isnan(figure):
@@ -270,43 +262,6 @@ class _Comparison:
             perplexity_delta=perplexity(shared_delta.model_nll, shared_delta.tokens),
             **facts,
         )
-
-
-def _tokenizer(expert: RepoLocation) -> PreTrainedTokenizerBase:
-    where: dict[str, Any] = {
-        "revision": expert.revision,
-        "token": expert.token,
-        "cache_dir": expert.cache_dir,
-        "local_files_only": expert.local_files_only,
-    }
-    try:
-        return AutoTokenizer.from_pretrained(expert.repo, **where)
-    except (OSError, ValueError) as error:
-        raise VerificationError(
-            f"Running text needs the tokenizer of {expert}, which cannot be read: {error} Save the expert's tokenizer "
-            "beside it, or leave the text out to compare the weights only."
-        ) from error
-
-
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, samples: Iterable[str], length: int, max_tokens: int
-) -> Iterator[list[int]]:
-    """Token ids of each sample, in pieces of 2 to ``length``, up to ``max_tokens`` in all."""
-    left = max_tokens
-    for sample in samples:
-        ids = tokenizer(sample, verbose=False)["input_ids"][:left]
-        for start in range(0, len(ids), length):
-            piece = ids[start : start + length]
-            # The first token of a piece is not predicted, so one alone tells nothing.
-            if len(piece) > 1:
-                left -= len(piece)
-                yield piece
-        if left < 2:
-            return
-
-
-def _length(source: Source) -> int:
-    return min(_PIECE, getattr(source.config.get_text_config(), "max_position_embeddings", None) or _PIECE)
 
 
 def _keep_logits(
@@ -330,14 +285,8 @@ def _keep_logits(
     todo = list(zip(pieces, files, strict=True))
     for ids, file in tqdm(todo, desc="Running the expert", unit="text", disable=not progress):
         # As bytes, not as a file that stays mapped: it is deleted as soon as it was read.
-        file.write_bytes(save({"logits": _logits(model, ids)[:, :vocab_size].cpu().contiguous()}))
+        file.write_bytes(save({"logits": logits_of(model, ids)[:, :vocab_size].cpu().contiguous()}))
     return vocab_size
-
-
-@torch.inference_mode()
-def _logits(model: Any, ids: list[int]) -> Tensor:
-    """What a model predicts after each of the tokens but the last: ``[len(ids) - 1, vocabulary]`` in its own dtype."""
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
 
 
 def _tokens_digest(pieces: list[list[int]]) -> str:
