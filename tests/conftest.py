@@ -20,6 +20,8 @@ settings.load_profile("meswitch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What one worker runs as a whole comes first, or the others wait for it in the end.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
