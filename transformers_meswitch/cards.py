@@ -23,6 +23,7 @@ from .verification.evidence import read_evidence
 
 if TYPE_CHECKING:
     from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
+    from .export.output import Origin
     from .verification.evidence import Evidence
 
 __all__ = [
@@ -222,29 +223,34 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
     )
 
 
-def merged_card(config: MESwitchExpertConfig, delta: str, *, license: str | None = None) -> str:
+def merged_card(
+    config: MESwitchExpertConfig, origin: Origin, expert: str | None = None, *, license: str | None = None
+) -> str:
     """The ``README.md`` of a checkpoint that an expert was merged into.
 
     Args:
         config: the delta's ``adapter_config.json``.
-        delta: the delta repo, as it was named.
+        origin: what it was made of.
+        expert: its name in a family, if it is of one.
         license: Hub licence identifier, where known.
     """
-    base = hub_id(config.base_model_name_or_path)
+    base = hub_id(origin.base)
     return _render(
         "merged_card.md",
         _metadata(base, license, ["me-switch", "arxiv:2406.09041"], library="transformers", relation="finetune"),
         base=base,
-        base_revision=config.revision if base else None,
-        delta=hub_id(delta),
-        expert=hub_id(config.expert_model_name_or_path),
+        base_revision=origin.base_revision if base else None,
+        origin=origin,
+        fine_tune=hub_id(config.expert_model_name_or_path),
+        expert=expert,
         bits=config.bits,
     )
 
 
 def lora_card(
     config: MESwitchExpertConfig,
-    delta: str,
+    origin: Origin,
+    expert: str | None = None,
     *,
     rank: int,
     lost: float,
@@ -256,20 +262,22 @@ def lora_card(
 
     Args:
         config: the delta's ``adapter_config.json``.
-        delta: the delta repo, as it was named.
+        origin: what it was made of.
+        expert: its name in a family, if it is of one.
         rank: of the factors.
         lost: share of the linears' deltas that is not in them.
         left_out: kind to number of modules that a LoRA has no place for: ``rows``, ``values``, ``biases``.
         kl: KL divergence from base + delta with the LoRA and without, nats a token, and the tokens it was measured on.
         license: Hub licence identifier, where known.
     """
-    base = hub_id(config.base_model_name_or_path)
+    base = hub_id(origin.base)
     return _render(
         "lora_card.md",
         _metadata(base, license, ["lora", "peft", "arxiv:2406.09041"], library="peft"),
         base=base,
-        delta=hub_id(delta),
-        expert=hub_id(config.expert_model_name_or_path),
+        origin=origin,
+        fine_tune=hub_id(config.expert_model_name_or_path),
+        expert=expert,
         rank=rank,
         lost=lost,
         left_out=left_out,

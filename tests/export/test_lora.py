@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,6 +135,33 @@ def test_transposed_linears_of_gpt2(tmp_path):
     twin = twin.merge_and_unload(adapter_names=["it"]).state_dict()
     for name in deltas_of(delta):
         torch.testing.assert_close(plain.state_dict()[f"{name}.weight"], twin[f"{name}.weight"], atol=1e-5, rtol=0)
+
+
+def test_the_base_that_it_names_is_the_one(tiny_family, tmp_path):
+    extract_lora(FAMILY, tmp_path / "family", "letter", rank=4, progress=False)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "family")
+    assert adapted.active_peft_config.base_model_name_or_path == str(FAMILY / "base")
+    assert type(adapted.get_base_model()).__name__ == "LlamaForCausalLM"
+
+    delta = Path(shutil.copytree(tiny_family.deltas["math"], tmp_path / "delta"))
+    config = json.loads((delta / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "alice/base", "revision": "1234"}
+    (delta / "adapter_config.json").write_text(json.dumps(config))
+    extract_lora(delta, tmp_path / "hub", base=tiny_family.base, rank=4, progress=False)
+    written = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
+    # A local copy stood for the base on the Hub, whose fingerprint it has.
+    assert (written["base_model_name_or_path"], written["revision"]) == ("alice/base", "1234")
+    assert "[alice/base](https://huggingface.co/alice/base)" in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_text_is_read_before_anything_is_worked_out(tiny_family, tmp_path, monkeypatch):
+    from transformers_meswitch.export import lora
+
+    monkeypatch.setattr(lora, "low_rank", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(MESwitchError, match=r"none\.jsonl"):
+        extract_lora(
+            tiny_family.deltas["math"], tmp_path / "out", base=tiny_family.base, texts=tmp_path / "none.jsonl"
+        )
 
 
 @torch.no_grad()

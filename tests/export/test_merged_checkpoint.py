@@ -137,6 +137,79 @@ def test_other_architectures(model_type, tmp_path):
     assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), merged_model(base, delta))
 
 
+def gemma4(layer_scalar):
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=64, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(layer_scalar)
+    return model
+
+
+def test_buffers_that_a_checkpoint_holds_come_along(tmp_path):
+    """Gemma 4 scales the output of its layers by numbers that are no parameters."""
+    from transformers_meswitch import MESwitchConfig, compress
+
+    base, expert, delta = (tmp_path / name for name in ("base", "expert", "delta"))
+    gemma4(0.37).save_pretrained(base)
+    model = gemma4(0.37)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1 * torch.randn(64, 32)
+    model.save_pretrained(expert)
+    compress(base, expert, delta, MESwitchConfig(bits=2, salient_channels=3), calibration=None, progress=False)
+    merge_checkpoint(delta, tmp_path / "out", base=base, progress=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    scalars = [buffer for name, buffer in plain.named_buffers() if name.endswith("layer_scalar")]
+    assert [float(scalar) for scalar in scalars] == [pytest.approx(0.37)] * 2
+    assert same_tensors(plain, merged_model(base, delta))
+
+    edited(expert, lambda tensors: next(t for key, t in tensors.items() if key.endswith("layer_scalar")).fill_(2))
+    with pytest.raises(MESwitchError, match="layer_scalar that is no parameter"):
+        compress(base, expert, tmp_path / "other", MESwitchConfig(bits=2), calibration=None, progress=False)
+
+
+@pytest.mark.parametrize("expert_tied", [True, False])
+def test_a_tied_base_that_is_stored_as_its_head(expert_tied, tmp_path):
+    from tests.models.architectures import build, fine_tune
+    from transformers_meswitch import MESwitchConfig, compress
+
+    base, expert, delta = (tmp_path / name for name in ("base", "expert", "delta"))
+    build("llama", True).save_pretrained(base)
+    fine_tune(base, seed=1, tied=expert_tied).save_pretrained(expert)
+    edited(base, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    compress(base, expert, delta, MESwitchConfig(bits=2, salient_channels=3), calibration=None, progress=False)
+    merge_checkpoint(delta, tmp_path / "out", base=base, progress=False)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same_tensors(plain, merged_model(base, delta))
+
+
+def test_a_delta_with_a_chat_template_alone_gets_its_bases_tokenizer(tiny_family, tmp_path):
+    delta = Path(shutil.copytree(tiny_family.deltas["math"], tmp_path / "delta"))
+    for path in delta.glob("tokenizer*"):
+        path.unlink()
+    (delta / "chat_template.jinja").write_text("{{ messages }}")
+    merge_checkpoint(delta, tmp_path / "out", base=tiny_family.base, progress=False)
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tiny_family.base)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == "{{ messages }}"
+
+
+def test_the_code_that_a_base_names_is_not_asked_for(tiny_family, tmp_path):
+    base = Path(shutil.copytree(tiny_family.base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_x.X"}}
+    (base / "config.json").write_text(json.dumps(config))
+    merge_checkpoint(tiny_family.deltas["math"], tmp_path / "out", base=base, progress=False)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_without_a_generation_config_the_bases_ends_where_the_expert_does(tiny_family, tmp_path):
     delta = Path(shutil.copytree(tiny_family.deltas["code"], tmp_path / "delta"))
     (delta / "generation_config.json").unlink()
@@ -164,7 +237,9 @@ def test_a_family_on_the_hub(tmp_path):
     code = (
         "import sys\n"
         "from transformers_meswitch.cli import main\n"
-        "raise SystemExit(main(['merge', 'alice/family:json', '-o', sys.argv[1], '--json']))\n"
+        "for more, name in ((['--subfolder', 'experts/json'], ''), ([], ':json')):\n"
+        "    output = sys.argv[1] + ('' if name else '-alone')\n"
+        "    assert not main(['merge', 'alice/family' + name, '-o', output, '--json', *more])\n"
     )
     with HubServer() as hub:
         files = [path for path in FAMILY.rglob("*") if path.is_file()]
@@ -176,10 +251,16 @@ def test_a_family_on_the_hub(tmp_path):
             text=True,
         )
     assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout)["base"].startswith("alice/family/base (revision ")
+    for line in process.stdout.splitlines():
+        assert json.loads(line)["base"].startswith("alice/family/base (revision ")
     merge_checkpoint(FAMILY, tmp_path / "local", "json", progress=False)
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "local")]
-    assert same[0] == same[1]
+    alone, out, local = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("out-alone", "out", "local")
+    )
+    assert alone == out == local
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# The expert `json`, restored from its delta" in card
+    assert "[alice/family](https://huggingface.co/alice/family), `experts/json`," in card
 
 
 def edited(folder, change):
@@ -229,6 +310,8 @@ def delta_without_base(family, tmp_path):
         (lambda family, _: {"source": family.base, "expert": "math"}, "is a plain model .*'llama'"),
         (lambda family, _: {"source": FAMILY, "expert": "poetry"}, "no expert 'poetry'. It has: 'json', "),
         (lambda family, _: {"source": family.deltas["math"], "max_shard_size": "much"}, "max_shard_size is 'much'"),
+        (lambda family, _: {"source": family.deltas["math"], "max_shard_size": 0}, "max_shard_size is 0"),
+        (lambda family, _: {"source": FAMILY}, "is a family; name one of its experts, json, letter, redact"),
         (lambda family, _: {"source": family.deltas["math"], "dtype": torch.int8}, "dtype is torch.int8, expected"),
     ],
 )
@@ -253,9 +336,22 @@ def test_what_is_there_is_not_overwritten(what, tiny_family, tmp_path):
     assert (output / "mine.txt" if what == "folder" else output).read_text() == "mine"
 
 
-def test_an_empty_folder_is_taken(tiny_family, tmp_path):
-    merge_checkpoint(tiny_family.deltas["math"], tmp_path, base=tiny_family.base, progress=False)
-    assert (tmp_path / "model.safetensors").is_file()
+@pytest.mark.parametrize("how", ["there", "here", "link"])
+def test_an_empty_folder_is_taken(how, tiny_family, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    output = folder
+    if how == "here":
+        monkeypatch.chdir(folder)
+        output = Path(".")
+    elif how == "link":
+        output = tmp_path / "link"
+        output.symlink_to(folder, target_is_directory=True)
+    inode = folder.stat().st_ino
+    merge_checkpoint(tiny_family.deltas["math"], output, base=tiny_family.base, progress=False)
+    assert folder.stat().st_ino == inode, "a mounted disk cannot be replaced"
+    assert (output / "model.safetensors").is_file()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tiny_family, tmp_path, monkeypatch):
@@ -269,9 +365,9 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tiny_family, tmp
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interrupted_run_leaves_nothing(error, there, tiny_family, tmp_path, monkeypatch):
-    output = tmp_path / "out"
+    output = tmp_path / "new" / "parents" / "out"
     if there:
-        output.mkdir()
+        output.mkdir(parents=True)
     written = []
     write = merged_checkpoint.write_tensors
 
@@ -287,7 +383,7 @@ def test_an_interrupted_run_leaves_nothing(error, there, tiny_family, tmp_path, 
             tiny_family.deltas["math"], output, base=tiny_family.base, max_shard_size=40_000, progress=False
         )
     assert written
-    assert list(tmp_path.iterdir()) == [output] * there
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"] * there
     assert not there or not list(output.iterdir())
 
 

@@ -49,6 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the delta or family repo")
     parser.add_argument("--subfolder", metavar="DIR", help="folder inside the delta or family repo")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
     parser.add_argument("--device", help="torch device; default: an accelerator if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, parser=parser)
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if args.max_tokens < 2:
         args.parser.error(f"argument --max-tokens: {args.max_tokens} is below 2")
     device = usable_device(args)
+
+    import torch
 
     from ..export.inputs import split_expert
     from ..export.lora import extract_lora
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
         base_revision=args.base_revision,
         revision=args.revision,
         subfolder=args.subfolder,
+        dtype=getattr(torch, args.dtype),
         device=device,
     )
     print(json.dumps(_as_json(found), indent=2) if args.json else _render(found))

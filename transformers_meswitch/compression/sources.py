@@ -209,6 +209,7 @@ class CheckpointParameters:
     Attributes:
         checkpoint: its files.
         unknown: names of tensors that the model has no place for.
+        buffers: name in the model to name of the tensor, for what it has beside parameters.
 
     Raises:
         CompressionError: a parameter of the model is missing from the checkpoint, or has another shape there.
@@ -221,6 +222,8 @@ class CheckpointParameters:
         names = map_names(model, checkpoint.names)
         self._names = dict(names.checkpoint_name)
         self.unknown = names.unknown
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.buffers = {name: stored for name, stored in self._names.items() if name not in parameters}
         self.modules = tuple(self._owned)
         head = output_head(model)
         self.tied = False
@@ -275,13 +278,13 @@ class CheckpointParameters:
 
 
 def check_unknown(base: CheckpointParameters, expert: CheckpointParameters) -> None:
-    """Tensors that the model has no place for may be left out only if the expert's are the base's.
+    """Tensors that are no parameters may be left out only if the expert's are the base's.
 
     Raises:
         UnsupportedModelError: naming the tensor.
     """
     ours, theirs = expert.checkpoint, base.checkpoint
-    for name in expert.unknown:
+    for name in (*expert.unknown, *expert.buffers.values()):
         if name not in theirs or not torch.equal(theirs.tensor(name), ours.tensor(name)):
             raise UnsupportedModelError(
                 f"{ours.repo} has a tensor {name} that is no parameter of the causal LM and differs from the base's "

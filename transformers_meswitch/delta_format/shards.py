@@ -19,17 +19,18 @@ def shard_limit(size: int | str, error: type[MESwitchError] = DeltaFormatError) 
         error: type of the error raised.
 
     Raises:
-        MESwitchError: of that type: a text that is no size.
+        MESwitchError: of that type: a text that is no size, or no bytes at all.
 
     >>> shard_limit("5GB"), shard_limit(4096)
     (5000000000, 4096)
     """
-    if isinstance(size, int):
-        return size
     try:
-        return parse_size(size)
-    except ValueError as cause:
-        raise error(f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'.") from cause
+        found = size if isinstance(size, int) else parse_size(size)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise error(f"max_shard_size is {size!r}, expected bytes or a size such as '5GB' or '500MB'.")
+    return found
 
 
 def split_tensors(headers: Mapping[str, tuple[str, tuple[int, ...]]], limit: int | None = None) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from transformers import AutoConfig
 from ..compression.sources import Source, locate
 from ..configuration import MESwitchFamilyConfig, reference_in_family
 from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
-from ..delta_format.location import RepoLocation
+from ..delta_format.header import parse_json
+from ..delta_format.location import RepoLocation, is_plain_path
 from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
+from ..delta_format.spec import ADAPTER_CONFIG_NAME
 from ..errors import CheckpointError, ExpertNotFoundError
 
 __all__ = ["Inputs", "open_inputs", "split_expert"]
@@ -74,7 +77,8 @@ def open_inputs(
 
     Raises:
         BaseMismatchError: the delta was formed against another base.
-        CheckpointError: no such family or base; a missing, truncated or unreadable checkpoint.
+        CheckpointError: no such family or base; a family without the name of an expert; a missing, truncated or
+            unreadable checkpoint.
         CompressionError: the base is quantised.
         DeltaFormatError: the delta is malformed.
         ExpertNotFoundError: the family has no such expert.
@@ -90,6 +94,8 @@ def open_inputs(
         reference = reference_in_family(repo, experts[expert], {"revision": family.revision, "subfolder": subfolder})
         repo, revision, subfolder = str(reference["repo"]), reference.get("revision"), reference.get("subfolder")
         family_base = _base_in_family(config, family)
+    else:
+        _refuse_family(RepoLocation(repo, revision, subfolder, **download, error=CheckpointError))
     delta = open_delta(resolve_delta(repo, revision=revision, subfolder=subfolder, **download))
     check_delta(delta)
     if base is not None:
@@ -129,11 +135,34 @@ def _base_in_family(config: MESwitchFamilyConfig, family: RepoLocation) -> RepoL
     return replace(family, repo=base, revision=config.base_revision, subfolder=config.base_subfolder)
 
 
+def _refuse_family(location: RepoLocation) -> None:
+    """Say how to name an expert where a family was named alone."""
+    if location.find(ADAPTER_CONFIG_NAME) is not None:
+        return
+    path = location.find("config.json")
+    content = {} if path is None else parse_json(path.read_bytes(), str(path), CheckpointError)
+    if content.get("model_type") == MESwitchFamilyConfig.model_type:
+        experts = ", ".join(map(str, content.get("experts") or ())) or "none"
+        raise CheckpointError(
+            f"{location} is a family; name one of its experts, {experts}: FAMILY:EXPERT on the command line, "
+            "expert= in Python."
+        )
+
+
 def _stated_base(delta: Delta, download: dict[str, Any]) -> RepoLocation:
     """The base that a delta names; a relative path is relative to where the delta is."""
-    stated = delta.config.base_model_name_or_path
+    stated, location = delta.config.base_model_name_or_path, delta.files.location
     assert stated is not None  # a config without is refused
-    inside = delta.files.directory / stated
-    if stated.startswith(("./", "../")) and inside.is_dir():
-        return RepoLocation(str(inside.resolve()), **download, error=CheckpointError)
+    if stated.startswith(("./", "../")):
+        inside = delta.files.directory / stated
+        if inside.is_dir():
+            return RepoLocation(str(inside.resolve()), **download, error=CheckpointError)
+        if location is not None and not location.is_local:
+            subfolder = posixpath.normpath(posixpath.join(location.subfolder or "", stated))
+            if is_plain_path(subfolder):
+                return replace(location, subfolder=subfolder, error=CheckpointError)
+        raise CheckpointError(
+            f"{delta.files.config_path} names the base {stated!r}, and there is none at that place. Give it: "
+            "base=, or --base on the command line."
+        )
     return RepoLocation(stated, delta.config.revision, None, **download, error=CheckpointError)

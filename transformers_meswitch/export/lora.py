@@ -13,22 +13,21 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from ..cards import hub_id, lora_card
+from ..cards import lora_card
 from ..compression.calibration import Calibration
-from ..compression.expert_config import portable_name
 from ..compression.linear import reconstruct_linear
 from ..compression.sources import meta_model
 from ..delta_format.serialize import file_bytes, write_tensors
-from ..delta_format.spec import AnyRowsRecord, LinearRecord, ModuleRecord, tensor_key
+from ..delta_format.spec import ADAPTER_CONFIG_NAME, AnyRowsRecord, LinearRecord, ModuleRecord, tensor_key
 from ..delta_format.tensor_files import TensorFiles
 from ..devices import best_device
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, is_linear
 from ..peft_method.injection import base_vocab_size, plan_injection
 from .inputs import Inputs, open_inputs
-from .lora_fidelity import LoraFidelity, lora_fidelity
+from .lora_fidelity import LoraFidelity, lora_fidelity, text_pieces
 from .low_rank import low_rank
-from .output import DTYPES, check_output, check_room, copy_assets, license_of_delta, new_folder
+from .output import DTYPES, check_output, check_room, copy_assets, license_of_delta, new_folder, origin_of
 
 __all__ = ["ExtractedLora", "extract_lora"]
 
@@ -80,6 +79,8 @@ def extract_lora(
 ) -> ExtractedLora:
     """Write the best low-rank approximation of a delta's linears as a PEFT LoRA repo, and measure what it loses.
 
+    Its config names the base, unless that is in a subfolder on the Hub, for which PEFT has no way of saying.
+
     A full fine-tune is not of low rank, so this loses much where the delta itself loses next to nothing: look at what
     is returned before you serve it. :func:`~transformers_meswitch.merge_checkpoint` loses nothing.
 
@@ -104,16 +105,21 @@ def extract_lora(
 
     Raises:
         BaseMismatchError: the delta was formed against another base.
-        CheckpointError: a missing, truncated or unreadable checkpoint of the base; no such family.
+        CheckpointError: a missing, truncated or unreadable checkpoint of the base; no such family, or a family without
+            ``expert``.
+        CompressionError: the base is quantised, or the text cannot be read.
         DeltaFormatError: the delta is malformed, or does not fit the base.
         ExpertNotFoundError: the family has no such expert.
         OutputFolderError: the folder holds something, or its disk has too little room.
         UnsupportedOperationError: the expert has added tokens, or no linear that differs from the base's.
-        ValueError: a rank below 1, or another dtype.
+        UnsupportedModelError: the base is of an architecture that transformers itself has not.
+        ValueError: a rank below 1, fewer than two tokens, or another dtype.
         VerificationError: too little text, or no tokenizer to read it.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is {rank!r}, expected a whole number from 1.")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens!r}, expected 2 or more.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}.")
     output = Path(output_dir)
@@ -139,13 +145,14 @@ def extract_lora(
             "meswitch merge."
         )
     where = torch.device(device) if device is not None else best_device()
+    pieces = None if texts is None else text_pieces(inputs, texts, max_tokens)
     headers = {}
     for name, record in linears.items():
         headers[_key(name, "A")] = (DTYPES[dtype], (rank, record.in_features))
         headers[_key(name, "B")] = (DTYPES[dtype], (record.out_features, rank))
     check_room(output, file_bytes(headers, {"format": "pt"}))
     factors = _Factors(inputs, linears, rank, dtype, where)
-    with new_folder(output) as folder:
+    with new_folder(output, ADAPTER_CONFIG_NAME) as folder:
         with tqdm(total=2 * len(linears), desc="Factorising", unit="factor", disable=not progress) as bar:
 
             def get(key: str) -> Tensor:
@@ -155,9 +162,7 @@ def extract_lora(
             write_tensors(folder / _WEIGHTS, headers, get, {"format": "pt"})
         _lora_config(inputs, model, set(linears), rank).save_pretrained(str(folder))
         copy_assets(inputs, folder)
-        text = None
-        if texts is not None:
-            text = lora_fidelity(inputs, folder, texts, max_tokens, where, progress)
+        text = None if pieces is None else lora_fidelity(inputs, folder, pieces, where, progress)
         found = ExtractedLora(
             output,
             rank,
@@ -169,7 +174,8 @@ def extract_lora(
         )
         card = lora_card(
             inputs.delta.config,
-            os.fspath(source),
+            origin_of(inputs),
+            expert,
             rank=rank,
             lost=found.lost_overall,
             left_out=found.left_out,
@@ -245,7 +251,7 @@ def _left_out(records: dict[str, ModuleRecord]) -> dict[str, int]:
 
 
 def _lora_config(inputs: Inputs, model: PreTrainedModel, linears: set[str], rank: int) -> LoraConfig:
-    config = inputs.delta.config
+    origin = origin_of(inputs)
     head = model.get_output_embeddings()
     # A name such as q_proj where all that have it are in the delta, as engines know them; else whole names.
     others = {
@@ -257,8 +263,8 @@ def _lora_config(inputs: Inputs, model: PreTrainedModel, linears: set[str], rank
     whole = {name for name in linears if name.rpartition(".")[2] not in short}
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=hub_id(config.base_model_name_or_path) or portable_name(inputs.base.location.repo),
-        revision=config.revision,
+        base_model_name_or_path=origin.base,
+        revision=origin.base_revision,
         inference_mode=True,
         r=rank,
         lora_alpha=rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from ..verification.fidelity import Fidelity
 from ..verification.inputs import folder_of
 from ..verification.text import MIN_TOKENS, logits_of, piece_length, pieces_of, tokenizer_of
 from .inputs import Inputs
+from .output import tokenizer_folder
 
-__all__ = ["LoraFidelity", "lora_fidelity"]
+__all__ = ["LoraFidelity", "lora_fidelity", "text_pieces"]
 
 
 @dataclass(frozen=True)
@@ -45,32 +47,53 @@ class LoraFidelity:
     top1_agreement_base: float
 
 
-def lora_fidelity(
-    inputs: Inputs, lora: Path, texts: Calibration, max_tokens: int, device: torch.device, progress: bool
-) -> LoraFidelity:
-    """Run base + delta, base + LoRA and the base on the same text, one model in memory at a time.
-
-    The logits of the first wait in a temporary file: at most ``max_tokens`` × vocabulary numbers.
+def text_pieces(inputs: Inputs, texts: Calibration, max_tokens: int) -> list[list[int]]:
+    """Token ids of text, as the expert's tokenizer has them, in pieces.
 
     Args:
-        inputs: the delta and its base.
-        lora: folder of the LoRA.
+        inputs: the delta and its base, whose tokenizer is taken where the delta has none.
         texts: see :func:`~transformers_meswitch.compression.calibration.read_samples`.
-        max_tokens: how much of the text to run at most.
-        device: where to run.
-        progress: whether to show progress bars.
+        max_tokens: how much of the text to take at most.
 
     Raises:
-        VerificationError: too little text, or a tokenizer that cannot be read.
+        CompressionError: text that cannot be read.
+        VerificationError: too little text, or no tokenizer.
     """
-    tokenizer = tokenizer_of(RepoLocation(str(lora)))
+    folder = tokenizer_folder(inputs)
+    if folder is None:
+        raise VerificationError(
+            f"Neither {inputs.delta.files.repo} nor {inputs.base.location} has a tokenizer, which running text needs. "
+            "Leave the text out to compare the weights only."
+        )
+    tokenizer = tokenizer_of(RepoLocation(str(folder)))
     pieces = list(pieces_of(tokenizer, read_samples(texts, tokenizer), piece_length(inputs.base), max_tokens))
     if sum(map(len, pieces)) < MIN_TOKENS:
         raise VerificationError(
             f"The text has {sum(map(len, pieces))} tokens, expected at least {MIN_TOKENS}. Give samples of what the "
             "expert is asked and answers."
         )
-    base, dtype = folder_of(inputs.base), torch.float32 if device.type == "cpu" else torch.bfloat16
+    return pieces
+
+
+def lora_fidelity(
+    inputs: Inputs, lora: Path, pieces: list[list[int]], device: torch.device, progress: bool
+) -> LoraFidelity:
+    """Run base + delta, base + LoRA and the base on the same text, one model in memory at a time.
+
+    The logits of the first wait in a temporary file: as many numbers as there are tokens × vocabulary.
+
+    Args:
+        inputs: the delta and its base.
+        lora: folder of the LoRA.
+        pieces: token ids, see :func:`text_pieces`.
+        device: where to run; in float32 on a CPU, elsewhere in the dtype of the base's checkpoint.
+        progress: whether to show progress bars.
+
+    Raises:
+        VerificationError: logits that are not numbers.
+    """
+    base = folder_of(inputs.base)
+    dtype = torch.float32 if device.type == "cpu" else inputs.base.config.dtype or torch.float32
     with_lora, alone = Fidelity(), Fidelity()
     with tempfile.TemporaryDirectory(prefix="meswitch-", ignore_cleanup_errors=True) as folder:
         files = [Path(folder, str(i)) for i in range(len(pieces))]
@@ -90,4 +113,8 @@ def lora_fidelity(
             with_lora.add(reference, logits_of(adapted, ids), targets)
             with adapted.disable_adapter():
                 alone.add(reference, logits_of(adapted, ids), targets)
+    if math.isnan(with_lora.kl) or math.isnan(alone.kl):
+        raise VerificationError(
+            f"The models give logits that are not numbers in {dtype}. Leave the text out, or take another base dtype."
+        )
     return LoraFidelity(with_lora.tokens, with_lora.mean_kl, alone.mean_kl, with_lora.agreement, alone.agreement)

@@ -33,10 +33,13 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     out, width = matrix.shape
     kept = min(rank, out, width)
     if kept + _SPARE < min(out, width) // 2:
-        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(_SEED)
-            u, s, v = torch.svd_lowrank(matrix, q=kept + _SPARE, niter=_ITERATIONS)
-        vh = v.T
+        drawn = torch.Generator().manual_seed(_SEED)
+        found = matrix @ torch.randn(width, kept + _SPARE, generator=drawn).to(matrix)
+        for _ in range(_ITERATIONS):
+            found = matrix @ torch.linalg.qr(matrix.T @ torch.linalg.qr(found).Q).Q
+        range_of = torch.linalg.qr(found).Q
+        u, s, vh = torch.linalg.svd(range_of.T @ matrix, full_matrices=False)
+        u = range_of @ u
     else:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:kept].sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from ..errors import CheckpointError, OutputFolderError
 from ..peft_method.injection import expert_info, plan_injection
 from ..peft_method.merging import describe_expert
 from .inputs import Inputs, open_inputs
-from .output import DTYPES, check_output, check_room, copy_assets, license_of_delta, new_folder
+from .output import DTYPES, check_output, check_room, copy_assets, license_of_delta, new_folder, origin_of
 
 __all__ = ["MergedCheckpoint", "merge_checkpoint"]
 
+_CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
-_TORCH = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64, "I64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def merge_checkpoint(
     """Write an expert as a plain checkpoint, ``W + Δ̂``, which loads without this package.
 
     The tensors are those of ``merge_and_unload()`` of a model that was loaded in the dtype of its checkpoint, bit for
-    bit, under the names that the base's checkpoint has; what that has beside the model's parameters is left out. One
-    module at a time is in memory.
+    bit (norms in float32 beside weights in bfloat16 stay so), under the names that the base's checkpoint has. Tensors
+    of the base that the causal LM has no place for are left out. One module at a time is in memory.
 
     Args:
         source: folder or Hub id of a delta repo; of a family repo where ``expert`` is given.
@@ -90,16 +92,19 @@ def merge_checkpoint(
         local_files_only: never use the network.
         dtype: bfloat16, float16 or float32, to which sums are rounded; by default each tensor has the dtype of the
             base's.
-        max_shard_size: weight files are at most of this size, bytes or such as ``"5GB"``.
+        max_shard_size: a weight file's tensors have at most this size together, bytes or such as ``"5GB"``; one alone
+            may have more.
         progress: whether to show a progress bar.
 
     Raises:
         BaseMismatchError: the delta was formed against another base.
-        CheckpointError: a missing, truncated or unreadable checkpoint of the base; no such family.
-        CompressionError: the base is quantised.
+        CheckpointError: a missing, truncated or unreadable checkpoint of the base, or one of another dtype; no such
+            family, or a family without ``expert``.
+        CompressionError: the base is quantised, or incomplete.
         DeltaFormatError: the delta is malformed, or does not fit the base.
         ExpertNotFoundError: the family has no such expert.
         OutputFolderError: the folder holds something, its disk has too little room, or ``max_shard_size`` is no size.
+        UnsupportedModelError: the base is of an architecture that transformers itself has not.
         ValueError: another dtype.
         OSError: the disk is not writable.
     """
@@ -125,7 +130,7 @@ def merge_checkpoint(
     sizes = [file_bytes({key: weights.headers[key] for key in keys}, _METADATA) for keys in shards]
     check_room(output, sum(sizes))
     with (
-        new_folder(output) as folder,
+        new_folder(output, _CONFIG) as folder,
         tqdm(total=len(weights.headers), desc="Merging", unit="tensor", disable=not progress) as bar,
     ):
 
@@ -137,7 +142,7 @@ def merge_checkpoint(
             write_tensors(folder / name, {key: weights.headers[key] for key in keys}, get, _METADATA)
         if len(shards) > 1:
             (folder / _INDEX).write_text(_index(dict(zip(names, shards, strict=True)), weights))
-        _write_rest(folder, inputs, weights.config, dtype, os.fspath(source))
+        _write_rest(folder, inputs, weights.config, dtype, expert)
     dtypes = tuple(sorted({kind for kind, _ in weights.headers.values()}))
     return MergedCheckpoint(output, names, len(weights.headers), sum(sizes), dtypes, str(inputs.base.location))
 
@@ -161,30 +166,40 @@ class _Weights:
         shapes = LiveParameters(model)
         tensors = TensorFiles(inputs.delta.files.weight_paths)
         self._merged = DeltaParameters(model, self._base, shapes, inputs.delta.records, tensors)
-        self._source: dict[str, tuple[str, str]] = {}
+        #: Name on disk to module and parameter, or to no module and the tensor of the base that is copied.
+        self._source: dict[str, tuple[str | None, str]] = {}
         self.headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._held: tuple[str, dict[str, Tensor]] = ("", {})
+        self._held: tuple[str | None, dict[str, Tensor]] = (None, {})
         head = output_head(model)
-        for module in shapes.modules:
-            for key, shape in shapes.shapes(module).items():
-                if module == head and key == "weight" and info.tied:
-                    continue
-                full = f"{module}.{key}" if module else key
-                stored = self._base.stored_name(full)
-                kind = inputs.base.checkpoint.dtype(stored) if dtype is None else DTYPES[dtype]
-                if kind not in _TORCH:
-                    raise CheckpointError(
-                        f"{stored} of {inputs.base.location} is of dtype {kind}, expected {', '.join(_TORCH)}. Give "
-                        "dtype= (--dtype), or a base in one of them."
-                    )
-                # A head that the base has not apart from its embedding gets the name that the model has for it.
-                name = full if stored in self._source else stored
-                self._source[name] = (module, key)
-                self.headers[name] = (kind, shape)
+        wanted = [
+            (f"{module}.{key}" if module else key, module, key)
+            for module in shapes.modules
+            for key in shapes.shapes(module)
+            if not (info.tied and module == head and key == "weight")
+        ]
+        shared = Counter(self._base.stored_name(full) for full, _, _ in wanted)
+        for full, module, key in wanted:
+            stored = self._base.stored_name(full)
+            kind = inputs.base.checkpoint.dtype(stored) if dtype is None else DTYPES[dtype]
+            # Where the base has one tensor for two, as a tied head, and the expert has not, each gets its own name.
+            self._announce(full if shared[stored] > 1 else stored, kind, shapes.shapes(module)[key], (module, key))
+        for stored in self._base.buffers.values():
+            checkpoint = inputs.base.checkpoint
+            self._announce(stored, checkpoint.dtype(stored), checkpoint.shape(stored), (None, stored))
+
+    def _announce(self, name: str, kind: str, shape: tuple[int, ...], source: tuple[str | None, str]) -> None:
+        if kind not in _TORCH:
+            raise CheckpointError(
+                f"{name} of {self._base.checkpoint.repo} is of dtype {kind}, expected one of {', '.join(_TORCH)}. "
+                "Give a base in one of them."
+            )
+        self._source[name], self.headers[name] = source, (kind, shape)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the dtype and shape that are announced, on the CPU."""
         module, key = self._source[name]
+        if module is None:
+            return self._base.checkpoint.tensor(key)
         # Weight and bias follow each other in the order of names: a module is put together once.
         if self._held[0] != module:
             self._held = (module, self._merged.of(module))
@@ -204,11 +219,13 @@ def _index(shards: dict[str, list[str]], weights: _Weights) -> str:
 
 
 def _write_rest(
-    folder: Path, inputs: Inputs, config: PreTrainedConfig, dtype: torch.dtype | None, source: str
+    folder: Path, inputs: Inputs, config: PreTrainedConfig, dtype: torch.dtype | None, expert: str | None
 ) -> None:
     """Configuration, generation config, tokenizer and card."""
     if dtype is not None:
         config.dtype = dtype
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # the code that it names stays in the base's repo, and is not needed
     config.save_pretrained(folder)
     copy_assets(inputs, folder)
     if not (folder / GENERATION_CONFIG).exists():
@@ -216,5 +233,5 @@ def _write_rest(
         if inputs.delta.config.eos_token_id:
             generation.eos_token_id = config.get_text_config().eos_token_id
         generation.save_pretrained(folder)
-    card = merged_card(inputs.delta.config, source, license=license_of_delta(inputs))
+    card = merged_card(inputs.delta.config, origin_of(inputs), expert, license=license_of_delta(inputs))
     (folder / "README.md").write_text(card, encoding="utf-8")
