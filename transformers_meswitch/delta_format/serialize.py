@@ -17,7 +17,7 @@ import torch
 __all__ = ["file_bytes", "tensor_bytes", "write_tensors"]
 
 #: Bytes of one element, in the order of the data.
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+_DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
 #: Written in pieces, so that a tensor on an accelerator or of foreign strides is not copied as a whole.
 _CHUNK = 1 << 26
 
@@ -26,7 +26,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor's data.
 
     Args:
-        dtype: safetensors name, one of F64, I64, F32, I32, BF16, F16 and U8.
+        dtype: safetensors name, one of I64, F64, F32, I32, BF16, F16 and U8.
         shape: sizes.
 
     >>> tensor_bytes("BF16", (3, 5))
