@@ -1,21 +1,18 @@
 """What compression holds does not grow with the model: measured as the process's peak."""
 
-import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.peaks import peaks_of
 from transformers_meswitch.compression.sources import meta_model
 from transformers_meswitch.delta_format.serialize import write_tensors
 
 RUN = """
     import json, sys
-    from pathlib import Path
+    from benchmarks.compress.one_run import peak_bytes
     from transformers_meswitch import MESwitchConfig, compress
     base, expert, out, calibration, mapped = sys.argv[1:]
     if mapped:
@@ -26,9 +23,7 @@ RUN = """
     def run(name, **more):
         config = MESwitchConfig(bits=1, salient_channels=0)
         compress(base + name, expert + name, out + name, config, calibration or None, progress=False, **more)
-        # Not ru_maxrss, which begins with that of the process which started this one.
-        status = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        return peak_bytes()
 
     small = run("-small", max_calibration_tokens=512)  # what the program itself takes, libraries and all
     print(json.dumps([small, run("-large", max_calibration_tokens=512)]))
@@ -63,11 +58,7 @@ def test_peak_memory_is_that_of_a_layer(tmp_path, tokenizer, calibration, mapped
         for changed, who in enumerate(("base", "expert")):
             total += write(tmp_path / f"{who}-{name}", layers, changed, tokenizer)
     assert total > 240e6
-    command = [sys.executable, "-c", textwrap.dedent(RUN), *(str(tmp_path / n) for n in ("base", "expert", "delta"))]
-    # Freed blocks go back at once: what glibc's arenas hold on to differs by 20 MB from run to run.
-    environ = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    options = {"stdout": subprocess.PIPE, "check": True, "cwd": os.getcwd(), "env": environ}
-    found = subprocess.run([*command, calibration, mapped], **options)
-    small, large = json.loads(found.stdout)
+    folders = (str(tmp_path / name) for name in ("base", "expert", "delta"))
+    small, large = peaks_of(RUN, *folders, calibration, mapped)
     # A layer is 2 MB in bfloat16; the delta alone is 8 MB, a checkpoint 126 MB.
     assert (large - small < 20e6) is not bool(mapped)

@@ -1,10 +1,6 @@
 """Writing a merged checkpoint takes the memory of a layer, not of a model: measured as the process's peak."""
 
-import json
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 from safetensors.torch import load_file
@@ -12,11 +8,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.compression.test_memory import write
+from tests.peaks import peaks_of
 from transformers_meswitch import MESwitchConfig, compress
 
 RUN = """
     import json, sys
-    from pathlib import Path
+    from benchmarks.compress.one_run import peak_bytes
     from transformers_meswitch import merge_checkpoint
     from transformers_meswitch.export import merged_checkpoint
     folder, held = sys.argv[1:]
@@ -33,9 +30,7 @@ RUN = """
 
     def run(name):
         merge_checkpoint(f"{folder}/delta-{name}", f"{folder}/out-{name}", progress=False)
-        # Not ru_maxrss, which begins with that of the process which started this one.
-        status = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        return peak_bytes()
 
     small = run("small")  # what the program itself takes, libraries and all
     print(json.dumps([small, run("large")]))
@@ -54,10 +49,7 @@ def test_peak_memory_is_that_of_a_layer(tmp_path, held):
         config = MESwitchConfig(bits=1, salient_channels=0)
         pair = (tmp_path / f"{who}-{name}" for who in ("base", "expert"))
         compress(*pair, tmp_path / f"delta-{name}", config, calibration=None, progress=False)
-    environ = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path), held]
-    found = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=os.getcwd(), env=environ)
-    small, large = json.loads(found.stdout)
+    small, large = peaks_of(RUN, str(tmp_path), held)
     # A layer is 2 MB in bfloat16, a checkpoint 126 MB.
     assert (large - small < 20e6) is not bool(held)
     assert len(load_file(tmp_path / "out-large" / "model.safetensors")) == 60 * 9 + 2

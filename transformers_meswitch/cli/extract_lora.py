@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from .device import usable_device
+from .exported import add_export_arguments, export_arguments
 
 if TYPE_CHECKING:
     from ..export.lora import ExtractedLora
@@ -31,10 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "source", metavar="DELTA|FAMILY:EXPERT", help="a delta repo, or an expert of a family: Hub ids or folders"
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
+    add_export_arguments(parser)
     parser.add_argument("--rank", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--text",
@@ -45,10 +43,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--max-tokens", type=int, default=4096, metavar="N", help="tokens of it to run at most; default: %(default)s"
     )
-    parser.add_argument("--base", help="the base: Hub id or folder; default: what the family or the delta names")
-    parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the delta or family repo")
-    parser.add_argument("--subfolder", metavar="DIR", help="folder inside the delta or family repo")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
     )
@@ -67,21 +61,13 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..export.inputs import split_expert
     from ..export.lora import extract_lora
 
-    source, expert = split_expert(args.source)
     found = extract_lora(
-        source,
-        args.output,
-        expert,
+        **export_arguments(args),
         rank=args.rank,
         texts=args.text,
         max_tokens=args.max_tokens,
-        base=args.base,
-        base_revision=args.base_revision,
-        revision=args.revision,
-        subfolder=args.subfolder,
         dtype=getattr(torch, args.dtype),
         device=device,
     )

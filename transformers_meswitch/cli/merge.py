@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from .exported import add_export_arguments, export_arguments
+
 _EXAMPLE = """examples:
   meswitch merge ./math-delta -o math-merged
   meswitch merge me/mistral-family:math -o math-merged --max-shard-size 5GB
@@ -24,14 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "source", metavar="DELTA|FAMILY:EXPERT", help="a delta repo, or an expert of a family: Hub ids or folders"
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--base", help="the base: Hub id or folder; default: what the family or the delta names")
-    parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the delta or family repo")
-    parser.add_argument("--subfolder", metavar="DIR", help="folder inside the delta or family repo")
+    add_export_arguments(parser)
     parser.add_argument("--dtype", choices=_DTYPES, help="default: what each tensor has in the base's checkpoint")
     parser.add_argument(
         "--max-shard-size", default="50GB", metavar="SIZE", help="of a weight file at most; default: %(default)s"
@@ -44,18 +39,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     import torch
 
-    from ..export.inputs import split_expert
     from ..export.merged_checkpoint import merge_checkpoint
 
-    source, expert = split_expert(args.source)
     merged = merge_checkpoint(
-        source,
-        args.output,
-        expert,
-        base=args.base,
-        base_revision=args.base_revision,
-        revision=args.revision,
-        subfolder=args.subfolder,
+        **export_arguments(args),
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         max_shard_size=args.max_shard_size,
     )

@@ -222,7 +222,7 @@ class CheckpointParameters:
         names = map_names(model, checkpoint.names)
         self._names = dict(names.checkpoint_name)
         self.unknown = names.unknown
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        parameters = {full for owned in self._owned.values() for full in owned.values()}
         self.buffers = {name: stored for name, stored in self._names.items() if name not in parameters}
         self.modules = tuple(self._owned)
         head = output_head(model)

@@ -78,6 +78,22 @@ def fingerprint_checkpoint(paths: Sequence[str | os.PathLike[str]]) -> dict[str,
     return {"algorithm": ALGORITHM, "digest": hashlib.sha256(lines.encode()).hexdigest(), "tensors": tensors}
 
 
+def check_checkpoint(expected: Mapping[str, Any] | None, paths: Sequence[str | os.PathLike[str]], base: str) -> None:
+    """Refuse a base's files whose bytes differ from those the delta was formed against; `None` expects nothing.
+
+    Args:
+        expected: fingerprint in the delta's ``adapter_config.json``, if it has one.
+        paths: all safetensors files of the base at hand.
+        base: its id or path, for the message.
+
+    Raises:
+        BaseMismatchError: see :func:`compare_fingerprints`.
+        DeltaFormatError: likewise.
+    """
+    if expected is not None:
+        compare_fingerprints(expected, fingerprint_checkpoint(paths), base)
+
+
 def compare_fingerprints(
     expected: Mapping[str, Any], found: Mapping[str, Any], base: str = "the base that is loaded"
 ) -> None:

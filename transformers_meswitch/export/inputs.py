@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ..compression.sources import Source, locate
 from ..configuration import MESwitchFamilyConfig, reference_in_family
-from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.fingerprint import check_checkpoint
 from ..delta_format.header import parse_json
 from ..delta_format.location import RepoLocation, is_plain_path
 from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
@@ -106,10 +106,7 @@ def open_inputs(
         location = family_base or _stated_base(delta, download)
         location = replace(location, revision=base_revision or location.revision)
     found = locate(location)
-    if delta.config.base_fingerprint is not None:
-        compare_fingerprints(
-            delta.config.base_fingerprint, fingerprint_checkpoint(found.checkpoint.paths), str(found.location)
-        )
+    check_checkpoint(delta.config.base_fingerprint, found.checkpoint.paths, str(found.location))
     return Inputs(found, delta)
 
 

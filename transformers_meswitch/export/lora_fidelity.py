@@ -15,13 +15,13 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
-from ..compression.calibration import Calibration, read_samples
+from ..compression.calibration import Calibration
 from ..delta_format.location import RepoLocation
 from ..errors import VerificationError
 from ..modeling import MESwitchModelForCausalLM
 from ..verification.fidelity import Fidelity
 from ..verification.inputs import folder_of
-from ..verification.text import MIN_TOKENS, logits_of, piece_length, pieces_of, tokenizer_of
+from ..verification.text import logits_of, read_pieces, tokenizer_of
 from .inputs import Inputs
 from .output import tokenizer_folder
 
@@ -65,14 +65,7 @@ def text_pieces(inputs: Inputs, texts: Calibration, max_tokens: int) -> list[lis
             f"Neither {inputs.delta.files.repo} nor {inputs.base.location} has a tokenizer, which running text needs. "
             "Leave the text out to compare the weights only."
         )
-    tokenizer = tokenizer_of(RepoLocation(str(folder)))
-    pieces = list(pieces_of(tokenizer, read_samples(texts, tokenizer), piece_length(inputs.base), max_tokens))
-    if sum(map(len, pieces)) < MIN_TOKENS:
-        raise VerificationError(
-            f"The text has {sum(map(len, pieces))} tokens, expected at least {MIN_TOKENS}. Give samples of what the "
-            "expert is asked and answers."
-        )
-    return pieces
+    return read_pieces(tokenizer_of(RepoLocation(str(folder))), texts, inputs.base, max_tokens)
 
 
 def lora_fidelity(

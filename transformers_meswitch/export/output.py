@@ -19,6 +19,7 @@ from ..delta_format.asset_files import GENERATION_CONFIG, TEMPLATE_FOLDER
 from ..delta_format.folder_lock import PARTIAL_SUFFIX
 from ..delta_format.location import RepoLocation
 from ..errors import OutputFolderError
+from ..verification.inputs import folder_of
 from .inputs import Inputs
 
 __all__ = [
@@ -93,8 +94,10 @@ def new_folder(output: Path, config_name: str) -> Iterator[Path]:
             partial.rename(output)
     except BaseException:
         for path in (*moved, partial):
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -159,7 +162,7 @@ def origin_of(inputs: Inputs) -> Origin:
     elif stated is not None and config.base_fingerprint is not None:  # compared, so the same bytes
         name, revision = stated, config.revision
     else:
-        name, revision = os.path.abspath(inputs.base.checkpoint.paths[0].parent), None
+        name, revision = os.path.abspath(folder_of(inputs.base)), None
     return Origin(name, revision, None if delta.is_local else delta.repo, delta.subfolder)
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ..compression.sources import Source, locate
-from ..delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from ..delta_format.fingerprint import check_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
 from ..errors import CheckpointError
@@ -73,9 +73,7 @@ def open_inputs(
         )
 
     of_base, of_expert = located(base, base_revision), located(expert, expert_revision)
-    if opened.config.base_fingerprint is not None:
-        found = fingerprint_checkpoint(of_base.checkpoint.paths)
-        compare_fingerprints(opened.config.base_fingerprint, found, base=str(of_base.location))
+    check_checkpoint(opened.config.base_fingerprint, of_base.checkpoint.paths, str(of_base.location))
     return Inputs(of_base, of_expert, opened)
 
 

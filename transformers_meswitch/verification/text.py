@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..compression.calibration import Calibration, read_samples
 from ..compression.sources import Source
 from ..delta_format.location import RepoLocation
 from ..errors import VerificationError
 
-__all__ = ["MIN_TOKENS", "logits_of", "piece_length", "pieces_of", "tokenizer_of"]
+__all__ = ["MIN_TOKENS", "logits_of", "read_pieces", "tokenizer_of"]
 
 #: Longer samples are cut into pieces of this length. It bounds the logits in memory: 512 × vocabulary numbers a model.
 _PIECE = 512
@@ -42,7 +43,31 @@ def tokenizer_of(expert: RepoLocation) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def pieces_of(
+def read_pieces(
+    tokenizer: PreTrainedTokenizerBase, texts: Calibration, source: Source, max_tokens: int
+) -> list[list[int]]:
+    """Token ids of text in pieces that a model has positions for.
+
+    Args:
+        tokenizer: the expert's.
+        texts: see :func:`~transformers_meswitch.compression.calibration.read_samples`.
+        source: the model's checkpoint.
+        max_tokens: how much of the text to take at most.
+
+    Raises:
+        CompressionError: text that cannot be read.
+        VerificationError: too little of it.
+    """
+    pieces = list(_pieces(tokenizer, read_samples(texts, tokenizer), _length(source), max_tokens))
+    if sum(map(len, pieces)) < MIN_TOKENS:
+        raise VerificationError(
+            f"The text has {sum(map(len, pieces))} tokens, expected at least {MIN_TOKENS}, and a few thousand for "
+            "numbers to rely on. Give samples of what the expert is asked and answers."
+        )
+    return pieces
+
+
+def _pieces(
     tokenizer: PreTrainedTokenizerBase, samples: Iterable[str], length: int, max_tokens: int
 ) -> Iterator[list[int]]:
     """Token ids of each sample, in pieces of 2 to ``length``, up to ``max_tokens`` in all."""
@@ -59,8 +84,7 @@ def pieces_of(
             return
 
 
-def piece_length(source: Source) -> int:
-    """Tokens of a piece of text at most: no more than the model has positions for."""
+def _length(source: Source) -> int:
     return min(_PIECE, getattr(source.config.get_text_config(), "max_position_embeddings", None) or _PIECE)
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 from ..cards import hub_id
-from ..compression.calibration import Calibration, read_samples
+from ..compression.calibration import Calibration
 from ..compression.sources import Source
 from ..delta_format.reader import Delta
 from ..delta_format.spec import LinearRecord
@@ -33,7 +33,7 @@ from .evidence import Evidence, TextEvidence, WeightEvidence, tensors_digest
 from .fidelity import Fidelity, perplexity
 from .inputs import folder_of, open_inputs
 from .saved import check_saveable, save_evidence
-from .text import MIN_TOKENS, logits_of, piece_length, pieces_of, tokenizer_of
+from .text import MIN_TOKENS, logits_of, read_pieces, tokenizer_of
 
 __all__ = ["verify"]
 
@@ -163,13 +163,7 @@ def _run(
     progress: bool,
 ) -> TextEvidence:
     """Run expert, base, and base + delta on the same text."""
-    tokenizer = tokenizer_of(expert.location)
-    pieces = list(pieces_of(tokenizer, read_samples(texts, tokenizer), piece_length(expert), max_tokens))
-    if sum(map(len, pieces)) < MIN_TOKENS:
-        raise VerificationError(
-            f"The text has {sum(map(len, pieces))} tokens, expected at least {MIN_TOKENS}, and a few thousand for "
-            "numbers to rely on. Give samples of what the expert is asked and answers."
-        )
+    pieces = read_pieces(tokenizer_of(expert.location), texts, expert, max_tokens)
     comparison = _Comparison()
     with tempfile.TemporaryDirectory(prefix="meswitch-", ignore_cleanup_errors=True) as folder:
         files = [Path(folder, str(i)) for i in range(len(pieces))]
