@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import device_name, provenance
+from transformers_meswitch.compression.calibration import DEFAULT
 
 from .cells import ExpertId, collect, merge
 from .data import missing, write_split
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
         merged=arguments.merged,
     )
     data = arguments.data or arguments.work_dir / "data"
-    needed = {expert.task for expert in experts} | ({arguments.calibration_task} - {None})
+    needed = {expert.task for expert in experts} | ({arguments.calibration_task} & set(TASKS))
     for task in missing(data, [TASKS[name] for name in sorted(needed)]):
         write_split(data, task, train=arguments.train_items, test=arguments.test_items)
     base = arguments.base or arguments.work_dir / "base"
@@ -179,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--items", type=int, default=2000)
     command.add_argument("--batch-size", type=int, default=1024, help="prompts decoded at once")
     command.add_argument("--calibration", type=int, default=CALIBRATION, help="sequences")
-    command.add_argument("--calibration-task", choices=list(TASKS), help="another than the expert's own")
+    command.add_argument("--calibration-task", choices=[*TASKS, DEFAULT], help="another than the expert's own")
     command.add_argument("--own-rest", action="store_true", help="embeddings and norms as each method stores them")
     command.add_argument("--merged", action="store_true", help="deltas merged into the base's bfloat16 weights")
     command.add_argument("--budget-seconds", type=float, help="stop before this, keeping what is done")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from transformers_meswitch.compression.calibration import DEFAULT, read_samples
+
 from .calibration import collect_moments
 from .cells import CellStore, ExpertId
 from .data import held_out, load_split
@@ -41,7 +43,8 @@ class Plan:
         items: held-out items of each expert.
         divergence_items: of these, how many reference answers KL and agreement are measured on.
         calibration: training sequences that methods may calibrate and train on.
-        calibration_task: of another task than the expert's, to see what the wrong domain costs.
+        calibration_task: of another task than the expert's, to see what the wrong domain costs; ``"default"`` is the
+            package's built-in set.
         distillation_steps: optimiser steps of the methods that train.
         batch_size: prompts decoded at once.
         exact_rest: whether embeddings and norms are the expert's own for every method.
@@ -222,9 +225,7 @@ class Runner:
         weights = self.folder(expert).load(self._device)
         put_weights(self._model, weights, {})
         states, head = reference_states(self._model, references), self._head().clone()
-        calibration_task = task if plan.calibration_task is None else TASKS[plan.calibration_task]
-        calibration_items = load_split(self._data, calibration_task, "train")[: plan.calibration]
-        sequences = encode_items(self._tokenizer, calibration_items)
+        texts, sequences = self._calibration(plan.calibration_task or task.name, plan.calibration)
         calibration_started = time.perf_counter()
         moments = collect_moments(self._model, sequences)
         synchronize()
@@ -238,7 +239,7 @@ class Runner:
             expert.seed,
             plan.distillation_steps,
             self._base,
-            item_texts(calibration_items),
+            texts,
         )
         budget.spent("expert", time.monotonic() - started)
         for name in methods:
@@ -264,6 +265,14 @@ class Runner:
                 flush=True,
             )
         return True
+
+    def _calibration(self, task: str, count: int) -> tuple[list[str], list[tuple[list[int], int]]]:
+        """Texts to calibrate on, and their token ids with how many of them are the prompt's."""
+        if task == DEFAULT:
+            texts = list(read_samples(DEFAULT, self._tokenizer))[:count]
+            return texts, [(ids, 0) for ids in self._tokenizer(texts, add_special_tokens=False).input_ids]
+        items = load_split(self._data, TASKS[task], "train")[:count]
+        return item_texts(items), encode_items(self._tokenizer, items)
 
     def _compress(self, method: Method, inputs: Inputs, plan: Plan) -> dict[str, Any]:
         """Put the method's weights into the model; bytes, seconds and peak memory of making them."""
