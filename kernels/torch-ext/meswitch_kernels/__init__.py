@@ -4,13 +4,26 @@ Imports without Triton and without an accelerator. This folder is the source of 
 nothing but torch and Triton.
 """
 
+from .delta_leaves import DeltaLeaves, align_rows
+from .expert_table import ExpertTable
+from .linear import Numerics, delta_linear, fused_linear
 from .op import dequantize_delta, has_kernel
-from .reference import dequantize_delta_reference
+from .reference import delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
+from .row_groups import RowGroups, group_rows
 
 __all__ = [
+    "DeltaLeaves",
+    "ExpertTable",
+    "Numerics",
+    "RowGroups",
+    "align_rows",
+    "delta_linear",
+    "delta_linear_reference",
     "dequantize_delta",
     "dequantize_delta_reference",
+    "fused_linear",
+    "group_rows",
     "has_kernel",
     "round_in_turn",
     "round_in_turn_reference",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["dequantize_delta_reference"]
+from .delta_leaves import DeltaLeaves
+
+__all__ = ["delta_linear_reference", "dequantize_delta_reference"]
 
 
 def dequantize_delta_reference(
@@ -42,3 +46,55 @@ def dequantize_delta_reference(
         values = (code.to(torch.float32) - (2**bits - 1) / 2) * step[:, None]
         delta[:, channels] = values if column_step is None else values * column_step
     return delta.to(dtype)
+
+
+def delta_linear_reference(
+    x: torch.Tensor,
+    base_out: torch.Tensor | None,
+    experts: Sequence[DeltaLeaves | None],
+    expert_index: torch.Tensor,
+    *,
+    out_features: int,
+) -> torch.Tensor:
+    """Add to each row of a linear's output what its expert's delta makes of its input, in float32.
+
+    Each delta that some row asks for is made dense once; one at a time, so that no two are held.
+
+    Args:
+        x: ``[rows, in]``, float32, bfloat16 or float16.
+        base_out: ``[rows, out]`` of the dtype of ``x``, the base's output; zero if `None`.
+        experts: the delta by slot, `None` for an empty slot.
+        expert_index: int32 or int64 ``[rows]``, the slot of each row's expert; negative for the base alone.
+        out_features: output channels.
+
+    Returns:
+        ``[rows, out]`` of the dtype of ``x``.
+
+    >>> codes = torch.tensor([[0b1100]], dtype=torch.uint8)  # the two codes 0 and 3
+    >>> expert = DeltaLeaves(codes, torch.tensor([2.0]), bits=2)
+    >>> x, base_out = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[10.0], [20.0]])
+    >>> delta_linear_reference(x, base_out, [expert], torch.tensor([-1, 0]), out_features=1)
+    tensor([[10.],
+            [23.]])
+    """
+    rows, in_features = x.shape
+    y = torch.zeros(rows, out_features, device=x.device)
+    if base_out is not None:
+        y += base_out
+    for slot in sorted({slot for slot in expert_index.tolist() if slot >= 0}):
+        expert = experts[slot]
+        if expert is None:
+            continue
+        delta = dequantize_delta_reference(
+            expert.codes,
+            expert.step,
+            expert.bits,
+            in_features,
+            salient_index=expert.salient_index,
+            salient=expert.salient,
+            column_step=expert.column_step,
+        )
+        chosen = (expert_index == slot).nonzero()[:, 0]
+        part = x[chosen].float() @ delta.T
+        y.index_add_(0, chosen, part if expert.bias is None else part + expert.bias)
+    return y.to(x.dtype)

@@ -1,0 +1,82 @@
+"""Sizes of blocks of the decode kernels, by GPU family. ``python -m benchmarks.kernels tune`` prints lines for it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+__all__ = ["Configuration", "Kind", "configuration", "program_count"]
+
+#: The delta alone, or the base's matmul with it.
+Kind = Literal["delta", "fused"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a decode kernel divides its work.
+
+    Attributes:
+        block_out: output channels of a program, a power of two, 16 or more.
+        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 1024 or more.
+        block_in: input channels of a tile of the base's weight, a power of two, 16 or more; the fused kernel only.
+        warps: warps of a program.
+        stages: tiles in flight in a program.
+        programs: programs a multiprocessor; the delta kernel only.
+    """
+
+    block_out: int = 16
+    block_codes: int = 1024
+    block_in: int = 256
+    warps: int = 4
+    stages: int = 2
+    programs: int = 16
+
+
+#: Compute capability to (kind, more than one row, output channels, input channels) to sizes; channels of 0 stand for
+#: all shapes that have no line of their own. A GPU without a table runs with the default.
+_TABLES: dict[tuple[int, int], dict[tuple[Kind, bool, int, int], Configuration]] = {
+    # H100, H200
+    (9, 0): {
+        ("delta", False, 0, 0): Configuration(),
+        ("delta", True, 0, 0): Configuration(),
+        ("fused", False, 0, 0): Configuration(),
+        ("fused", True, 0, 0): Configuration(),
+    },
+}
+_DEFAULT = Configuration()
+
+
+def configuration(kind: Kind, rows: int, out_features: int, in_features: int, device: torch.device) -> Configuration:
+    """Sizes for a kernel, a shape and a device.
+
+    >>> configuration("delta", 1, 4096, 4096, torch.device("cpu")) == Configuration()
+    True
+    """
+    table = _TABLES.get(_capability(device), {})
+    for shape in ((out_features, in_features), (0, 0)):
+        found = table.get((kind, rows > 1, *shape))
+        if found is not None:
+            return found
+    return _DEFAULT
+
+
+def program_count(work: int, configuration: Configuration, device: torch.device) -> int:
+    """Programs to start for so many pieces of work: at most as many as share the device at a time."""
+    return max(1, min(work, _multiprocessors(device) * configuration.programs))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0) or properties.gpu_subslice_count)

@@ -1,0 +1,264 @@
+"""Linear layers of a batch whose rows have different experts, as torch operators: Triton's, or the reference's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import functional as F
+
+from .configurations import Kind, configuration
+from .expert_table import COLUMNS
+from .op import add_op_namespace_prefix, has_kernel
+from .reference import delta_linear_reference
+from .row_groups import RowGroups
+from .table_views import leaves_of_slot
+
+_prepare_with_triton: Callable[..., Any] | None = None
+_add_with_triton: Callable[..., None] | None = None
+_multiply_with_triton: Callable[..., None] | None = None
+if importlib.util.find_spec("triton") is not None:
+    from .triton_activations import prepare_activations_triton
+    from .triton_delta_linear import delta_linear_triton
+    from .triton_fused_linear import fused_linear_triton
+
+    _prepare_with_triton = prepare_activations_triton
+    _add_with_triton = delta_linear_triton
+    _multiply_with_triton = fused_linear_triton
+
+__all__ = ["Numerics", "delta_linear", "fused_linear"]
+
+#: What the delta's codes are multiplied by. ``"exact"``: activations in their own dtype. ``"int8"`` and ``"int16"``:
+#: activations times column steps, quantised to so many bits with a scale every thousand or so codes, in integer dot
+#: products. Sums are float32 throughout; base and salient channels are never quantised. On a device without kernels
+#: all are float32.
+Numerics = Literal["exact", "int8", "int16"]
+
+_PLANES = {"exact": 0, "int8": 1, "int16": 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def delta_linear(
+    x: torch.Tensor,
+    base_out: torch.Tensor | None,
+    table: torch.Tensor,
+    groups: RowGroups,
+    *,
+    out_features: int,
+    numerics: Numerics = "exact",
+) -> torch.Tensor:
+    """``base_out + x Δ̂ᵀ`` and the bias difference, each row with its own expert's delta.
+
+    Made for the few rows of a decoding step, and right for any number. Nothing waits for the device and no shape
+    depends on its data, so CUDA graphs capture it. There are no gradients.
+
+    Args:
+        x: ``[rows, in]``, float32, bfloat16 or float16.
+        base_out: ``[rows, out]`` of the dtype of ``x``, the base's output; zero if `None`.
+        table: int64 ``[slots, len(COLUMNS)]``, the ``rows`` of an :class:`~meswitch_kernels.ExpertTable` of the layer.
+        groups: the rows by expert, of :func:`~meswitch_kernels.group_rows`. A slot that is empty adds nothing; one
+            that the table lacks is not checked for.
+        out_features: output channels.
+        numerics: how the delta is multiplied by.
+
+    Returns:
+        ``[rows, out]`` of the dtype of ``x``, rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or unknown numerics.
+        NotImplementedError: the device is neither the CPU nor one that Triton serves.
+
+    >>> from meswitch_kernels import DeltaLeaves, ExpertTable, align_rows, group_rows
+    >>> table = ExpertTable(1, out_features=1, in_features=2)
+    >>> codes = align_rows(torch.tensor([[0b1100]], dtype=torch.uint8))  # the codes 0 and 3
+    >>> table.set(0, DeltaLeaves(codes, torch.tensor([2.0]), bits=2))
+    >>> x, base_out = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[10.0], [20.0]])
+    >>> delta_linear(x, base_out, table.rows, group_rows(torch.tensor([-1, 0])), out_features=1)
+    tensor([[10.],
+            [23.]])
+    """
+    _check(x, table, groups, numerics)
+    if base_out is not None:
+        _check_tensor("base_out", base_out, (x.shape[0], out_features), x)
+    return _delta_linear(x, base_out, table, *groups, out_features, numerics)
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    groups: RowGroups,
+    *,
+    numerics: Numerics = "exact",
+) -> torch.Tensor:
+    """``x (W + Δ̂)ᵀ`` and both biases, each row with its own expert's delta: the base's matmul in the same launch.
+
+    For up to 16 rows, whose time is that of reading the weight; more are right but slow.
+
+    Args:
+        x: ``[rows, in]``, float32, bfloat16 or float16.
+        weight: ``[out, in]`` of the dtype of ``x``: the base's. Any strides; rows should be contiguous.
+        bias: ``[out]``, the base's.
+        table: int64 ``[slots, len(COLUMNS)]``; this and the rest as of :func:`delta_linear`.
+        groups: the rows by expert.
+        numerics: how the delta is multiplied by.
+
+    Returns:
+        ``[rows, out]`` of the dtype of ``x``, rounded once where Triton runs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or unknown numerics.
+        NotImplementedError: the device is neither the CPU nor one that Triton serves.
+
+    >>> from meswitch_kernels import ExpertTable, group_rows
+    >>> table = ExpertTable(1, out_features=1, in_features=2)
+    >>> fused_linear(torch.ones(1, 2), torch.ones(1, 2), None, table.rows, group_rows(torch.tensor([0])))
+    tensor([[2.]])
+    """
+    _check(x, table, groups, numerics)
+    _check_tensor("weight", weight, (weight.shape[0], x.shape[1]), x)
+    if bias is not None:
+        _check_tensor("bias", bias, (weight.shape[0],), x)
+    return _fused_linear(x, weight, bias, table, *groups, numerics)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("delta_linear"), mutates_args=())
+def _delta_linear(
+    x: torch.Tensor,
+    base_out: torch.Tensor | None,
+    table: torch.Tensor,
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    out_features: int,
+    numerics: str,
+) -> torch.Tensor:
+    groups = RowGroups(order, slot, start, group_count)
+    if _add_with_triton is None or not has_kernel(x.device):
+        return _by_reference(x, base_out, table, groups, out_features)
+    y = x.new_empty(x.shape[0], out_features)
+    base_out = None if base_out is None else base_out.contiguous()
+    _run("delta", _add_with_triton, y, (base_out, x.contiguous()), table, groups, numerics)
+    return y
+
+
+@_delta_linear.register_fake
+def _(
+    x: torch.Tensor,
+    base_out: torch.Tensor | None,
+    table: torch.Tensor,
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    out_features: int,
+    numerics: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fused_linear"), mutates_args=())
+def _fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    numerics: str,
+) -> torch.Tensor:
+    groups = RowGroups(order, slot, start, group_count)
+    if _multiply_with_triton is None or not has_kernel(x.device):
+        return _by_reference(x, F.linear(x, weight, bias), table, groups, weight.shape[0])
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    _run("fused", _multiply_with_triton, y, (x.contiguous(), weight, bias), table, groups, numerics)
+    return y
+
+
+@_fused_linear.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    numerics: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _run(
+    kind: Kind,
+    kernel: Callable[..., None],
+    y: torch.Tensor,
+    arguments: tuple[torch.Tensor | None, ...],
+    table: torch.Tensor,
+    groups: RowGroups,
+    numerics: str,
+) -> None:
+    """Prepare the activations and write ``y`` with a kernel; ``arguments`` are what it takes before the table."""
+    assert _prepare_with_triton is not None
+    x = arguments[0] if kind == "fused" else arguments[1]
+    assert x is not None
+    if y.numel() == 0:
+        return
+    sizes = configuration(kind, x.shape[0], y.shape[1], x.shape[1], x.device)
+    planes = _PLANES[numerics]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.accelerator.device_index(x.device.index):
+        prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes)
+        kernel(y, *arguments, table, groups, prepared, planes, _has_dp4a(x.device), sizes)
+
+
+def _has_dp4a(device: torch.device) -> bool:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" and torch.version.hip is None and not interpreted
+
+
+def _by_reference(
+    x: torch.Tensor, base_out: torch.Tensor | None, table: torch.Tensor, groups: RowGroups, out_features: int
+) -> torch.Tensor:
+    if x.device.type != "cpu":
+        raise NotImplementedError(
+            f"There are no kernels for {x.device}, and the addresses in a table mean nothing here."
+        )
+    slots = range(table.shape[0])
+    experts = [leaves_of_slot(table, slot, out_features, x.shape[1]) for slot in slots]
+    expert_index = torch.empty_like(groups.slot)
+    expert_index[groups.order.long()] = groups.slot
+    return delta_linear_reference(x, base_out, experts, expert_index, out_features=out_features)
+
+
+def _check(x: torch.Tensor, table: torch.Tensor, groups: RowGroups, numerics: str) -> None:
+    if numerics not in get_args(Numerics):
+        raise ValueError(f"numerics is {numerics!r}, expected one of {', '.join(get_args(Numerics))}.")
+    if x.ndim != 2 or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, expected [rows, in] of {', '.join(map(str, _DTYPES))}."
+        )
+    if table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
+        raise ValueError(
+            f"table is {table.dtype} of shape {tuple(table.shape)}, expected contiguous int64 [slots, {len(COLUMNS)}]."
+        )
+    if groups.order.shape[0] != x.shape[0]:
+        raise ValueError(f"groups are of {groups.order.shape[0]} rows, but x has {x.shape[0]}.")
+    if not table.device == groups.order.device == x.device:
+        raise ValueError(f"x is on {x.device}, the table on {table.device} and groups on {groups.order.device}.")
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, expected {shape}.")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}.")

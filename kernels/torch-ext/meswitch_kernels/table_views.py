@@ -1,0 +1,52 @@
+"""The tensors that a table's addresses stand for, where the table is in the processor's own memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from .delta_leaves import DeltaLeaves
+from .expert_table import COLUMNS
+
+__all__ = ["leaves_of_slot"]
+
+
+def leaves_of_slot(rows: torch.Tensor, slot: int, out_features: int, in_features: int) -> DeltaLeaves | None:
+    """Views of the tensors in a slot. They are valid as long as the slot is set as it is.
+
+    Args:
+        rows: int64 ``[slots, len(COLUMNS)]`` on the CPU, of an :class:`~meswitch_kernels.ExpertTable`.
+        slot: which row.
+        out_features: output channels of the layer.
+        in_features: input channels of the layer.
+
+    Returns:
+        The delta, or `None` where the slot is empty.
+    """
+    row = dict(zip(COLUMNS, rows[slot].tolist(), strict=True))
+    bits, salient = row["bits"], row["salient_channels"]
+    if bits == 0:
+        return None
+    coded = in_features - salient
+    width = (coded * bits + 7) // 8
+    stride = row["row_bytes"] or width
+    memory = _view(row["codes"], torch.uint8, ((out_features - 1) * stride + width,) if width else (0,))
+    has_salient = row["salient_index"] != 0
+    return DeltaLeaves(
+        codes=memory.as_strided((out_features, width), (stride, 1)),
+        step=_view(row["step"], torch.float32, (out_features,)),
+        bits=bits,
+        column_step=_view(row["column_step"], torch.float32, (coded,)) if row["column_step"] else None,
+        salient_index=_view(row["salient_index"], torch.int32, (salient,)) if has_salient else None,
+        salient=_view(row["salient"], torch.bfloat16, (out_features, salient)) if has_salient else None,
+        bias=_view(row["bias"], torch.float32, (out_features,)) if row["bias"] else None,
+    )
+
+
+def _view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

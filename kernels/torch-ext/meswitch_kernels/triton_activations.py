@@ -1,0 +1,153 @@
+"""The Triton kernel that lays a batch's activations out as the codes of each row's expert lie in memory.
+
+The codes of a word are its low bits, the next ones, and so on, of its four bytes; the kernels mask four codes out at a
+time, one a byte. With ``shifts`` codes in a byte (three bits: eight in three bytes), ``wide = 4 * shifts`` and
+``words = block_codes / wide``, code ``wide * j + shifts * byte + i`` of a tile is met at word ``j`` and shift ``i``.
+This kernel gathers the input channels that are not salient in that order, so the kernels that read the codes, hundreds
+of times as many bytes, move nothing around. Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .expert_table import COLUMNS
+from .row_groups import RowGroups
+
+__all__ = ["PreparedActivations", "prepare_activations_triton"]
+
+_COLUMNS = tl.constexpr(len(COLUMNS))
+_COLUMN_STEP = tl.constexpr(COLUMNS.index("column_step"))
+_SALIENT_INDEX = tl.constexpr(COLUMNS.index("salient_index"))
+_BITS = tl.constexpr(COLUMNS.index("bits"))
+_SALIENT_CHANNELS = tl.constexpr(COLUMNS.index("salient_channels"))
+
+#: Values, scales and offsets, as :func:`prepare_activations_triton` returns them.
+PreparedActivations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _prepare_kernel(
+    x,
+    table,
+    order,
+    slot,
+    values,
+    scale,
+    offset,
+    rows,
+    in_features,
+    tiles,
+    PLANES: tl.constexpr,
+    BLOCK_CODES: tl.constexpr,
+):
+    """One program prepares one tile of one position."""
+    position = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    expert = tl.load(slot + position)
+    if expert < 0:
+        return
+    entry = table + expert.to(tl.int64) * _COLUMNS
+    bits = tl.load(entry + _BITS).to(tl.int32)
+    if bits == 0:
+        return
+    salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
+    shifts = tl.where(bits == 2, 4, tl.where(bits == 4, 2, 8))
+    words = BLOCK_CODES // (4 * shifts)
+    place = tl.arange(0, BLOCK_CODES)
+    if PLANES == 0:
+        # Codes are taken one at a time: a plane a byte and shift.
+        plane = place // words
+        shift, byte, word = plane // 4, plane % 4, place % words
+    else:
+        # Codes are taken four at a time: a plane a shift, with the bytes together.
+        shift, byte, word = place // (4 * words), place % 4, (place // 4) % words
+    code = tile * BLOCK_CODES + 4 * shifts * word + shifts * byte + shift
+    coded = code < in_features - salient_channels
+
+    # Before coded channel c lie the salient channels of which salient_index[s] - s <= c: the last power of two that
+    # is not more than their number starts the search.
+    before = tl.zeros((BLOCK_CODES,), tl.int32)
+    if salient_channels > 0:
+        salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
+        span = 1
+        while span * 2 <= salient_channels:
+            span = span * 2
+        while span > 0:
+            probe = before + span
+            inside = probe <= salient_channels
+            channel = tl.load(salient_index + probe - 1, mask=inside, other=0)
+            before = tl.where(inside & (channel - (probe - 1) <= code), probe, before)
+            span = span // 2
+
+    row = tl.load(order + position).to(tl.int64)
+    value = tl.load(x + row * in_features + code + before, mask=coded, other=0.0).to(tl.float32)
+    column_step = tl.load(entry + _COLUMN_STEP)
+    if column_step != 0:
+        value *= tl.load(column_step.to(tl.pointer_type(tl.float32)) + code, mask=coded, other=0.0)
+
+    where = values + position * (tiles * BLOCK_CODES) + tile * BLOCK_CODES + place
+    if PLANES == 0:
+        value = value.to(values.dtype.element_ty)
+        tl.store(where, value)
+        tl.store(offset + position * tiles + tile, tl.sum(value.to(tl.float32), axis=0))
+    else:
+        largest = 127.0 if PLANES == 1 else 127.0 * 256.0
+        extent = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-30)
+        level = tl.floor(value * (largest / extent) + 0.5).to(tl.int32)
+        if PLANES == 1:
+            tl.store(where, level.to(tl.int8))
+        else:
+            high = (level + 128) >> 8
+            tl.store(where, high.to(tl.int8))
+            low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
+            tl.store(where + low_plane, (level - high * 256).to(tl.int8))
+        unit = extent / largest
+        tl.store(scale + position * tiles + tile, unit)
+        tl.store(offset + position * tiles + tile, unit * tl.sum(level, axis=0).to(tl.float32))
+
+
+def prepare_activations_triton(
+    x: torch.Tensor, table: torch.Tensor, groups: RowGroups, planes: int, block_codes: int
+) -> PreparedActivations:
+    """Gather, scale by the column steps and, if asked to, quantise the activations of all rows that have an expert.
+
+    Args:
+        x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
+        table: int64 ``[slots, len(COLUMNS)]``.
+        groups: the rows by expert.
+        planes: 0 to keep the dtype of ``x``; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
+        block_codes: codes of a tile, a power of two, 128 or more.
+
+    Returns:
+        Values by position: ``[rows, tiles * block_codes]`` of the dtype of ``x``, or int8 ``[planes, rows, tiles *
+        block_codes]``; zero after the last code. Scales and offsets, float32 ``[rows, tiles]``: what one unit of the
+        values is worth, not set where ``planes`` is 0; and the sum of the activations as they are stored. Nothing is
+        set for rows that have no delta.
+    """
+    rows, in_features = x.shape
+    tiles = triton.cdiv(in_features, block_codes)
+    width = tiles * block_codes
+    if planes:
+        values = torch.empty(planes, rows, width, dtype=torch.int8, device=x.device)
+    else:
+        values = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    scale, offset = torch.empty(2, rows, tiles, dtype=torch.float32, device=x.device)
+    _prepare_kernel[(rows, tiles)](
+        x,
+        table,
+        groups.order,
+        groups.slot,
+        values,
+        scale,
+        offset,
+        rows,
+        in_features,
+        tiles,
+        PLANES=planes,
+        BLOCK_CODES=block_codes,
+        num_warps=4,
+    )
+    return values, scale, offset

@@ -1,0 +1,130 @@
+"""The Triton kernel that adds experts' deltas to the base's output. Importing this module needs Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import Configuration, program_count
+from .row_groups import RowGroups
+from .triton_activations import PreparedActivations
+from .triton_expert_delta import delta_of_row, delta_of_rows
+
+__all__ = ["delta_linear_triton"]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _delta_linear_kernel(
+    y,
+    base_out,
+    x,
+    table,
+    order,
+    slot,
+    start,
+    group_count,
+    values,
+    scale,
+    offset,
+    rows,
+    out_features,
+    in_features,
+    tiles,
+    HAS_BASE: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_CODES: tl.constexpr,
+    DP4A: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Programs share out the pairs of a group and a block of output channels, so a delta is read once.
+
+    How many groups there are is known on the device only; a grid of programs for all that there could be would spend
+    its time on starting those that find nothing to do.
+    """
+    blocks = tl.cdiv(out_features, BLOCK_OUT)
+    for work in range(tl.program_id(0), tl.load(group_count) * blocks, tl.num_programs(0)):
+        group = work // blocks
+        n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        n_mask = n < out_features
+        first = tl.load(start + group)
+        last = tl.load(start + group + 1)
+        expert = tl.load(slot + first)
+        if last - first == 1:
+            row = tl.load(order + first)
+            delta = delta_of_row(
+                x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
+                PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+            )  # fmt: skip
+            where = row.to(tl.int64) * out_features + n
+            if HAS_BASE:
+                delta += tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
+            tl.store(y + where, delta.to(y.dtype.element_ty), mask=n_mask)
+        elif BLOCK_ROWS > 1:
+            for begin in range(first, last, BLOCK_ROWS):
+                position = begin + tl.arange(0, BLOCK_ROWS)
+                mask = position < last
+                row = tl.load(order + position, mask=mask, other=0)
+                delta = delta_of_rows(
+                    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
+                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                )  # fmt: skip
+                where = row.to(tl.int64)[:, None] * out_features + n[None, :]
+                both = mask[:, None] & n_mask[None, :]
+                if HAS_BASE:
+                    delta += tl.load(base_out + where, mask=both, other=0.0).to(tl.float32)
+                tl.store(y + where, delta.to(y.dtype.element_ty), mask=both)
+
+
+def delta_linear_triton(
+    y: torch.Tensor,
+    base_out: torch.Tensor | None,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    groups: RowGroups,
+    prepared: PreparedActivations,
+    planes: int,
+    dp4a: bool,
+    configuration: Configuration,
+) -> None:
+    """Write ``y``, every element of it.
+
+    Args:
+        y: contiguous ``[rows, out]`` of the dtype of ``x``: the result.
+        base_out: contiguous ``[rows, out]`` of that dtype, the base's output; zero if `None`.
+        x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
+        table: int64 ``[slots, len(COLUMNS)]``.
+        groups: the rows by expert.
+        prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
+        planes: 0, 1 or 2.
+        dp4a: whether the device has that instruction (NVIDIA's); the same arithmetic is spelled out otherwise.
+        configuration: sizes of blocks.
+    """
+    rows, in_features = x.shape
+    out_features = y.shape[1]
+    values, scale, offset = prepared
+    work = rows * triton.cdiv(out_features, configuration.block_out)
+    _delta_linear_kernel[(program_count(work, configuration, x.device),)](
+        y,
+        y if base_out is None else base_out,  # a pointer that the specialised kernel never reads
+        x,
+        table,
+        *groups,
+        values,
+        scale,
+        offset,
+        rows,
+        out_features,
+        in_features,
+        scale.shape[1],
+        HAS_BASE=base_out is not None,
+        PLANES=planes,
+        BLOCK_ROWS=1 if rows == 1 else 16,
+        BLOCK_OUT=configuration.block_out,
+        BLOCK_CODES=configuration.block_codes,
+        DP4A=dp4a,
+        STAGES=configuration.stages,
+        num_warps=configuration.warps,
+    )

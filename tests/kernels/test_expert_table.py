@@ -1,0 +1,128 @@
+"""The table of resident experts, the layout of codes in memory, and the grouping of rows."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meswitch_kernels import DeltaLeaves, ExpertTable, align_rows, group_rows
+from meswitch_kernels.expert_table import COLUMNS
+from meswitch_kernels.table_views import leaves_of_slot
+from tests.kernels.random_deltas import move, random_leaves
+
+
+def test_views_of_a_slot_are_the_owners_tensors() -> None:
+    table = ExpertTable(3, 5, 21)
+    for leaves in (
+        random_leaves(5, 21, 3, salient=2, column_steps=True, bias=True),
+        random_leaves(5, 21, 1),
+        random_leaves(5, 21, 2, salient=21),
+    ):
+        leaves = move(leaves, "cpu")
+        table.set(2, leaves)
+        found = leaves_of_slot(table.rows, 2, 5, 21)
+        assert found is not None
+        assert found.bits == leaves.bits
+        assert found.tensors().keys() == leaves.tensors().keys()
+        for name, tensor in leaves.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor)
+            assert tensor.numel() == 0 or found.tensors()[name].data_ptr() == tensor.data_ptr()
+        assert leaves_of_slot(table.rows, 1, 5, 21) is None
+
+
+def test_memory_is_held_until_the_slot_is_cleared() -> None:
+    table = ExpertTable(1, 5, 21)
+    leaves = move(random_leaves(5, 21, 2), "cpu")
+    kept = weakref.ref(leaves.step.untyped_storage())
+    step = leaves.step.clone()
+    owner = torch.nn.Parameter(leaves.step, requires_grad=False)
+    table.set(0, replace(leaves, step=owner))
+    # As module.to(...) does it.
+    owner.data = torch.zeros(5)
+    del leaves, owner
+    gc.collect()
+    found = leaves_of_slot(table.rows, 0, 5, 21)
+    assert found is not None
+    assert torch.equal(found.step, step)
+    table.clear(0)
+    gc.collect()
+    assert kept() is None
+    assert not table.rows.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "bits is 5, expected 1, 2, 3 or 4"),
+        ({"codes": torch.zeros(5, 5, dtype=torch.int8)}, "codes is of dtype torch.int8, expected torch.uint8"),
+        ({"codes": torch.zeros(5, 6, dtype=torch.uint8)}, r"codes is of shape \(5, 6\), expected \(5, 5\)"),
+        ({"codes": torch.zeros(5, 5, dtype=torch.uint8)}, r"multiples of 16 bytes.*align_rows"),
+        ({"step": torch.zeros(5).half()}, "step is of dtype torch.float16, expected torch.float32"),
+        ({"step": torch.zeros(10)[::2]}, r"step has strides \(2,\); it has to be contiguous"),
+        ({"column_step": torch.zeros(21)}, r"column_step is of shape \(21,\), expected \(19,\)"),
+        ({"salient": None}, "belong together"),
+        ({"salient_index": torch.zeros(2, dtype=torch.int64)}, "salient_index is of dtype torch.int64"),
+        ({"salient": torch.zeros(5, 3, dtype=torch.bfloat16)}, r"salient is of shape \(5, 3\), expected \(5, 2\)"),
+        ({"bias": torch.zeros(5, device="meta")}, "bias is on meta, but the layer is on cpu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_tensors_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+    table = ExpertTable(1, 5, 21)
+    leaves = move(random_leaves(5, 21, 2, salient=2), "cpu")
+    with pytest.raises(ValueError, match=message):
+        table.set(0, replace(leaves, **change))  # type: ignore[arg-type]
+    assert not table.rows.any()
+
+
+@pytest.mark.parametrize("slot", [-1, 2])
+def test_slots_that_there_are_not(slot: int) -> None:
+    table = ExpertTable(2, 1, 2)
+    with pytest.raises(IndexError, match=f"slot {slot} is not one of the table's 2"):
+        table.clear(slot)
+    with pytest.raises(IndexError, match=f"slot {slot}"):
+        table.set(slot, move(random_leaves(1, 2, 2), "cpu"))
+
+
+@given(out=st.integers(0, 5), width=st.integers(0, 40), offset=st.integers(0, 17))
+def test_aligned_codes_are_the_same_codes(out: int, width: int, offset: int) -> None:
+    memory = torch.randint(0, 256, (offset + out * width,), dtype=torch.uint8)
+    codes = memory[offset:].view(out, width)
+    aligned = align_rows(codes)
+    assert torch.equal(aligned, codes)
+    assert align_rows(aligned) is aligned
+    step = torch.zeros(out)
+    if width:
+        ExpertTable(1, out, width * 8).set(0, DeltaLeaves(aligned, step, 1))
+
+
+def test_rows_that_end_where_their_memory_ends_are_not_aligned() -> None:
+    memory = torch.zeros(64, dtype=torch.uint8)
+    whole = align_rows(memory[:64].view(4, 16))
+    assert whole.data_ptr() == memory.data_ptr()
+    cut = memory[: 3 * 16 + 8].clone().as_strided((4, 8), (16, 1))
+    assert align_rows(cut).data_ptr() != cut.data_ptr()
+
+
+@given(st.lists(st.integers(-3, 6), max_size=40), st.sampled_from([torch.int32, torch.int64]))
+def test_groups(index: list[int], dtype: torch.dtype) -> None:
+    order, slot, start, count = (t.tolist() for t in group_rows(torch.tensor(index, dtype=dtype)))
+    experts = [max(expert, -1) for expert in index]
+    assert sorted(order) == list(range(len(index)))
+    assert slot == sorted(experts) == [experts[row] for row in order]
+    groups = [slot[a:b] for a, b in itertools.pairwise(start)]
+    assert len(start) == len(index) + 1
+    assert [group for group in groups if group] == groups[: count[0]]
+    assert [group[0] for group in groups[: count[0]]] == sorted(set(experts))
+    assert all(len(set(group)) <= 1 for group in groups)
+
+
+def test_columns_are_those_that_the_kernels_read() -> None:
+    assert COLUMNS[6:] == ("bits", "salient_channels", "row_bytes")
