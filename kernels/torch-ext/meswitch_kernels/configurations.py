@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Configuration", "Kind", "configuration", "program_count"]
+__all__ = ["Configuration", "Key", "Kind", "configuration", "program_count"]
 
 #: The delta alone, or the base's matmul with it.
 Kind = Literal["delta", "fused"]
@@ -35,32 +35,32 @@ class Configuration:
     programs: int = 16
 
 
-#: Compute capability to (kind, more than one row, output channels, input channels) to sizes; channels of 0 stand for
-#: all shapes that have no line of their own. A GPU without a table runs with the default.
-_TABLES: dict[tuple[int, int], dict[tuple[Kind, bool, int, int], Configuration]] = {
+class Key(NamedTuple):
+    """What sizes depend on; channels of 0 stand for all shapes that have no line of their own."""
+
+    kind: Kind
+    numerics: str
+    several_rows: bool
+    out_features: int = 0
+    in_features: int = 0
+
+
+#: By compute capability. A GPU without a table, and a case without a line, run with the default.
+_TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
     # H100, H200
-    (9, 0): {
-        ("delta", False, 0, 0): Configuration(),
-        ("delta", True, 0, 0): Configuration(),
-        ("fused", False, 0, 0): Configuration(),
-        ("fused", True, 0, 0): Configuration(),
-    },
+    (9, 0): {},
 }
 _DEFAULT = Configuration()
 
 
-def configuration(kind: Kind, rows: int, out_features: int, in_features: int, device: torch.device) -> Configuration:
-    """Sizes for a kernel, a shape and a device.
+def configuration(key: Key, device: torch.device) -> Configuration:
+    """Sizes for a kernel on a device; ``key`` names the shape.
 
-    >>> configuration("delta", 1, 4096, 4096, torch.device("cpu")) == Configuration()
+    >>> configuration(Key("delta", "int8", False, 4096, 4096), torch.device("cpu")) == Configuration()
     True
     """
     table = _TABLES.get(_capability(device), {})
-    for shape in ((out_features, in_features), (0, 0)):
-        found = table.get((kind, rows > 1, *shape))
-        if found is not None:
-            return found
-    return _DEFAULT
+    return table.get(key) or table.get(key._replace(out_features=0, in_features=0)) or _DEFAULT
 
 
 def program_count(work: int, configuration: Configuration, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import functional as F
 
-from .configurations import Kind, configuration
+from .configurations import Key, Kind, configuration
 from .expert_table import COLUMNS
 from .op import add_op_namespace_prefix, has_kernel
 from .reference import delta_linear_reference
@@ -213,7 +213,7 @@ def _run(
     assert x is not None
     if y.numel() == 0:
         return
-    sizes = configuration(kind, x.shape[0], y.shape[1], x.shape[1], x.device)
+    sizes = configuration(Key(kind, numerics, x.shape[0] > 1, y.shape[1], x.shape[1]), x.device)
     planes = _PLANES[numerics]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):

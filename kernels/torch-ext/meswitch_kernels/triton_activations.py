@@ -28,7 +28,7 @@ _SALIENT_CHANNELS = tl.constexpr(COLUMNS.index("salient_channels"))
 PreparedActivations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _prepare_kernel(
     x,
     table,

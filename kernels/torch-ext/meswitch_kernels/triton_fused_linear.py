@@ -15,7 +15,7 @@ from .triton_expert_delta import delta_of_row, delta_of_rows
 __all__ = ["fused_linear_triton"]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _fused_linear_kernel(
     y,
     x,

@@ -1,0 +1,52 @@
+"""The kernels benchmark, without a GPU: its cases, its count of bytes, its table."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.kernels.__main__ import add_ratios, default_output, render
+from benchmarks.kernels.cases import SECTIONS, Case, _zipf
+
+
+def test_bytes_are_those_of_the_delta_format() -> None:
+    case = Case((4096, 14336), (0,), 2, "delta", "int8")
+    # As docs/delta_format.md counts this layer, but for the 16 salient indices.
+    assert case.delta_bytes == 14811200 - 16 * 4
+    assert case.bytes == case.delta_bytes + 2 * (14336 + 4096) + 2 * 4096
+    assert Case((4096, 14336), (0, 1, 1), 2, "delta", "int8").delta_bytes == 2 * case.delta_bytes
+    assert Case((4096, 14336), (0,), 2, "linear").bytes == 2 * (4096 * 14336 + 14336 + 4096)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_cases(section: str) -> None:
+    cases = list(SECTIONS[section]())
+    assert len(set(cases)) == len(cases)
+    assert {len(case.index) for case in cases} <= {1, 2, 4, 8, 16}
+    linears = {case.what for case in cases if case.launch == "linear"}
+    assert {case.what for case in cases if case.launch == "fused"} <= linears
+
+
+def test_zipf_leaves_no_expert_out() -> None:
+    index = _zipf(16, 8)
+    assert len(index) == 16
+    assert set(index) == set(range(8))
+    assert index.count(0) > index.count(7)
+
+
+def test_table() -> None:
+    timed = {"bytes": 1, "delta_bytes": 1, "delta_tb_per_second": 2.5, "share_of_limit": 0.9}
+    fused = {"what": "o", "launch": "fused", "numerics": "int8", "microseconds": 19.0, "error": 0.007}
+    rows = [
+        {"section": "a", "what": "o", "launch": "linear", "microseconds": 20.0, **timed},
+        {"section": "a", **fused, **timed},
+        {"section": "b", "what": "o", "launch": "delta", "numerics": "int8", "unavailable": "Error: no\nmore"},
+    ]
+    add_ratios(rows)
+    assert render(rows).splitlines()[2:] == [
+        "| o | linear |  | 20.0 |  | 0.90 | 1.000 |  |",
+        "| o | fused | int8 | 19.0 |  | 0.90 | 0.950 | 0.0070 |",
+        "| o | delta | int8 | unavailable: Error: no | | | | |",
+    ]
+    assert default_output("NVIDIA H100 80GB HBM3").name == "kernels_nvidia-h100-80gb-hbm3.json"
