@@ -153,6 +153,14 @@ def test_distillation_is_stated_where_it_was_done():
     assert "distilled" not in card_of()
 
 
+def test_the_method_is_the_one_that_made_the_delta():
+    config = MESwitchExpertConfig(modules={"model.layers.0.mlp.up_proj": LINEAR}, imported_from="BitDelta")
+    card = delta_card(config, total_bytes=1, dense_bytes=1)
+    assert "- Method: BitDelta ([arXiv:2402.10193](https://arxiv.org/abs/2402.10193)); imported" in card
+    assert "- Method: ME-Switch" not in card
+    assert "- Method: ME-Switch ([arXiv:2406.09041]" in card_of()
+
+
 def test_fidelity_is_stated_where_it_was_measured():
     card = card_of(evidence=evidence())
     rows = [row for row in card.split("## Fidelity")[1].split("## How")[0].splitlines() if row.startswith("|")]

@@ -6,6 +6,7 @@ Importing this package registers ME-Switch with PEFT and transformers; from then
 
 from __future__ import annotations
 
+from .bitdelta.recipe import import_bitdelta
 from .compression.recipe import compress
 from .configuration import MESwitchConfig, MESwitchExpertConfig, MESwitchFamilyConfig
 from .distillation.recipe import distill
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "distill",
     "extract_lora",
+    "import_bitdelta",
     "merge_checkpoint",
     "verify",
 ]

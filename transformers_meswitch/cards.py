@@ -123,6 +123,7 @@ def delta_card(
         saliency=config.saliency if any(salient) else None,
         calibration=calibration,
         distilled=config.distilled,
+        imported_from=config.imported_from,
         kl=kl,
         format_version=config.format_version,
         evidence=evidence,

@@ -267,6 +267,7 @@ class MESwitchExpertConfig(PeftConfig):
         saliency: how salient channels were chosen, ``"reconstruction"`` or ``"weight"``.
         distilled: how step sizes were trained on the expert's logits, see :func:`transformers_meswitch.distill`:
             ``steps``, ``text``, and KL from the expert on held-out text, ``kl_before`` and ``kl_after``.
+        imported_from: method that made the delta, where it was not this package: ``"BitDelta"``.
     """
 
     format_version: int = FORMAT_VERSION
@@ -283,6 +284,7 @@ class MESwitchExpertConfig(PeftConfig):
     expert_model_name_or_path: str | None = None
     saliency: str | None = None
     distilled: dict[str, Any] | None = None
+    imported_from: str | None = None
     #: PEFT reads this from every tuner's config; the modules table replaces it.
     target_modules: list[str] | None = None
 
@@ -306,10 +308,11 @@ class MESwitchExpertConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; a delta whose steps were not distilled has nothing to say of it."""
+        """As PEFT's; a delta that was not distilled, or not imported, has nothing to say of it."""
         content = super().to_dict()
-        if content.get("distilled") is None:
-            content.pop("distilled", None)
+        for key in ("distilled", "imported_from"):
+            if content.get(key) is None:
+                content.pop(key, None)
         return content
 
     @classmethod

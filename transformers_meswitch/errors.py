@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BaseMismatchError",
+    "BitDeltaError",
     "BudgetError",
     "CheckpointError",
     "CompressionError",
@@ -72,6 +73,10 @@ class VocabularyError(MESwitchError, ValueError):
 
 class CompressionError(MESwitchError, ValueError):
     """An expert cannot be compressed against the base as asked."""
+
+
+class BitDeltaError(MESwitchError, ValueError):
+    """A file is no BitDelta diff, holds more than tensors, or does not fit the base."""
 
 
 class DistillationError(MESwitchError, ValueError):

@@ -82,13 +82,29 @@ _HEAD = (
 )
 
 
+def _seeds(cells: Iterable[Cell]) -> list[int]:
+    return sorted({cell["seed"] for cell in cells})
+
+
+def _seeds_in_words(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def _table(cells: list[Cell], references: dict[tuple[str, int], Cell]) -> str:
-    """One row a method, over all experts and seeds among ``cells``; ordered by bytes, the expert last."""
+    """One row a method, over all experts and seeds among ``cells``; ordered by bytes, the expert last.
+
+    A method that was not measured on all seeds of the table says on which.
+    """
     by_method: defaultdict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_method[cell["method"]].append(cell)
-    size = {name: (bits_per_weight(group[0]), name) for name, group in by_method.items()}
-    return "\n".join([_HEAD, *(_row(name, by_method[name], references) for name in sorted(by_method, key=size.get))])  # type: ignore[arg-type]
+    seeds = _seeds(cells)
+    rows = []
+    for name in sorted(by_method, key=lambda name: (bits_per_weight(by_method[name][0]), name)):
+        own = _seeds(by_method[name])
+        label = name if own == seeds else f"{name} ({_seeds_in_words(own)})"
+        rows.append(_row(label, by_method[name], references))
+    return "\n".join([_HEAD, *rows])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -106,9 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
     experts = sorted({cell["expert"] for cell in cells})
     for expert in experts:
         own = [cell for cell in cells if cell["expert"] == expert]
-        seeds = sorted({cell["seed"] for cell in own})
-        title = f"## {expert}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        lines += ["", title, "", _table(own, references)]
+        lines += ["", f"## {expert}, {_seeds_in_words(_seeds(own))}", "", _table(own, references)]
     lines += ["", "## Pooled", ""]
     # A method that was not run on every expert would be pooled over easier or harder items than the others.
     everywhere = {(cell["expert"], cell["seed"]) for cell in cells}
@@ -117,6 +131,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"{strength} experts": [cell for cell in cells if cell["strength"] == strength]
         for strength in sorted({cell["strength"] for cell in cells})
     }
+    for label, group in list(groups.items()):
+        # More methods were run on the first seed than on all of them.
+        first = [cell for cell in group if cell["seed"] == min(_seeds(cells))]
+        if len(first) < len(group):
+            groups[f"{label} of {_seeds_in_words(_seeds(first))}"] = first
     for label, group in groups.items():
         wanted = {pair for pair in everywhere if pair in {(cell["expert"], cell["seed"]) for cell in group}}
         complete = [
@@ -145,8 +164,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     columns = min(4, len(experts))
     rows = math.ceil(len(experts) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
-    # The base is left out: it answers next to nothing, and its line would press the others together.
-    shown = sorted({cell["method"] for cell in cells} - {_EXPERT, "base"})
+    # The base is left out: it answers next to nothing, and its line would press the others together. So are variants,
+    # such as other calibration text: they have the bytes of what they vary.
+    shown = sorted({cell["method"] for cell in cells if not {"+", "@"} & set(cell["method"])} - {_EXPERT, "base"})
     styles = {name: (f"C{number % 10}", _MARKERS[number % len(_MARKERS)]) for number, name in enumerate(shown)}
     for panel in axes.flat[len(experts) :]:
         panel.set_visible(False)

@@ -23,7 +23,8 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["compress", "distill", "inspect", "verify", "generate", "merge", "extract-lora", "demo"]
+    "command",
+    ["compress", "distill", "inspect", "verify", "generate", "merge", "extract-lora", "import-bitdelta", "demo"],
 )
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0

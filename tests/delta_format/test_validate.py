@@ -202,6 +202,7 @@ def test_config_gives_the_records():
         ({"distilled": True}, "distilled is True, expected dict or null"),
         ({"distilled": {"steps": "9", "text": "a", "kl_before": 1, "kl_after": 0.5}}, r"distilled\['steps'\] is '9'"),
         ({"distilled": {"steps": 9, "text": "a", "kl_before": 1.0}}, r"distilled\['kl_after'\] is None"),
+        ({"imported_from": 1}, "imported_from is 1, expected str or null"),
     ],
 )
 def test_bad_configs(changes, message):

@@ -151,6 +151,15 @@ def test_results_merge_and_the_last_counts():
     assert merge([slower, {**one, "experts": {"a-light-s0": {"steps": 1, "seconds": 8.0}}}])["cells"] == one["cells"]
 
 
+def test_the_built_in_set_calibrates_as_another_task_does(runner):
+    assert runner.run(plan("expert", "ours-2bit"), Budget(None, 1))
+    assert runner.run(plan("ours-2bit", calibration=4, calibration_task="default"), Budget(None, 1))
+    cells = {cell["method"]: cell for cell in runner.cells.cells()}
+    built_in = cells["ours-2bit+calibration4+calibration-default"]
+    assert built_in["linear_bytes"] == cells["ours-2bit"]["linear_bytes"]
+    assert built_in["divergence"] != cells["ours-2bit"]["divergence"]
+
+
 def test_the_report_pairs_items_and_pools_only_what_is_complete():
     cells = [
         cell("a-light", "expert", "ff"),
@@ -170,6 +179,16 @@ def test_the_report_pairs_items_and_pools_only_what_is_complete():
     assert "| y " not in pooled
     # Fewer items than the expert's are not paired with them.
     assert "–" in next(line for line in per_task.splitlines() if line.startswith("| z ")).split(" | ")[5]
+
+
+def test_the_report_says_which_seeds_a_row_is_of():
+    cells = [cell("a-light", method, "ff", seed=seed) for method, seed in (("expert", 0), ("expert", 1), ("x", 1))]
+    text = markdown({**HEAD, "experts": {}, "cells": cells})
+    per_task, _, pooled = text.partition("## Pooled")
+    assert "## a-light, seeds 0, 1" in per_task
+    assert "| x (seed 1) |" in per_task
+    assert "| expert |" in per_task
+    assert "### all experts of seed 0" in pooled
 
 
 def test_a_cell_is_there_whole_or_not_at_all(tmp_path, monkeypatch):

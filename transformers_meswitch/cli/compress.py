@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..compression.calibration import DEFAULT
 from ..compression.presets import DEFAULT_PRESET, PRESETS
-from ..delta_format.spec import LinearRecord, ModuleRecord
 from .device import usable_device
+from .written import print_written
 
 if TYPE_CHECKING:
     from ..compression.spending import Allocation
@@ -151,8 +149,6 @@ def run(args: argparse.Namespace) -> None:
 
     from ..compression.recipe import compress
     from ..configuration import MESwitchConfig
-    from ..delta_format.reader import open_delta
-    from ..inspection import inspect_delta
 
     # `None` is a value of --embedding-bits, so the option is absent where it was not given.
     stated = {key: getattr(args, key, None) for key in _SETTINGS if getattr(args, key, None) is not None}
@@ -173,35 +169,5 @@ def run(args: argparse.Namespace) -> None:
         max_calibration_tokens=args.max_calibration_tokens,
         on_allocation=chosen.append,
     )
-    seconds = time.perf_counter() - started
-    inspection = inspect_delta(directory)
-    result: dict[str, Any] = {
-        "output": str(directory),
-        "modules": len(inspection.modules),
-        "total_bytes": inspection.total_bytes,
-        "dense_bytes": inspection.dense_bytes,
-        "ratio": inspection.ratio,
-        "bits_per_weight": inspection.bits_per_weight,
-        "candidates": _candidates(open_delta(directory).records.values()),
-        "seconds": round(seconds, 3),
-    }
-    if chosen and chosen[0].kl is not None:
-        result["kl"] = chosen[0].kl
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return
-    ratio = "" if inspection.ratio is None else f", 1/{inspection.ratio:.2f} of a full copy in bfloat16"
-    print(f"{directory}: {inspection.total_bytes:,} bytes{ratio} ({seconds:.1f} s)")
-
-
-def _candidates(records: Iterable[ModuleRecord]) -> list[dict[str, Any]]:
-    """How many linear layers are stored how."""
-    counts = Counter(
-        (record.bits, record.salient_channels, record.column_step)
-        for record in records
-        if isinstance(record, LinearRecord)
-    )
-    return [
-        {"bits": bits, "salient_channels": salient, "column_steps": column_steps, "modules": count}
-        for (bits, salient, column_steps), count in sorted(counts.items())
-    ]
+    kl = {} if not chosen or chosen[0].kl is None else {"kl": chosen[0].kl}
+    print_written(directory, time.perf_counter() - started, as_json=args.json, **kl)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from ..cards import write_delta_card
 from ..configuration import MESwitchConfig, MESwitchExpertConfig
 from ..delta_format.fingerprint import fingerprint_checkpoint
 from ..delta_format.location import RepoLocation
 from ..delta_format.spec import ModuleRecord
+from ..delta_format.tensor_files import TensorFiles
 from ..delta_format.writer import write_delta
 from ..errors import CheckpointError, CompressionError
 from ..inspection import full_copy_bytes
@@ -42,9 +42,9 @@ from .request import check_layer_bits, check_request
 from .sequential import SequentialStatistics
 from .sources import CheckpointParameters, Source, check_unknown, input_embedding, locate, meta_model
 from .spending import Allocation, spend
-from .work_folder import partial_folder, work_folder
+from .work_folder import disk_errors, work_folder
 
-__all__ = ["calibration_text", "compress", "source_identity", "usable", "versions"]
+__all__ = ["calibration_text", "compress", "source_identity", "usable", "versions", "write_repo"]
 
 #: Calibration tokens at most on which a budget measures what errors do to a layer's output.
 _PROBE_TOKENS = 2048
@@ -148,7 +148,7 @@ def compress(
     output = Path(os.path.abspath(output_dir))
     request = _request(base_source, expert_source, config, text, where)
     with (
-        _disk_errors(output),
+        disk_errors(output, CompressionError),
         work_folder(output, request) as work,
         ReadAhead(base_parameters) as base_ahead,
         ReadAhead(expert_parameters) as expert_ahead,
@@ -222,18 +222,57 @@ def compress(
                 tqdm.write(f"Budget: {allocation}", file=sys.stderr)
             if on_allocation is not None:
                 on_allocation(allocation)
-        assets, texts = find_assets(expert_location), {}
-        if all(path.name != GENERATION_CONFIG for path in assets):
-            texts[GENERATION_CONFIG] = generation_config.to_json_string()
-        directory = write_delta(output_dir, delta_config, work.tensors(), assets, texts=texts)
-        write_delta_card(
-            directory,
+        return write_repo(
+            output_dir,
             delta_config,
-            dense_bytes=full_copy_bytes(delta_config, model_config),
+            work.tensors(),
+            assets_of=expert_location,
+            generation_config=generation_config,
+            model_config=model_config,
             license=license,
             calibration=used,
             kl=next((allocation.kl for allocation in allocations), None),
         )
+
+
+def write_repo(
+    output_dir: str | os.PathLike[str],
+    config: MESwitchExpertConfig,
+    tensors: TensorFiles,
+    *,
+    assets_of: RepoLocation | None,
+    generation_config: GenerationConfig,
+    model_config: PreTrainedConfig,
+    license: str | None,
+    calibration: str | None = None,
+    kl: float | None = None,
+) -> Path:
+    """Write the delta repo of an expert: the delta, what comes along with it, and its card.
+
+    Args:
+        output_dir: the folder, made if need be.
+        config: its ``adapter_config.json``.
+        tensors: the delta's tensors, read one at a time.
+        assets_of: the repo whose tokenizer, chat templates and generation config come along; `None` brings none.
+        generation_config: the expert's, written where no file of it comes along.
+        model_config: configuration of the expert or of the base.
+        license: Hub licence identifier, where known.
+        calibration: which text was calibrated on and how much of it, where any was.
+        kl: KL divergence from the expert that was measured, nats a token.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        MESwitchError: as :func:`~..delta_format.writer.write_delta`.
+        OSError: the disk is full or not writable.
+    """
+    assets, texts = [] if assets_of is None else find_assets(assets_of), {}
+    if all(path.name != GENERATION_CONFIG for path in assets):
+        texts[GENERATION_CONFIG] = generation_config.to_json_string()
+    directory = write_delta(output_dir, config, tensors, assets, texts=texts)
+    dense_bytes = full_copy_bytes(config, model_config)
+    write_delta_card(directory, config, dense_bytes=dense_bytes, license=license, calibration=calibration, kl=kl)
     return directory
 
 
@@ -243,17 +282,6 @@ def _report(calibration: str | None, finished: int) -> None:
         tqdm.write(f"Calibrating on {calibration}", file=sys.stderr)
     if finished:
         tqdm.write(f"Resuming: {finished} modules were finished before", file=sys.stderr)
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CompressionError(
-            f"Writing to {output} or {partial_folder(output)} failed: {error}. Modules that are finished are kept in "
-            "the latter; make room, or the folder writable, and run the same command again to go on from there."
-        ) from error
 
 
 def _request(

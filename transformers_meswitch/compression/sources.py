@@ -33,6 +33,7 @@ __all__ = [
     "locate",
     "meta_model",
     "output_head",
+    "read_config",
 ]
 
 
@@ -59,6 +60,26 @@ def locate(location: RepoLocation) -> Source:
         CompressionError: the checkpoint is quantised.
         UnsupportedModelError: the model comes with code of its own.
     """
+    location, config = read_config(location)
+    checkpoint = resolve_checkpoint(
+        location.repo,
+        location.revision,
+        location.token,
+        location.cache_dir,
+        location.local_files_only,
+        location.subfolder,
+    )
+    return Source(location, config, checkpoint)
+
+
+def read_config(location: RepoLocation) -> tuple[RepoLocation, PreTrainedConfig]:
+    """A checkpoint's configuration, and the repo at the commit that it is of; no weights are looked for.
+
+    Raises:
+        CheckpointError: a missing or unreadable file; the repo is an adapter or a delta.
+        CompressionError: the checkpoint is quantised.
+        UnsupportedModelError: the model comes with code of its own.
+    """
     path = location.find("config.json")
     if path is None:
         _refuse_adapter(location)
@@ -81,15 +102,7 @@ def locate(location: RepoLocation) -> Source:
             f"{location} is a quantised checkpoint (config.json has a quantization_config); deltas are formed between "
             "the checkpoints before quantisation."
         )
-    checkpoint = resolve_checkpoint(
-        location.repo,
-        location.revision,
-        location.token,
-        location.cache_dir,
-        location.local_files_only,
-        location.subfolder,
-    )
-    return Source(location, config, checkpoint)
+    return location, config
 
 
 def _refuse_adapter(location: RepoLocation) -> None:

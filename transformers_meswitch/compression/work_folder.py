@@ -37,6 +37,7 @@ __all__ = [
     "ModulesInMemory",
     "WorkFolder",
     "codes_of",
+    "disk_errors",
     "partial_folder",
     "request_folder",
     "work_folder",
@@ -337,6 +338,26 @@ def request_folder(output: Path, request: Mapping[str, Any]) -> Iterator[Path]:
     finally:
         lock.release()
         _remove_lock(folder)
+
+
+@contextmanager
+def disk_errors(output: Path, error: type[MESwitchError]) -> Iterator[None]:
+    """Say of a disk that is full or not writable how to go on.
+
+    Args:
+        output: the delta repo to be.
+        error: type of the error raised.
+
+    Raises:
+        MESwitchError: of type ``error``, in the place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise error(
+            f"Writing to {output} or {partial_folder(output)} failed: {cause}. What is finished is kept in the "
+            "latter; make room, or the folder writable, and run the same command again to go on from there."
+        ) from cause
 
 
 def partial_folder(output: Path) -> Path:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DeltaFormatError, MESwitchError
 from .header import TensorHeader, read_header
 
-__all__ = ["TensorFiles"]
+__all__ = ["TORCH_DTYPES", "TensorFiles"]
 
-_DTYPES = {
+#: Safetensors names of the dtypes that deltas and checkpoints are read in.
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -91,10 +92,10 @@ class TensorFiles:
             MESwitchError: of type ``error``: no such tensor, or the file changed or cannot be read.
         """
         path, header = self._path(name), self.headers[name]
-        if header.dtype not in _DTYPES:  # of a width that torch may not have; safetensors knows
+        if header.dtype not in TORCH_DTYPES:  # of a width that torch may not have; safetensors knows
             return self.tensor(name).clone()
         # On the CPU whatever the default device: transformers loads models with another.
-        tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="cpu")
+        tensor = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype], device="cpu")
         size = header.end - header.start
         if not size:
             return tensor

@@ -59,6 +59,7 @@ _FIELDS: dict[str, type] = {
     "expert_model_name_or_path": str,
     "saliency": str,
     "distilled": dict,
+    "imported_from": str,
     "task_type": str,
 }
 #: Types of the fields of ``distilled``, all of which it has.

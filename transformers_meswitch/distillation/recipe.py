@@ -7,8 +7,7 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ..compression.linear import reconstruct_linear
 from ..compression.recipe import calibration_text, source_identity, usable, versions
 from ..compression.request import check_request
 from ..compression.sources import CheckpointParameters, Source, input_embedding, meta_model
-from ..compression.work_folder import partial_folder, request_folder, write_whole
+from ..compression.work_folder import disk_errors, request_folder, write_whole
 from ..configuration import MESwitchConfig
 from ..delta_format.reader import Delta
 from ..delta_format.spec import FORMAT_VERSION, LinearRecord, tensor_key
@@ -242,7 +241,7 @@ def distill_with_report(
         "device": where.type,
         "versions": versions(),
     }
-    with _disk_errors(output), request_folder(output, request) as folder:
+    with disk_errors(output, DistillationError), request_folder(output, request) as folder:
         if progress:
             tqdm.write(f"Distilling on {used}", file=sys.stderr)
         head = _run_expert(inputs.expert, sequences, folder / _HIDDEN, where, dtype, progress)
@@ -266,17 +265,6 @@ def distill_with_report(
         dense_bytes = full_copy_bytes(config, inputs.expert.config)
         write_delta_card(directory, config, dense_bytes=dense_bytes, license=license)
     return report
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DistillationError(
-            f"Writing to {output} or {partial_folder(output)} failed: {error}. What is finished is kept in the "
-            "latter; make room, or the folder writable, and run the same command again to go on from there."
-        ) from error
 
 
 def _check_expert(inputs: Inputs) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 from transformers_meswitch import MESwitchConfig
+from transformers_meswitch.compression.presets import PRESETS
 
 from .base import Compressed, Inputs, Method, merged_weights, rest_bytes
 from .distillation import distil
@@ -32,11 +34,13 @@ def _svd(inputs: Inputs, *, bits: int, channels: int, mixed: bool) -> Compressed
     return (mixed_precision_svd if mixed else truncated_svd)(inputs, linear_budget(inputs, bits, channels))
 
 
-def _budgeted(inputs: Inputs, *, bits: float) -> Compressed:
-    # The tiny model of a smoke run is so narrow that its steps alone take more.
-    weights = sum(inputs.base[f"{name}.weight"].numel() for name in inputs.linears())
-    least = 8 * sum(linear_budget(inputs, 1, 0).values()) / weights
-    return from_folders(inputs, MESwitchConfig(target_bits=max(bits, 1.01 * least)))
+def _as_a_user(inputs: Inputs, *, config: MESwitchConfig) -> Compressed:
+    if config.target_bits is not None:
+        # The tiny model of a smoke run is so narrow that its steps alone take more.
+        weights = sum(inputs.base[f"{name}.weight"].numel() for name in inputs.linears())
+        least = 8 * sum(linear_budget(inputs, 1, 0).values()) / weights
+        config = dataclasses.replace(config, target_bits=max(config.target_bits, 1.01 * least))
+    return from_folders(inputs, config)
 
 
 #: How the package compresses, by the name of the method.
@@ -107,9 +111,17 @@ METHODS = {
             Method(
                 f"ours-{bits}bit",
                 f"this package, a budget of {bits} bits a weight",
-                partial(_budgeted, bits=bits),
+                partial(_as_a_user, config=MESwitchConfig(target_bits=bits)),
             )
             for bits in (1.2, 1.5, 2.1)
+        ),
+        *(
+            Method(
+                f"preset-{name}",
+                f"meswitch compress --preset {name}",
+                partial(_as_a_user, config=MESwitchConfig.from_preset(name)),
+            )
+            for name in PRESETS
         ),
         *(
             Method(f"{name}-distilled", f"{name}, distilled", partial(from_folders, config=OURS[name], distilled=True))
