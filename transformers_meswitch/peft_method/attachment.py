@@ -45,7 +45,7 @@ def ensure_switch(model: Any) -> ExpertSwitch:
 def attach_expert(model: Any, name: str, config: MESwitchExpertConfig) -> None:
     """Enter an expert in the model's switch; its layers and tensors come after."""
     switch = ensure_switch(model)
-    switch.experts[name] = expert_info(config, model)
+    switch.enter(name, expert_info(config, model))
     switch.pending = name
     set_vocab_capacity(model)
 

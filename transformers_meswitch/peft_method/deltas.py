@@ -79,6 +79,10 @@ class LinearDelta(StoredDelta):
         """``x Δ̂ᵀ``: ``[..., in]`` to ``[..., out]`` in the dtype of ``x``; the bias is the caller's business."""
         return ops.delta_linear(x, self.record, self._leaves)
 
+    def coded_leaves(self) -> dict[str, torch.Tensor]:
+        """The leaves that the delta's weight is made of, by name: all but the bias."""
+        return {leaf: tensor.detach() for leaf, tensor in self._leaves.items() if leaf != "bias"}
+
     @property
     def _leaves(self) -> dict[str, torch.Tensor]:
         return cast(dict[str, torch.Tensor], self._parameters)

@@ -7,6 +7,7 @@ is read from the model's :class:`~transformers_meswitch.peft_method.switch.Exper
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, linear_sizes
 from .deltas import AnyRowsDelta, LinearDelta, StoredDelta, ValuesDelta, make_delta
+from .kernel_path import KernelPath
 from .naming import module_key
 from .switch import ExpertSwitch
 
@@ -57,6 +59,9 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         parameter = next(self.get_base_layer().parameters())
         dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.get_default_dtype()
         self.meswitch_delta[module_key(expert)] = make_delta(record, dtype, parameter.device)
+
+    def settle(self, expert: str) -> None:
+        """Take note of an expert's tensors, which are all there now or have been moved."""
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's delta of this layer, or `None` where it does not differ from the base (or is the base)."""
@@ -203,9 +208,39 @@ class LinearLayer(MESwitchLayer):
     def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         self.out_features, self.in_features = linear_sizes(base_layer)
+        self._kernels = KernelPath(self.out_features, self.in_features)
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's tensors are."""
+        delta = self.delta_of(expert)
+        if delta is not None:
+            base_bias = getattr(self.get_base_layer(), "bias", None)
+            self._kernels.place(expert, self.switch.slots.of(expert), delta, base_bias)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of every wrapped layer; the kernels forget the expert, too."""
+        self._kernels.clear(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> LinearLayer:
+        super()._apply(fn, *args, **kwargs)
+        self._settle_all()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._settle_all()
+
+    def _settle_all(self) -> None:
+        for expert in self.switch.experts:
+            if expert != self.switch.pending:
+                self.settle(expert)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
+        if self._kernels.takes(x, self.base_layer) and not (self.merged_adapters or args or kwargs):
+            groups = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
+            return self.base_layer(x) if groups is None else self._kernels.multiply(x, self.base_layer, groups)
         y = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             self.switch.groups(x.shape[0], x.device)  # refuses rows of other experts

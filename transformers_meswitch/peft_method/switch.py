@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from meswitch_kernels import RowGroups, group_rows
+
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
 from .naming import known_expert
+from .slots import Slots
 
 __all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup"]
 
@@ -55,6 +58,7 @@ class _RowChoice:
         self.exact = exact
         self.batch: int | None = None
         self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
+        self._kernel_groups: dict[tuple[int, int, torch.device, int], RowGroups] = {}
 
     def check_batch(self, batch: int) -> None:
         """Refuse a call of another number of rows than experts, where each must have been named."""
@@ -87,6 +91,17 @@ class _RowChoice:
         self._groups[batch, device] = groups
         return groups
 
+    def kernel_groups(self, slots: Slots, batch: int, repeats: int, device: torch.device) -> RowGroups:
+        """What the kernels take for ``batch`` rows of which each stands ``repeats`` times."""
+        key = (batch, repeats, device, slots.changes)
+        cached = self._kernel_groups.get(key)
+        if cached is None:
+            index = [slots.of(name) for name in self.spread(batch) for _ in range(repeats)]
+            # Grouped on the host: the few kernels that do it on a device would cost more than one copy.
+            cached = RowGroups(*(part.to(device) for part in group_rows(torch.tensor(index))))
+            self._kernel_groups[key] = cached
+        return cached
+
 
 @dataclass(eq=False)
 class ExpertSwitch:
@@ -108,6 +123,7 @@ class ExpertSwitch:
         trainable: the base's parameters that required gradients before PEFT froze them.
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
         tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
+        slots: the numbers by which the kernels know the loaded experts.
     """
 
     base_vocab_size: int
@@ -123,6 +139,13 @@ class ExpertSwitch:
     trainable: list[torch.nn.Parameter] = field(default_factory=list)
     base_download: dict[str, Any] = field(default_factory=dict)
     tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
+    slots: Slots = field(default_factory=Slots)
+    _sticky: dict[str | None, _RowChoice] = field(default_factory=dict, repr=False)
+
+    def enter(self, expert: str, info: ExpertInfo) -> None:
+        """Take up an expert."""
+        self.experts[expert] = info
+        self.slots.take(expert)
 
     @property
     def active_expert(self) -> str | None:
@@ -169,6 +192,8 @@ class ExpertSwitch:
     def forget(self, expert: str) -> None:
         """Drop an expert; if it was active, the alphabetically first remaining one becomes so, as in PEFT."""
         self.tokenizers.pop(expert, None)
+        self.slots.free(expert)
+        self._sticky.pop(expert, None)
         if self.experts.pop(expert, None) is not None and expert in self.active:
             self.active.remove(expert)
             if not self.active and self.experts:
@@ -279,6 +304,26 @@ class ExpertSwitch:
                 "off. Delete it and load its delta repo."
             )
         return groups
+
+    def kernel_groups(self, batch: int, repeats: int, device: torch.device) -> RowGroups | None:
+        """The choice of :meth:`groups` as the kernels take it.
+
+        Args:
+            batch: rows of the model's call.
+            repeats: how many rows of a layer's input each of them is: its tokens.
+            device: where the kernels run.
+
+        Returns:
+            Groups of ``batch * repeats`` rows; `None` where the base answers all of them.
+        """
+        groups = self.groups(batch, device)
+        if all(expert is None for expert, _ in groups):
+            return None
+        choice = self._choice
+        if choice is None:
+            expert = groups[0][0]
+            choice = self._sticky.setdefault(expert, _RowChoice([expert]))
+        return choice.kernel_groups(self.slots, batch, repeats, device)
 
     def _check_present(self, names: Iterable[str | None]) -> None:
         gone = next((name for name in names if name is not None and name not in self.experts), None)

@@ -348,6 +348,8 @@ def fill_expert(
             layer = model.get_submodule(path)
             assert isinstance(layer, MESwitchLayer)
             layer.stored_delta(expert).assign(leaf, tensor, next(layer.get_base_layer().parameters()).device)
+        for layer in wrapped_layers(model).values():
+            layer.settle(expert)
     except Exception:
         remove_expert(model, expert, getattr(model, "peft_config", None))
         raise

@@ -61,6 +61,24 @@ class ExpertTable:
         self.rows = torch.zeros(slots, len(COLUMNS), dtype=torch.int64, device=device)
         self._held: list[tuple[torch.Tensor, ...]] = [()] * slots
 
+    @property
+    def slots(self) -> int:
+        """How many experts fit."""
+        return len(self._held)
+
+    def resized(self, slots: int) -> ExpertTable:
+        """Another table of the layer with the same experts in more slots; what exists already goes on with this one.
+
+        Raises:
+            ValueError: not more slots.
+        """
+        if slots < self.slots:
+            raise ValueError(f"slots is {slots}, expected at least the table's {self.slots}.")
+        other = ExpertTable(slots, self.out_features, self.in_features, self.rows.device)
+        other.rows[: self.slots] = self.rows
+        other._held[: self.slots] = self._held
+        return other
+
     def set(self, slot: int, leaves: DeltaLeaves) -> None:
         """Put an expert into a slot, in place of the one there.
 

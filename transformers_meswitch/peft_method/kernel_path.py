@@ -1,0 +1,125 @@
+"""One linear layer through the kernels: its table of experts, kept in step with the modules that own the tensors."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, delta_linear, fused_linear, has_kernel
+
+from .deltas import LinearDelta
+
+__all__ = ["MAX_ROWS", "KernelPath"]
+
+#: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
+#: more, making the delta dense once and multiplying on tensor cores is quicker.
+MAX_ROWS = 16
+#: Experts for which there is room from the start. More make a new table, which CUDA graphs and compiled code do not
+#: know of.
+_SLOTS = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class KernelPath:
+    """Where the kernels find the experts of one linear layer, and the layer's product through them.
+
+    The tensors stay the parameters of the :class:`~.deltas.LinearDelta` modules. Whoever gives those other tensors, or
+    moves them, calls :meth:`place`.
+
+    Args:
+        out_features: output channels.
+        in_features: input channels.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self._out, self._in = out_features, in_features
+        self._table: ExpertTable | None = None
+        self._slots: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin empty: the table holds addresses of this layer's tensors."""
+        return {**self.__dict__, "_table": None, "_slots": {}}
+
+    def place(self, expert: str, slot: int, delta: LinearDelta, base_bias: torch.Tensor | None) -> None:
+        """Show the kernels an expert's tensors, if there are kernels for their device.
+
+        Codes whose rows the kernels could not read are replaced by the same values in padded memory.
+
+        Args:
+            expert: its name.
+            slot: its number.
+            delta: its tensors.
+            base_bias: ``[out]``, the base's bias, if the layer has one.
+        """
+        device = delta.codes.device
+        if not has_kernel(device):
+            self._table = None
+            return
+        if self._table is None or self._table.rows.device != device:
+            # The layer was moved, and all of its experts will be placed anew.
+            self._slots = {}
+            self._table = ExpertTable(_SLOTS, self._out, self._in, device)
+        while slot >= self._table.slots:
+            self._table = self._table.resized(2 * self._table.slots)
+        aligned = align_rows(delta.codes.data)
+        if aligned.data_ptr() != delta.codes.data_ptr():
+            delta.codes = nn.Parameter(aligned, requires_grad=False)
+        bias = None
+        if delta.record.bias:
+            own = delta.bias.detach().float()
+            bias = own if base_bias is None else own - base_bias.detach().float()
+        self._table.set(slot, DeltaLeaves(bits=delta.record.bits, bias=bias, **delta.coded_leaves()))
+        self._slots[expert] = slot
+
+    def clear(self, expert: str) -> None:
+        """Forget an expert, if it was placed."""
+        slot = self._slots.pop(expert, None)
+        if slot is not None and self._table is not None:
+            self._table.clear(slot)
+
+    def takes(self, x: torch.Tensor, base: nn.Module) -> bool:
+        """Whether the kernels are for this input: few rows, of a dtype and device of theirs, and no gradients."""
+        table = self._table
+        return (
+            table is not None
+            and x.device == table.rows.device
+            and x.dtype in _DTYPES
+            and x.numel() <= MAX_ROWS * self._in
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters())))
+        )
+
+    def multiply(self, x: torch.Tensor, base: nn.Module, groups: RowGroups) -> torch.Tensor:
+        """``base(x) + x Δ̂ᵀ`` and the difference of biases, for inputs that it :meth:`takes`.
+
+        Args:
+            x: ``[..., in]``.
+            base: the base's module.
+            groups: the rows by expert.
+
+        Returns:
+            ``[..., out]`` of the dtype that the base's module returns.
+        """
+        assert self._table is not None
+        rows, flat = self._table.rows, x.reshape(-1, self._in)
+        if _is_plain_linear(base, x):
+            y = fused_linear(flat, base.weight, base.bias, rows, groups)
+            return y.view(*x.shape[:-1], self._out)
+        y = base(x)
+        if y.dtype != x.dtype:
+            return y + delta_linear(flat, None, rows, groups, out_features=self._out).view(y.shape).to(y.dtype)
+        return delta_linear(flat, y.reshape(-1, self._out), rows, groups, out_features=self._out).view(y.shape)
+
+
+def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Whether a base's module does nothing but multiply by its weight, so that a kernel may do it in its place."""
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) is nn.Parameter
+        and base.weight.dtype == x.dtype
+        and base.weight.device == x.device
+        # Of accelerate, or of whoever watches the layer.
+        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+    )
