@@ -31,6 +31,9 @@ class ExpertCallMixin:
                 ``adapter_names`` than rows; ``expert``.
             UnsupportedModelError: the model was offloaded by accelerate.
         """
+        if torch.compiler.is_compiling():
+            # The choice is read from tensors; what is checked below was checked by whoever made it.
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         switch = self._meswitch_switch
         if "expert" in kwargs:
             # transformers' forward would take it among its free arguments and answer without it.
@@ -56,6 +59,8 @@ class ExpertCallMixin:
             )
         if "_hf_hook" in vars(self):
             self._refuse_offload()
+        for live in switch.live.values():
+            live.begin()
         with switch.batch_of(batch):
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             logits = getattr(output, "logits", None)

@@ -10,15 +10,14 @@ from torch import nn
 from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, delta_linear, fused_linear, has_kernel
 
 from .deltas import LinearDelta
+from .live_choice import is_replayed
+from .slots import ROOM
 
 __all__ = ["MAX_ROWS", "KernelPath"]
 
 #: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
 #: more, making the delta dense once and multiplying on tensor cores is quicker.
 MAX_ROWS = 16
-#: Experts for which there is room from the start. More make a new table, which CUDA graphs and compiled code do not
-#: know of.
-_SLOTS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +59,8 @@ class KernelPath:
         if self._table is None or self._table.rows.device != device:
             # The layer was moved, and all of its experts will be placed anew.
             self._slots = {}
-            self._table = ExpertTable(_SLOTS, self._out, self._in, device)
+            self._table = ExpertTable(ROOM, self._out, self._in, device)
+        # What is compiled or captured does not know of a larger table; so many experts are rare.
         while slot >= self._table.slots:
             self._table = self._table.resized(2 * self._table.slots)
         aligned = align_rows(delta.codes.data)
@@ -80,30 +80,38 @@ class KernelPath:
             self._table.clear(slot)
 
     def takes(self, x: torch.Tensor, base: nn.Module) -> bool:
-        """Whether the kernels are for this input: few rows, of a dtype and device of theirs, and no gradients."""
+        """Whether the kernels are for this input: few rows, of a dtype and device of theirs, and no gradients.
+
+        Where Python is not asked again, also many rows, since nothing else sees another choice of experts.
+        """
         table = self._table
         return (
             table is not None
             and x.device == table.rows.device
             and x.dtype in _DTYPES
-            and x.numel() <= MAX_ROWS * self._in
+            and (x.numel() <= MAX_ROWS * self._in or is_replayed())
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters())))
         )
 
-    def multiply(self, x: torch.Tensor, base: nn.Module, groups: RowGroups) -> torch.Tensor:
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The table, int64 ``[slots, columns]`` on the layer's device; `None` where there are no kernels."""
+        return None if self._table is None else self._table.rows
+
+    def multiply(self, x: torch.Tensor, base: nn.Module, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """``base(x) + x Δ̂ᵀ`` and the difference of biases, for inputs that it :meth:`takes`.
 
         Args:
             x: ``[..., in]``.
             base: the base's module.
+            rows: the table.
             groups: the rows by expert.
 
         Returns:
             ``[..., out]`` of the dtype that the base's module returns.
         """
-        assert self._table is not None
-        rows, flat = self._table.rows, x.reshape(-1, self._in)
+        flat = x.reshape(-1, self._in)
         if _is_plain_linear(base, x):
             y = fused_linear(flat, base.weight, base.bias, rows, groups)
             return y.view(*x.shape[:-1], self._out)

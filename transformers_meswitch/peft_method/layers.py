@@ -15,13 +15,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from meswitch_kernels import has_kernel
+
 from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, linear_sizes
 from .deltas import AnyRowsDelta, LinearDelta, StoredDelta, ValuesDelta, make_delta
 from .kernel_path import KernelPath
+from .live_choice import is_replayed
 from .naming import module_key
 from .switch import ExpertSwitch
+from .values_stack import ValuesStack, run_with_rows, takes_rows
 
 __all__ = ["HeadLayer", "LinearLayer", "MESwitchLayer", "RowsLayer", "ValuesLayer", "wrap"]
 
@@ -169,7 +173,17 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
             aside = nn.Module()
             aside._parameters.update(self._unmerged)
             self._unmerged = aside._apply(fn, *args, **kwargs)._parameters
+        self._settle_all()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._settle_all()
+
+    def _settle_all(self) -> None:
+        for expert in self.switch.experts:
+            if expert != self.switch.pending:
+                self.settle(expert)
 
     def _refuse_quantised(self) -> None:
         base = self.get_base_layer()
@@ -205,10 +219,14 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 class LinearLayer(MESwitchLayer):
     """A linear (``nn.Linear``, ``Conv1D``, bitsandbytes 4/8-bit): ``y = base(x) + x Δ̂ᵀ`` per row's expert."""
 
+    kernel_table: torch.Tensor | None
+
     def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         self.out_features, self.in_features = linear_sizes(base_layer)
         self._kernels = KernelPath(self.out_features, self.in_features)
+        # A buffer, so that compiled code takes it for something that stays where it is.
+        self.register_buffer("kernel_table", None, persistent=False)
 
     def settle(self, expert: str) -> None:
         """Show the kernels where the expert's tensors are."""
@@ -216,31 +234,23 @@ class LinearLayer(MESwitchLayer):
         if delta is not None:
             base_bias = getattr(self.get_base_layer(), "bias", None)
             self._kernels.place(expert, self.switch.slots.of(expert), delta, base_bias)
+            self.kernel_table = self._kernels.rows
+            if self.kernel_table is not None:
+                self.switch.live_on(self.kernel_table.device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As of every wrapped layer; the kernels forget the expert, too."""
         self._kernels.clear(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> LinearLayer:
-        super()._apply(fn, *args, **kwargs)
-        self._settle_all()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._settle_all()
-
-    def _settle_all(self) -> None:
-        for expert in self.switch.experts:
-            if expert != self.switch.pending:
-                self.settle(expert)
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
         if self._kernels.takes(x, self.base_layer) and not (self.merged_adapters or args or kwargs):
             groups = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
-            return self.base_layer(x) if groups is None else self._kernels.multiply(x, self.base_layer, groups)
+            if groups is None:
+                return self.base_layer(x)
+            assert self.kernel_table is not None
+            return self._kernels.multiply(x, self.base_layer, self.kernel_table, groups)
         y = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             self.switch.groups(x.shape[0], x.device)  # refuses rows of other experts
@@ -445,8 +455,35 @@ def _of_length(bias: torch.Tensor, length: int) -> torch.Tensor:
 class ValuesLayer(MESwitchLayer):
     """A small module (a norm) that an expert runs with its own parameters."""
 
+    stack: ValuesStack | None
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self.stack = None
+
+    def settle(self, expert: str) -> None:
+        """Enter the expert's parameters in the stack, where there are kernels and rows can have parameters apart."""
+        base, delta = self.get_base_layer(), self.delta_of(expert)
+        device = next(base.parameters()).device
+        if delta is None or not has_kernel(device):
+            return
+        self.switch.live_on(device)
+        if self.stack is None and takes_rows(base):
+            self.stack = ValuesStack(base)
+        if self.stack is not None:
+            self.stack.put(expert, self.switch.slots.of(expert), self._own(delta))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of every wrapped layer; the stack forgets the expert, too."""
+        if self.stack is not None:
+            self.stack.clear(adapter_name)
+        super().delete_adapter(adapter_name)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Shape and dtype as the base's module."""
+        if self.stack is not None and is_replayed() and not (self.merged_adapters or args or kwargs):
+            index = self.switch.live_on(x.device).index(x.shape[0])
+            return run_with_rows(self.base_layer, x, self.stack.pick(self.get_base_layer(), index))
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(x, *args, **kwargs)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from itertools import count
 
-__all__ = ["Slots"]
+__all__ = ["ROOM", "Slots"]
+
+#: Experts for which tables have room from the start.
+ROOM = 64
 
 
 class Slots:

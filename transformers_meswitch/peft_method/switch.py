@@ -15,6 +15,7 @@ from meswitch_kernels import RowGroups, group_rows
 from ..delta_format.location import RepoLocation
 from ..delta_format.reader import DeltaFiles
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
+from .live_choice import LiveChoice, is_replayed
 from .naming import known_expert
 from .slots import Slots
 
@@ -124,6 +125,7 @@ class ExpertSwitch:
         base_download: how the base was asked of the Hub (``revision``, ``token``, ``cache_dir``), where that is known.
         tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
         slots: the numbers by which the kernels know the loaded experts.
+        live: the choice as tensors, by device on which kernels run.
     """
 
     base_vocab_size: int
@@ -140,7 +142,30 @@ class ExpertSwitch:
     base_download: dict[str, Any] = field(default_factory=dict)
     tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
     slots: Slots = field(default_factory=Slots)
+    live: dict[torch.device, LiveChoice] = field(default_factory=dict, repr=False)
     _sticky: dict[str | None, _RowChoice] = field(default_factory=dict, repr=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("active", "disabled") and "live" in self.__dict__:
+            self._write_live()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have layers of their own, which say where they are."""
+        return {**self.__dict__, "live": {}}
+
+    def live_on(self, device: torch.device) -> LiveChoice:
+        """The choice as tensors of a device."""
+        if device not in self.live:
+            self.live[device] = LiveChoice(device)
+            self._write_live()
+        return self.live[device]
+
+    def _write_live(self) -> None:
+        names = self.chosen_rows() or [self.active_expert]
+        slots = [self.slots.of(name) for name in names]
+        for live in self.live.values():
+            live.write(slots)
 
     def enter(self, expert: str, info: ExpertInfo) -> None:
         """Take up an expert."""
@@ -198,6 +223,7 @@ class ExpertSwitch:
             self.active.remove(expert)
             if not self.active and self.experts:
                 self.active = [min(self.experts)]
+            self._write_live()
 
     @contextmanager
     def rows(self, experts: Sequence[str | None], exact: bool = False) -> Iterator[None]:
@@ -224,9 +250,11 @@ class ExpertSwitch:
         self._check_merged(names)
         token = _ROWS.set((self, _RowChoice(names, exact)))
         try:
+            self._write_live()
             yield
         finally:
             _ROWS.reset(token)
+            self._write_live()
         self._check_present(names)  # without a layer left to ask, the base answered
 
     def eos_token_id(self, expert: str | None) -> tuple[int, ...]:
@@ -289,7 +317,12 @@ class ExpertSwitch:
         return logits
 
     def groups(self, batch: int, device: torch.device) -> list[RowGroup]:
-        """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over."""
+        """Experts and their rows for a batch of ``batch`` rows, in a form that a layer can loop over.
+
+        Raises:
+            ExpertNotFoundError: an expert was deleted since it was chosen.
+            UnsupportedOperationError: an expert without tensors, or another one than is merged.
+        """
         choice = self._choice
         if choice is not None:
             groups = choice.groups(batch, device)
@@ -316,6 +349,8 @@ class ExpertSwitch:
         Returns:
             Groups of ``batch * repeats`` rows; `None` where the base answers all of them.
         """
+        if is_replayed():
+            return self.live_on(device).groups(batch, repeats)
         groups = self.groups(batch, device)
         if all(expert is None for expert, _ in groups):
             return None

@@ -1,0 +1,74 @@
+"""The choice of experts as tensors on a device, for code that Python does not run again: graphs and compiled calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from meswitch_kernels import RowGroups, group_rows
+
+from ..errors import UnsupportedOperationError
+
+__all__ = ["LiveChoice", "is_replayed"]
+
+_MOST_NAMES = 4096
+
+
+def is_replayed() -> bool:
+    """Whether what runs now is recorded, to be run again without asking Python which experts are chosen.
+
+    While ``torch.compile`` traces a model, or a CUDA graph captures one.
+    """
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+class LiveChoice:
+    """One expert per row of the request, in tensors that are written in place whenever the choice changes.
+
+    All compiled calls and graphs of a model on a device read the same tensors, so threads that replay them with
+    different experts at the same time get each other's.
+
+    Args:
+        device: where the model runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # The base alone until something is written.
+        self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
+        self._count = torch.ones((), dtype=torch.int64, device=device)
+        self._groups: dict[tuple[int, int], RowGroups] = {}
+
+    def write(self, slots: Sequence[int]) -> None:
+        """Take over a choice: the slot of the expert of each row of the request, -1 for the base.
+
+        Raises:
+            UnsupportedOperationError: more rows than there is room for.
+        """
+        if len(slots) > _MOST_NAMES:
+            raise UnsupportedOperationError(
+                f"{len(slots)} experts were named for one batch, expected at most {_MOST_NAMES}. Split the batch."
+            )
+        self._names[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
+        self._count.fill_(len(slots))
+
+    def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
+        """Slots of ``batch`` rows of which each stands ``repeats`` times, int32 ``[batch * repeats]``.
+
+        The rows of the request are spread over beams and return sequences when the batch is a multiple of them.
+        """
+        row = torch.arange(batch * repeats, device=self._names.device) // repeats
+        return self._names[row * self._count // batch]
+
+    def begin(self) -> None:
+        """A call of the model begins: forget what an earlier one worked out, which may be of another graph."""
+        self._groups = {}
+
+    def groups(self, batch: int, repeats: int) -> RowGroups:
+        """The rows by expert, as the kernels take them; worked out once a call."""
+        if torch.compiler.is_compiling():
+            # One computation in the compiled code, however often it is asked for.
+            return group_rows(self.index(batch, repeats))
+        if (batch, repeats) not in self._groups:
+            self._groups[batch, repeats] = group_rows(self.index(batch, repeats))
+        return self._groups[batch, repeats]
