@@ -99,6 +99,7 @@ class Mixing(nn.Module):
 def test_norms_of_torch_take_a_weight_a_row(norm: Any, dtype: torch.dtype) -> None:
     module = norm(8).to(dtype)
     assert takes_rows(module)
+    torch.manual_seed(0)
     x = torch.randn(3, 2, 8).to(dtype)
     rows = {name: torch.randn(3, 8).to(dtype) for name, _ in module.named_parameters()}
     ours = run_with_rows(module, x, rows)
@@ -106,7 +107,9 @@ def test_norms_of_torch_take_a_weight_a_row(norm: Any, dtype: torch.dtype) -> No
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(rows[name][row])
-        assert torch.allclose(ours[row], module(x[row]), atol=1e-5 if dtype == torch.float32 else 4e-2)
+        # torch rounds once more on its way, before it multiplies by the weight.
+        tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1e-2}
+        torch.testing.assert_close(ours[row], module(x[row]), **tolerance)
 
 
 def test_modules_that_cannot_are_told() -> None:

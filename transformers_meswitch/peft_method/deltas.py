@@ -164,9 +164,18 @@ class QuantizedRowsDelta(StoredDelta):
             base = _replace(base, ids, self.exact_index, self.rows, scale)
         return base
 
-    def logits(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """Correct the logits of coded rows and replace those of exact ones; shapes as of :meth:`RowsDelta.logits`."""
-        if self.record.coded_rows:
+    def logits(self, hidden: torch.Tensor, base: torch.Tensor, coded: torch.Tensor | None = None) -> torch.Tensor:
+        """Correct the logits of coded rows and replace those of exact ones; shapes as of :meth:`RowsDelta.logits`.
+
+        ``coded`` is :meth:`coded_delta`, for who has it already.
+        """
+        if coded is not None:
+            part = F.linear(hidden, coded).to(base.dtype)
+            if len(coded) == base.shape[-1]:
+                base = base + part
+            else:
+                base = base.index_add(-1, coded_index(self.record, self._leaves), part)
+        elif self.record.coded_rows:
             base = base.clone()
             for rows, index in self._blocks():
                 part = F.linear(hidden, self._dense_delta(rows, hidden.dtype))
@@ -202,10 +211,23 @@ class QuantizedRowsDelta(StoredDelta):
 
         The delta of a large vocabulary takes gigabytes when it is dense.
         """
-        index = coded_index(self.record, cast(dict[str, torch.Tensor], self._parameters))
+        index = coded_index(self.record, self._leaves)
         rows = max(1, _BLOCK // max(1, self.record.width))
         for start in range(0, self.record.coded_rows, rows):
             yield slice(start, start + rows), index[start : start + rows]
+
+    def coded_leaves(self) -> dict[str, torch.Tensor]:
+        """The leaves that coded rows are made of, by name."""
+        names = ("codes", "step", "salient_index", "salient")
+        return {leaf: tensor.detach() for leaf, tensor in self._leaves.items() if leaf in names}
+
+    def coded_delta(self, dtype: torch.dtype) -> torch.Tensor:
+        """The deltas of all coded rows, dense: ``[coded, width]`` of ``dtype``, as large as a model's head."""
+        return torch.cat([self._dense_delta(rows, dtype) for rows, _ in self._blocks()])
+
+    @property
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        return cast(dict[str, torch.Tensor], self._parameters)
 
     def _dense_delta(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Deltas of coded rows, by their place among them: ``[rows, width]`` of ``dtype``."""

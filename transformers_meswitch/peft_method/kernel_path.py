@@ -13,7 +13,7 @@ from .deltas import LinearDelta
 from .live_choice import is_replayed
 from .slots import ROOM
 
-__all__ = ["MAX_ROWS", "KernelPath"]
+__all__ = ["MAX_ROWS", "KernelPath", "is_plain_linear", "wants_gradients"]
 
 #: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
 #: more, making the delta dense once and multiplying on tensor cores is quicker.
@@ -91,7 +91,7 @@ class KernelPath:
             and x.dtype in _DTYPES
             and (x.numel() <= MAX_ROWS * self._in or is_replayed())
             and not torch.is_autocast_enabled(x.device.type)
-            and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters())))
+            and not wants_gradients(x, base)
         )
 
     @property
@@ -112,7 +112,7 @@ class KernelPath:
             ``[..., out]`` of the dtype that the base's module returns.
         """
         flat = x.reshape(-1, self._in)
-        if _is_plain_linear(base, x):
+        if is_plain_linear(base, x):
             y = fused_linear(flat, base.weight, base.bias, rows, groups)
             return y.view(*x.shape[:-1], self._out)
         y = base(x)
@@ -121,7 +121,12 @@ class KernelPath:
         return delta_linear(flat, y.reshape(-1, self._out), rows, groups, out_features=self._out).view(y.shape)
 
 
-def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
+def wants_gradients(x: torch.Tensor, base: nn.Module) -> bool:
+    """Whether what a layer makes of an input is to be differentiated by it or by the base's parameters."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters()))
+
+
+def is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether a base's module does nothing but multiply by its weight, so that a kernel may do it in its place."""
     return (
         type(base) is nn.Linear

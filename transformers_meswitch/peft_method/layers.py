@@ -20,7 +20,8 @@ from meswitch_kernels import has_kernel
 from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, linear_sizes
-from .deltas import AnyRowsDelta, LinearDelta, StoredDelta, ValuesDelta, make_delta
+from .deltas import AnyRowsDelta, LinearDelta, QuantizedRowsDelta, StoredDelta, ValuesDelta, make_delta
+from .dense_cache import DenseCache
 from .kernel_path import KernelPath
 from .live_choice import is_replayed
 from .naming import module_key
@@ -225,6 +226,7 @@ class LinearLayer(MESwitchLayer):
         super().__init__(base_layer, switch)
         self.out_features, self.in_features = linear_sizes(base_layer)
         self._kernels = KernelPath(self.out_features, self.in_features)
+        self._dense = DenseCache()
         # A buffer, so that compiled code takes it for something that stays where it is.
         self.register_buffer("kernel_table", None, persistent=False)
 
@@ -246,30 +248,33 @@ class LinearLayer(MESwitchLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
         if self._kernels.takes(x, self.base_layer) and not (self.merged_adapters or args or kwargs):
-            groups = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
-            if groups is None:
+            by_expert = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
+            if by_expert is None:
                 return self.base_layer(x)
             assert self.kernel_table is not None
-            return self._kernels.multiply(x, self.base_layer, self.kernel_table, groups)
-        y = self.base_layer(x, *args, **kwargs)
+            return self._kernels.multiply(x, self.base_layer, self.kernel_table, by_expert)
+        groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
         if self.merged_adapters:
-            self.switch.groups(x.shape[0], x.device)  # refuses rows of other experts
-            return y
-        for expert, rows in self.switch.groups(x.shape[0], x.device):
+            return self.base_layer(x, *args, **kwargs)
+        alone = self.delta_of(groups[0][0]) if groups[0][1] is None else None
+        if alone is not None and self._dense.takes(x, self.base_layer) and not (args or kwargs):
+            return self._with_bias(self._dense.multiply(x, self.base_layer, alone), alone)
+        y = self.base_layer(x, *args, **kwargs)
+        for expert, rows in groups:
             delta = self.delta_of(expert)
             if delta is None:
                 continue
-            part = self._correction(delta, x if rows is None else x[rows]).to(y.dtype)
+            part = self._with_bias(delta(x if rows is None else x[rows]), delta).to(y.dtype)
             y = y + part if rows is None else y.index_add(0, rows, part)
         return y
 
-    def _correction(self, delta: LinearDelta, x: torch.Tensor) -> torch.Tensor:
-        out = delta(x)
-        if delta.record.bias:
-            own = delta.bias.float()
-            base = getattr(self.get_base_layer(), "bias", None)
-            out = out + (own if base is None else own - base.float()).to(out.dtype)
-        return out
+    def _with_bias(self, y: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
+        """Output ``[..., out]`` of a delta, and of the base or not, with the difference of biases."""
+        if not delta.record.bias:
+            return y
+        own = delta.bias.float()
+        base = getattr(self.get_base_layer(), "bias", None)
+        return y + (own if base is None else own - base.float()).to(y.dtype)
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
         """Weight ``W + Δ̂``, added in float32, and the expert's own bias."""
@@ -351,6 +356,7 @@ class HeadLayer(MESwitchLayer):
         super().__init__(base_layer, switch)
         # In a tuple, so that the embedding's tensors are not registered (and saved) a second time.
         self._tied = (embedding,)
+        self._dense = DenseCache()
         self.out_features, self.in_features = linear_sizes(base_layer)
 
     def tie(self, embedding: RowsLayer) -> None:
@@ -367,24 +373,35 @@ class HeadLayer(MESwitchLayer):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., width]`` to ``[batch, ..., vocab_capacity]``."""
-        base = self.base_layer(hidden, *args, **kwargs)
         groups = self.switch.groups(hidden.shape[0], hidden.device)
         capacity = self.switch.vocab_capacity
+        alone = self.delta_of(groups[0][0]) if groups[0][1] is None and not self.merged_adapters else None
+        if isinstance(alone, QuantizedRowsDelta) and self._dense.takes(hidden, self.base_layer):
+            own = self._dense.whole_head(hidden, self.base_layer, alone)
+            if own is not None:
+                return nn.functional.pad(own, (0, capacity - own.shape[-1]), value=float("-inf"))
+        base = self.base_layer(hidden, *args, **kwargs)
         if capacity > base.shape[-1]:
             base = nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
         if self.merged_adapters:
             return base
         if groups[0][1] is None:
-            return self._logits(groups[0][0], hidden, base)
+            return self._logits(groups[0][0], hidden, base, alone=True)
         for expert, rows in groups:
             part = self._logits(expert, hidden[rows], base[rows])
             base = base.index_copy(0, rows, part)
         return base
 
-    def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor, *, alone: bool = False
+    ) -> torch.Tensor:
         delta = self.delta_of(expert)
         if delta is not None:
-            base = delta.logits(hidden, base)
+            # Only where one expert answers all rows: experts in turn would each push the other out.
+            if alone and isinstance(delta, QuantizedRowsDelta) and self._dense.takes(hidden, self.base_layer):
+                base = delta.logits(hidden, base, self._dense.rows(hidden, delta))
+            else:
+                base = delta.logits(hidden, base)
             shift = self._bias_shift(delta)
             if shift is not None:
                 base = base.clone()

@@ -163,7 +163,8 @@ class ExpertSwitch:
 
     def _write_live(self) -> None:
         names = self.chosen_rows() or [self.active_expert]
-        slots = [self.slots.of(name) for name in names]
+        # One that was deleted meanwhile has no slot; whoever chose it is told when the block ends.
+        slots = [-1 if name not in self.experts else self.slots.of(name) for name in names]
         for live in self.live.values():
             live.write(slots)
 

@@ -1,0 +1,189 @@
+"""Time of a decode step of a whole model with experts, and their memory.
+
+    python -m benchmarks.decode --shape mistral-7b --device cuda
+    python -m benchmarks.decode --shape deep --device cpu --experts 2
+
+Random weights (speed and memory only). A step is a CUDA graph over a static cache. Peers in the same run: the plain
+base under the same graph, and a mixed batch of rank-64 LoRA adapters through PEFT, captured and called. The limit is
+the time to read the weights of base and deltas once, as fast as a plain read of this device's memory runs. The result
+goes to ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from benchmarks.decode.step import DecodeStep, median_ms
+from benchmarks.load.random_family import SHAPES, random_expert
+from benchmarks.provenance import device_name, provenance, write_result
+from transformers_meswitch import MESwitchConfig
+
+RESULTS = Path(__file__).parents[1] / "results"
+_LORA_RANK = 64
+_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def random_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
+    """A model of random bfloat16 weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def weight_bytes(model: torch.nn.Module, *parts: str) -> int:
+    """Bytes of the parameters whose names hold any of the parts; of all but the input embedding, if none is given.
+
+    Of an input embedding a step reads a row a token.
+    """
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if "embed_tokens" not in name and (not parts or any(part in name for part in parts))
+    )
+
+
+def step_row(
+    what: str, model: PreTrainedModel, rows: int, read: int, bandwidth: float, *, graph: bool
+) -> dict[str, Any]:
+    """Time of a step, beside the least that reading ``read`` bytes takes; a step that cannot be taken says why."""
+    row: dict[str, Any] = {"what": what, "rows": rows, "read_bytes": read}
+    try:
+        step = DecodeStep(model, rows, graph=graph)
+        row["milliseconds"] = median_ms(step, model.device)
+    except Exception as reason:
+        return {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
+    if bandwidth:
+        row["limit_milliseconds"] = read / bandwidth * 1e3
+    return row
+
+
+def measure(
+    config: PreTrainedConfig, device: str, experts: int, request: MESwitchConfig, rows_bits: int
+) -> dict[str, Any]:
+    """The rows of the table, and the memory of base and experts."""
+    cuda = device == "cuda"
+    bandwidth = 0.0
+    if cuda:
+        from benchmarks.kernels.timing import read_bandwidth
+
+        bandwidth = read_bandwidth()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model: Any = random_model(config, device)
+    base_bytes = weight_bytes(model)
+    rows = [
+        step_row(f"the plain base, {count} rows", model, count, base_bytes, bandwidth, graph=cuda)
+        for count in (1, experts)
+    ]
+    names = [f"expert{number}" for number in range(experts)]
+    for seed, name in enumerate(names):
+        delta, tensors = random_expert(config, request, seed, rows_bits=rows_bits, device=device)
+        model.load_adapter(adapter_name=name, peft_config=delta, adapter_state_dict=tensors)
+        del tensors
+    memory = torch.cuda.max_memory_allocated() if cuda else None
+    one = weight_bytes(model, ".meswitch_delta.expert0.")
+    model.set_expert(names[0])
+    rows.append(step_row("one expert, 1 row", model, 1, base_bytes + one, bandwidth, graph=cuda))
+    rows.append(step_row(f"one expert, {experts} rows", model, experts, base_bytes + one, bandwidth, graph=cuda))
+    with model._meswitch_switch.rows(names):
+        read = base_bytes + experts * one
+        rows.append(step_row(f"{experts} experts, a row each", model, experts, read, bandwidth, graph=cuda))
+    del model
+    if cuda:
+        torch.cuda.empty_cache()
+    rows += lora_rows(config, device, experts, bandwidth)
+    return {
+        "rows": rows,
+        "read_bandwidth_tb_per_second": bandwidth / 1e12 or None,
+        "peak_bytes_of_base_and_experts": memory,
+    }
+
+
+def lora_rows(config: PreTrainedConfig, device: str, experts: int, bandwidth: float) -> list[dict[str, Any]]:
+    """PEFT's mixed batch over as many LoRA adapters of the same base."""
+    base: Any = random_model(config, device)
+    read = weight_bytes(base)
+    lora = LoraConfig(r=_LORA_RANK, target_modules=_LORA_TARGETS, init_lora_weights=False)
+    names = [f"lora{number}" for number in range(experts)]
+    model: Any = get_peft_model(base, lora, adapter_name=names[0]).eval()
+    for name in names[1:]:
+        model.add_adapter(name, lora)
+    model.to(torch.bfloat16)
+    read += weight_bytes(model, ".lora_A.", ".lora_B.")
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, adapter_names=names, **kwargs)
+    what = f"{experts} LoRA adapters of rank {_LORA_RANK}, a row each, PEFT"
+    return [
+        step_row(f"{what}, {'a graph' if graph else 'called'}", model, experts, read, bandwidth, graph=graph)
+        for graph in ((True, False) if device == "cuda" else (False,))
+    ]
+
+
+def add_ratios(rows: list[dict[str, Any]], experts: int) -> None:
+    """Time over that of the plain base with as many rows, and of running the experts' full models in turn."""
+    base = {row["rows"]: row.get("milliseconds") for row in rows if row["what"].startswith("the plain base")}
+    for row in rows:
+        if "milliseconds" not in row:
+            continue
+        if base.get(row["rows"]):
+            row["ratio_to_base"] = row["milliseconds"] / base[row["rows"]]
+        if "a row each" in row["what"] and base.get(1):
+            row["full_models_in_turn"] = experts * base[1] / row["milliseconds"]
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The table, in Markdown."""
+    lines = ["| what | step, ms | tokens/s | ÷ plain base | ÷ limit of the memory | full models in turn ÷ this |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        if "unavailable" in row:
+            lines.append(f"| {row['what']} | unavailable: {row['unavailable'].splitlines()[0]} | | | | |")
+            continue
+        cells = [
+            f"{row['milliseconds']:.2f}",
+            f"{1e3 * row['rows'] / row['milliseconds']:,.0f}",
+            f"{row['ratio_to_base']:.3f}" if "ratio_to_base" in row else "",
+            f"{row['milliseconds'] / row['limit_milliseconds']:.2f}" if "limit_milliseconds" in row else "",
+            f"{row['full_models_in_turn']:.1f}" if "full_models_in_turn" in row else "",
+        ]
+        lines.append(f"| {row['what']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="deep")
+    parser.add_argument("--layers", type=int, help="default: the shape's own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--embedding-bits", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode_<shape>_<device>.json")
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    if args.layers is not None:
+        config.num_hidden_layers = args.layers
+    request = MESwitchConfig(bits=args.bits)
+    found = measure(config, args.device, args.experts, request, args.embedding_bits)
+    add_ratios(found["rows"], args.experts)
+    result = {
+        **provenance("benchmarks.decode", device_name(args.device)),
+        "weights": "random: for time and memory only",
+        "experts": args.experts,
+        **found,
+    }
+    write_result(args.output or RESULTS / f"decode_{args.shape}_{args.device}.json", result)
+    print(render(found["rows"]))
+    if found["peak_bytes_of_base_and_experts"] is not None:
+        print(f"\nBase and {args.experts} experts: {found['peak_bytes_of_base_and_experts'] / 1e9:.2f} GB at most.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One expert on a CPU: its dense delta is made once, answers as before, and is never another's or an old one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fixtures_models import TinyFamily, dense_model
+from tests.model_state import ATOL, prompt
+from transformers_meswitch import MESwitchModelForCausalLM, ops
+from transformers_meswitch.peft_method import dense_cache
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest, tiny_family: TinyFamily) -> Any:
+    return MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=tiny_family.deltas, dtype=request.param)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every delta that is made dense."""
+    calls: list[int] = []
+    original = ops.dequantize_delta
+    monkeypatch.setattr(ops, "dequantize_delta", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(prompt(rows=2)).logits
+
+
+def test_deltas_are_made_dense_once_for_an_expert(model: Any, made: list[int]) -> None:
+    model.set_expert("math")
+    first = logits(model)
+    assert made
+    made.clear()
+    assert torch.equal(logits(model), first)
+    assert not made
+    model.set_expert("code")
+    code = logits(model)
+    # Of the embedding, the rows that are asked for are made dense in every call.
+    assert made
+    model.set_expert("math")
+    assert torch.equal(logits(model), first)
+    assert not torch.equal(code[..., : first.shape[-1]], first)
+
+
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_answers_are_those_of_the_dense_expert(tiny_family: TinyFamily, name: str) -> None:
+    model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=tiny_family.deltas)
+    model.set_expert(name)
+    with torch.no_grad():
+        expected = dense_model(tiny_family.base, tiny_family.deltas[name])(prompt(rows=2)).logits
+    assert torch.allclose(logits(model)[..., : expected.shape[-1]], expected, atol=ATOL)
+
+
+def test_tensors_that_change_are_noticed(model: Any) -> None:
+    model.set_expert("math")
+    before = logits(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    changed = {key: 2 * value if key.endswith(".step") else value for key, value in state.items()}
+    model.load_state_dict(changed)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), before)
+
+
+def test_nothing_is_kept_where_memory_is_short(model: Any, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=24, total=100))
+    model.set_expert("math")
+    first = logits(model)
+    made.clear()
+    assert torch.equal(logits(model), first)
+    assert made
+
+
+def test_gradients_do_not_go_through_what_is_kept(model: Any) -> None:
+    model.set_expert("math")
+    logits(model)
+    embeds = torch.randn(1, 3, 64, dtype=model.dtype, requires_grad=True)
+    model(inputs_embeds=embeds).logits[..., :64].float().sum().backward()
+    assert embeds.grad is not None
+    assert embeds.grad.abs().sum() > 0
+
+
+def test_what_is_made_in_inference_mode_serves_outside_of_it(model: Any) -> None:
+    model.set_expert("math")
+    with torch.inference_mode():
+        model(prompt())
+    embeds = torch.randn(1, 3, 64, dtype=model.dtype, requires_grad=True)
+    model(inputs_embeds=embeds)
+    with torch.no_grad():
+        model(prompt())
