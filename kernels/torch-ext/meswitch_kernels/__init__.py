@@ -9,15 +9,19 @@ from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
 from .linear import Numerics, delta_linear, fused_linear
 from .op import dequantize_delta, has_kernel
+from .prefill import PrefillLayer, prefill_linear
 from .reference import add_delta_reference, delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
 from .row_groups import RowGroups, group_rows
+from .scratch_ring import ScratchRing
 
 __all__ = [
     "DeltaLeaves",
     "ExpertTable",
     "Numerics",
+    "PrefillLayer",
     "RowGroups",
+    "ScratchRing",
     "add_delta",
     "add_delta_reference",
     "align_rows",
@@ -29,6 +33,7 @@ __all__ = [
     "group_rows",
     "has_kernel",
     "merged_weight",
+    "prefill_linear",
     "round_in_turn",
     "round_in_turn_reference",
 ]
