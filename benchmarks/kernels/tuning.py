@@ -17,13 +17,15 @@ __all__ = ["add_arguments", "tune"]
 
 _SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 #: Values of each knob, and the kinds of kernel that it matters to.
-_KNOBS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+_KNOBS: dict[str, tuple[tuple[int | None, ...], tuple[str, ...]]] = {
     "block_out": ((4, 8, 16, 32, 64, 128), ("delta", "fused")),
     "warps": ((1, 2, 4, 8), ("delta", "fused")),
     "block_in": ((64, 128, 256, 512, 1024), ("fused",)),
-    "block_codes": ((1024, 2048, 4096), ("delta", "fused")),
-    "stages": ((1, 2, 3, 4, 5), ("delta", "fused")),
+    "block_codes": ((512, 1024, 2048), ("delta", "fused")),
+    "unroll": ((1, 2, 4), ("delta", "fused")),
+    "stages": ((1, 2, 3, 4), ("delta", "fused")),
     "programs": ((2, 4, 8, 16, 32, 1024), ("delta",)),
+    "max_registers": ((None, 96, 128, 168), ("delta", "fused")),
 }
 
 

@@ -20,19 +20,28 @@ class Configuration:
 
     Attributes:
         block_out: output channels of a program, a power of two, 16 or more.
-        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 1024 or more.
+        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048.
         block_in: input channels of a tile of the base's weight, a power of two, 16 or more; the fused kernel only.
         warps: warps of a program.
-        stages: tiles in flight in a program.
+        unroll: tiles that are loaded before they are worked on; of groups of one row.
+        stages: stages of the pipeline of tiles; of groups of several rows.
         programs: programs a multiprocessor; the delta kernel only.
+        max_registers: registers of a thread, at most (NVIDIA's compiler). Groups of several rows take many, and then
+            too few programs share a multiprocessor to keep its memory busy for groups of one row. No limit if `None`.
     """
 
     block_out: int = 16
     block_codes: int = 1024
     block_in: int = 256
     warps: int = 4
-    stages: int = 2
+    unroll: int = 1
+    stages: int = 1
     programs: int = 16
+    max_registers: int | None = None
+
+    def launch_options(self) -> dict[str, int]:
+        """What Triton takes beside a kernel's arguments."""
+        return {"num_warps": self.warps} | ({} if self.max_registers is None else {"maxnreg": self.max_registers})
 
 
 class Key(NamedTuple):
@@ -45,10 +54,23 @@ class Key(NamedTuple):
     in_features: int = 0
 
 
+_NUMERICS = ("exact", "int8", "int16")
+
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200
-    (9, 0): {},
+    # H100, H200. Read off the compiled code (registers, spills, instructions a byte), not tuned on the device yet.
+    (9, 0): {
+        **{Key("delta", numerics, False): Configuration(programs=8) for numerics in _NUMERICS},
+        **{
+            Key("delta", numerics, True): Configuration(block_out=32, block_codes=512, programs=4, max_registers=128)
+            for numerics in _NUMERICS
+        },
+        **{Key("fused", numerics, False): Configuration() for numerics in _NUMERICS},
+        **{
+            Key("fused", numerics, True): Configuration(block_out=32, block_codes=512, stages=3, max_registers=168)
+            for numerics in _NUMERICS
+        },
+    },
 }
 _DEFAULT = Configuration()
 

@@ -218,10 +218,10 @@ def _run(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):
         prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes)
-        kernel(y, *arguments, table, groups, prepared, planes, _has_dp4a(x.device), sizes)
+        kernel(y, *arguments, table, groups, prepared, planes, _has_ptx(x.device), sizes)
 
 
-def _has_dp4a(device: torch.device) -> bool:
+def _has_ptx(device: torch.device) -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == "cuda" and torch.version.hip is None and not interpreted
 

@@ -90,9 +90,8 @@ def _prepare_kernel(
 
     where = values + position * (tiles * BLOCK_CODES) + tile * BLOCK_CODES + place
     if PLANES == 0:
-        value = value.to(values.dtype.element_ty)
         tl.store(where, value)
-        tl.store(offset + position * tiles + tile, tl.sum(value.to(tl.float32), axis=0))
+        tl.store(offset + position * tiles + tile, tl.sum(value, axis=0))
     else:
         largest = 127.0 if PLANES == 1 else 127.0 * 256.0
         extent = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-30)
@@ -118,11 +117,11 @@ def prepare_activations_triton(
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
         table: int64 ``[slots, len(COLUMNS)]``.
         groups: the rows by expert.
-        planes: 0 to keep the dtype of ``x``; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
+        planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
         block_codes: codes of a tile, a power of two, 128 or more.
 
     Returns:
-        Values by position: ``[rows, tiles * block_codes]`` of the dtype of ``x``, or int8 ``[planes, rows, tiles *
+        Values by position: float32 ``[rows, tiles * block_codes]``, or int8 ``[planes, rows, tiles *
         block_codes]``; zero after the last code. Scales and offsets, float32 ``[rows, tiles]``: what one unit of the
         values is worth, not set where ``planes`` is 0; and the sum of the activations as they are stored. Nothing is
         set for rows that have no delta.
@@ -133,7 +132,7 @@ def prepare_activations_triton(
     if planes:
         values = torch.empty(planes, rows, width, dtype=torch.int8, device=x.device)
     else:
-        values = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+        values = torch.empty(rows, width, dtype=torch.float32, device=x.device)
     scale, offset = torch.empty(2, rows, tiles, dtype=torch.float32, device=x.device)
     _prepare_kernel[(rows, tiles)](
         x,

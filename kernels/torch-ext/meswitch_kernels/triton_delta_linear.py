@@ -36,7 +36,9 @@ def _delta_linear_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
-    DP4A: tl.constexpr,
+    PART_WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Programs share out the pairs of a group and a block of output channels, so a delta is read once.
@@ -56,7 +58,7 @@ def _delta_linear_kernel(
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
-                PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
             )  # fmt: skip
             where = row.to(tl.int64) * out_features + n
             if HAS_BASE:
@@ -69,7 +71,7 @@ def _delta_linear_kernel(
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
                     x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
-                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
                 )  # fmt: skip
                 where = row.to(tl.int64)[:, None] * out_features + n[None, :]
                 both = mask[:, None] & n_mask[None, :]
@@ -86,7 +88,7 @@ def delta_linear_triton(
     groups: RowGroups,
     prepared: PreparedActivations,
     planes: int,
-    dp4a: bool,
+    ptx: bool,
     configuration: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
@@ -99,7 +101,7 @@ def delta_linear_triton(
         groups: the rows by expert.
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
         planes: 0, 1 or 2.
-        dp4a: whether the device has that instruction (NVIDIA's); the same arithmetic is spelled out otherwise.
+        ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
         configuration: sizes of blocks.
     """
     rows, in_features = x.shape
@@ -124,7 +126,9 @@ def delta_linear_triton(
         BLOCK_ROWS=1 if rows == 1 else 16,
         BLOCK_OUT=configuration.block_out,
         BLOCK_CODES=configuration.block_codes,
-        DP4A=dp4a,
+        PART_WORDS=16 * configuration.warps,
+        PTX=ptx,
+        UNROLL=configuration.unroll,
         STAGES=configuration.stages,
-        num_warps=configuration.warps,
+        **configuration.launch_options(),
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .expert_table import COLUMNS
+from .triton_codes import dp4a, float_code, four_codes, load_words, planes
 from .triton_dot import dot
 
 __all__ = ["delta_of_row", "delta_of_rows"]
@@ -27,106 +28,65 @@ _SALIENT_CHANNELS = tl.constexpr(COLUMNS.index("salient_channels"))
 _ROW_BYTES = tl.constexpr(COLUMNS.index("row_bytes"))
 
 _BLOCK_SALIENT = tl.constexpr(16)
-#: 2^23 as a float32, whose lowest bit is worth 1: or-ing a code into it converts the code without the conversion unit,
-#: which has a quarter of the rate.
-_ONES = tl.constexpr(0x4B000000)
-_ONES_BASE = tl.constexpr(8388608.0)
 
 
 @triton.jit
-def _dp4a(codes, x, total, DP4A: tl.constexpr):
-    """``total`` plus the dot product of four unsigned and four signed bytes."""
-    if DP4A:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], dtype=tl.int32, is_pure=True, pack=1
-        )
-    for byte in tl.static_range(4):
-        total += ((codes >> (8 * byte)) & 0xFF) * ((x << (24 - 8 * byte)) >> 24)
-    return total
+def _codes_of(entry, bits, salient_channels, in_features, n):
+    """Pointers to the rows of codes of some output channels ``[BLOCK_OUT, 1]``, and the words that a row has."""
+    codes = tl.multiple_of(tl.load(entry + _CODES).to(tl.pointer_type(tl.int32)), 16)
+    row_words = tl.multiple_of(tl.load(entry + _ROW_BYTES) >> 2, 4)
+    # In whole vectors of four words, which rows are padded to.
+    used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
+    return codes + n.to(tl.int64)[:, None] * row_words, used
 
 
 @triton.jit
-def _load_words(codes, first, used, n_mask, BITS: tl.constexpr):
-    """The words of a tile; with three bits, three times as many, regrouped so that word ``b`` has bytes ``3 i + b``.
-
-    ``codes`` are the rows' pointers, ``first`` the tile's words in a row, ``used`` the words that a row has.
-    """
-    if BITS == 3:
-        word = 3 * first[None, :]
-        w0 = tl.load(codes + word, mask=n_mask & (word < used), other=0)
-        w1 = tl.load(codes + word + 1, mask=n_mask & (word + 1 < used), other=0)
-        w2 = tl.load(codes + word + 2, mask=n_mask & (word + 2 < used), other=0)
-        p0 = (w0 & 0xFF) | ((w0 >> 16) & 0xFF00) | (w1 & 0xFF0000) | ((w2 & 0xFF00) << 16)
-        p1 = ((w0 >> 8) & 0xFF) | ((w1 & 0xFF) << 8) | ((w1 >> 8) & 0xFF0000) | ((w2 & 0xFF0000) << 8)
-        p2 = ((w0 >> 16) & 0xFF) | (w1 & 0xFF00) | ((w2 & 0xFF) << 16) | (w2 & -0x1000000)
-        return p0, p1, p2
-    w = tl.load(codes + first[None, :], mask=n_mask & (first < used)[None, :], other=0)
-    return w, w, w
-
-
-@triton.jit
-def _four_codes(w0, w1, w2, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """The codes at one shift, one in each byte."""
-    ONES: tl.constexpr = 0x01010101
-    if BITS != 3:
-        return (w0 >> (BITS * SHIFT)) & (((1 << BITS) - 1) * ONES)
-    if SHIFT == 0:
-        return w0 & (7 * ONES)
-    if SHIFT == 1:
-        return (w0 >> 3) & (7 * ONES)
-    if SHIFT == 2:
-        return ((w0 >> 6) & (3 * ONES)) | ((w1 << 2) & (4 * ONES))
-    if SHIFT == 3:
-        return (w1 >> 1) & (7 * ONES)
-    if SHIFT == 4:
-        return (w1 >> 4) & (7 * ONES)
-    if SHIFT == 5:
-        return ((w1 >> 7) & ONES) | ((w2 << 1) & (6 * ONES))
-    if SHIFT == 6:
-        return (w2 >> 2) & (7 * ONES)
-    return (w2 >> 5) & (7 * ONES)
-
-
-@triton.jit
-def _float_code(codes, BYTE: tl.constexpr, BITS: tl.constexpr):
-    """The code in one byte, float32."""
-    code = (codes >> (8 * BYTE)) & ((1 << BITS) - 1)
-    return (code | _ONES).to(tl.float32, bitcast=True) - _ONES_BASE
+def _step_and_bias(entry, n, n_mask):
+    """Step sizes, and the bias difference or zero, of some output channels: float32 ``[BLOCK_OUT]``."""
+    step = tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
+    address = tl.load(entry + _BIAS)
+    bias = tl.zeros_like(step)
+    if address != 0:
+        bias = tl.load(address.to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
+    return step, bias
 
 
 @triton.jit
 def _coded_row(
     codes, used, n_mask, x, scale, offset, low_plane, tiles,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    DP4A: tl.constexpr, STAGES: tl.constexpr,
+    PART_WORDS: tl.constexpr, PTX: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Levels times activations of one row, summed over the codes: float32 ``[BLOCK_OUT]``."""
     SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
-    j = tl.arange(0, WORDS)
-    total = tl.zeros((BLOCK_OUT, WORDS), tl.float32)
-    for tile in tl.range(tiles, num_stages=STAGES):
-        w0, w1, w2 = _load_words(codes, tile * WORDS + j, used, n_mask, BITS)
-        here = x + tile * BLOCK_CODES
-        if PLANES == 0:
+    # Fewer activations at a time than a program has threads: then each thread loads those that belong to its codes,
+    # and they need not be handed around through shared memory.
+    PART: tl.constexpr = min(WORDS, PART_WORDS)
+    j = tl.arange(0, PART)
+    total = tl.zeros((BLOCK_OUT, PART), tl.float32)
+    for tile in tl.range(tiles, loop_unroll_factor=UNROLL):
+        high = tl.zeros((BLOCK_OUT, PART), tl.int32)
+        low = tl.zeros((BLOCK_OUT, PART), tl.int32)
+        for part in tl.static_range(WORDS // PART):
+            w0, w1, w2 = load_words(codes, tile * (WORDS // PART) + part, used, n_mask, PART, BITS, PTX)
+            here = x + tile * BLOCK_CODES
             for shift in tl.static_range(SHIFTS):
-                four = _four_codes(w0, w1, w2, shift, BITS)
-                for byte in tl.static_range(4):
-                    xs = tl.load(here + (4 * shift + byte) * WORDS + j).to(tl.float32)
-                    total += _float_code(four, byte, BITS) * xs[None, :]
-        else:
-            high = tl.zeros((BLOCK_OUT, WORDS), tl.int32)
-            low = tl.zeros((BLOCK_OUT, WORDS), tl.int32)
-            x_words = here.to(tl.pointer_type(tl.int32))
-            for shift in tl.static_range(SHIFTS):
-                four = _four_codes(w0, w1, w2, shift, BITS)
-                xs = tl.load(x_words + shift * WORDS + j)
-                high = _dp4a(four, tl.broadcast_to(xs[None, :], (BLOCK_OUT, WORDS)), high, DP4A)
-                if PLANES == 2:
-                    xs = tl.load(x_words + low_plane // 4 + shift * WORDS + j)
-                    low = _dp4a(four, tl.broadcast_to(xs[None, :], (BLOCK_OUT, WORDS)), low, DP4A)
-            if PLANES == 2:
-                high = high * 256 + low
+                four = four_codes(w0, w1, w2, shift, BITS)
+                if PLANES == 0:
+                    for byte in tl.static_range(4):
+                        xs = tl.load(here + (4 * shift + byte) * WORDS + part * PART + j)
+                        total += float_code(four, byte, PTX) * xs[None, :]
+                else:
+                    where = here.to(tl.pointer_type(tl.int32)) + shift * WORDS + part * PART + j
+                    xs = tl.broadcast_to(tl.load(where)[None, :], (BLOCK_OUT, PART))
+                    high = dp4a(four, xs, high, PTX)
+                    if PLANES == 2:
+                        xs = tl.broadcast_to(tl.load(where + low_plane // 4)[None, :], (BLOCK_OUT, PART))
+                        low = dp4a(four, xs, low, PTX)
+        if PLANES == 2:
+            high = high * 256 + low
+        if PLANES > 0:
             total += high.to(tl.float32) * tl.load(scale + tile)
     # A level is less than its code by the same for all, so the sum of the activations suffices.
     sums = tl.zeros((), tl.float32)
@@ -138,40 +98,27 @@ def _coded_row(
 @triton.jit
 def _coded_rows(
     codes, used, n_mask, x, scale, offset, low_plane, mask, tiles,
-    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_CODES: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_CODES: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of several rows, on tensor cores: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero where masked."""
     SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
-    j = tl.arange(0, WORDS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for tile in tl.range(tiles, num_stages=STAGES):
-        w0, w1, w2 = _load_words(codes, tile * WORDS + j, used, n_mask, BITS)
-        here = x[:, None] + tile * BLOCK_CODES
-        high = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32)
-        low = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.int32)
-        for shift in tl.static_range(SHIFTS):
-            four = _four_codes(w0, w1, w2, shift, BITS)
-            for byte in tl.static_range(4):
-                if PLANES == 0:
-                    xs = tl.load(here + ((4 * shift + byte) * WORDS + j)[None, :], mask=mask[:, None], other=0.0)
-                    # Exact in every dtype: a code has at most four bits.
-                    total = dot(xs, _float_code(four, byte, BITS).to(xs.dtype).trans(), total)
-                else:
-                    code = ((four >> (8 * byte)) & 0xF).to(tl.int8).trans()
-                    where = here + (4 * (shift * WORDS + j) + byte)[None, :]
-                    xs = tl.load(where, mask=mask[:, None], other=0)
-                    high = tl.dot(xs, code, high, out_dtype=tl.int32)
-                    if PLANES == 2:
-                        xs = tl.load(where + low_plane, mask=mask[:, None], other=0)
-                        low = tl.dot(xs, code, low, out_dtype=tl.int32)
-        if PLANES > 0:
-            if PLANES == 2:
-                high = high * 256 + low
-            total += high.to(tl.float32) * tl.load(scale + tile, mask=mask, other=0.0)[:, None]
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for tile in range(tiles):
+    here = x[:, None] + tl.arange(0, BLOCK_CODES)[None, :]
+    for tile in tl.range(tiles, num_stages=STAGES):
+        w0, w1, w2 = load_words(codes, tile, used, n_mask, WORDS, BITS, PTX)
+        code = planes(w0, w1, w2, 0, SHIFTS, BITS, DTYPE, PTX).trans()
+        xs = tl.load(here + tile * BLOCK_CODES, mask=mask[:, None], other=0)
+        if PLANES == 0:
+            total = dot(xs.to(DTYPE), code, total)
+        else:
+            product = tl.dot(xs, code, out_dtype=tl.int32)
+            if PLANES == 2:
+                xs = tl.load(here + low_plane + tile * BLOCK_CODES, mask=mask[:, None], other=0)
+                product = product * 256 + tl.dot(xs, code, out_dtype=tl.int32)
+            total += product.to(tl.float32) * tl.load(scale + tile, mask=mask, other=0.0)[:, None]
         sums += tl.load(offset + tile, mask=mask, other=0.0)
     return total - ((1 << BITS) - 1) * 0.5 * sums[:, None]
 
@@ -179,7 +126,8 @@ def _coded_rows(
 @triton.jit
 def delta_of_row(
     x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask,
-    PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, DP4A: tl.constexpr, STAGES: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, PART_WORDS: tl.constexpr,
+    PTX: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``; zero for the base and empty slots.
 
@@ -191,12 +139,7 @@ def delta_of_row(
     bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
         salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes = tl.load(entry + _CODES).to(tl.pointer_type(tl.int32))
-        codes = tl.multiple_of(codes, 16)
-        row_words = tl.multiple_of(tl.load(entry + _ROW_BYTES) >> 2, 4)
-        codes = codes + n.to(tl.int64)[:, None] * row_words
-        # In whole vectors of four words, which rows are padded to.
-        used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
+        codes, used = _codes_of(entry, bits, salient_channels, in_features, n)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
@@ -207,24 +150,25 @@ def delta_of_row(
         if bits == 1:
             delta = _coded_row(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                1, PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                1, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_row(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                2, PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                2, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_row(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                3, PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                3, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
             )  # fmt: skip
         else:
             delta = _coded_row(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                4, PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                4, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
             )  # fmt: skip
-        delta *= tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
+        step, bias = _step_and_bias(entry, n, n_mask)
+        delta = delta * step + bias
         salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
         salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
         for first in range(0, salient_channels, _BLOCK_SALIENT):
@@ -235,9 +179,6 @@ def delta_of_row(
             where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
             kept = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
             delta += tl.sum(kept * xs[None, :], axis=1)
-        bias = tl.load(entry + _BIAS)
-        if bias != 0:
-            delta += tl.load(bias.to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
     return delta
 
 
@@ -245,7 +186,7 @@ def delta_of_row(
 def delta_of_rows(
     x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    STAGES: tl.constexpr,
+    PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for several rows of one expert: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero for rows that are masked.
 
@@ -256,37 +197,35 @@ def delta_of_rows(
     bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
         salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes = tl.load(entry + _CODES).to(tl.pointer_type(tl.int32))
-        codes = tl.multiple_of(codes, 16)
-        row_words = tl.multiple_of(tl.load(entry + _ROW_BYTES) >> 2, 4)
-        codes = codes + n.to(tl.int64)[:, None] * row_words
-        used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
+        codes, used = _codes_of(entry, bits, salient_channels, in_features, n)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
         low_plane = tl.cast(rows, tl.int64) * width
         scale_here, offset_here = scale + place * tiles, offset + place * tiles
+        DTYPE: tl.constexpr = x.dtype.element_ty if PLANES == 0 else tl.int8
         if bits == 1:
             delta = _coded_rows(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                1, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                1, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_rows(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                2, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                2, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_rows(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                3, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                3, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         else:
             delta = _coded_rows(
                 codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                4, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                4, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
-        delta *= tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)[None, :]
+        step, bias = _step_and_bias(entry, n, n_mask)
+        delta = delta * step[None, :] + bias[None, :]
         salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
         salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
         for first in range(0, salient_channels, _BLOCK_SALIENT):
@@ -301,8 +240,5 @@ def delta_of_rows(
                 delta = dot(xs, kept.trans(), delta)
             else:
                 delta = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), delta)
-        bias = tl.load(entry + _BIAS)
-        if bias != 0:
-            delta += tl.load(bias.to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)[None, :]
         delta = tl.where(mask[:, None], delta, 0.0)
     return delta

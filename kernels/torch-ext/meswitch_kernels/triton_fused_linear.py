@@ -41,7 +41,9 @@ def _fused_linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    DP4A: tl.constexpr,
+    PART_WORDS: tl.constexpr,
+    PTX: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program has a block of output channels and, of up to ``BLOCK_ROWS`` positions, the base and all experts.
@@ -52,26 +54,28 @@ def _fused_linear_kernel(
     n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     n_mask = n < out_features
     weight_rows = weight + n.to(tl.int64)[:, None] * weight_out_stride
-    column = tl.arange(0, BLOCK_IN)
     bias = tl.zeros((BLOCK_OUT,), tl.float32)
     if HAS_BASE_BIAS:
         bias = tl.load(base_bias + n, mask=n_mask, other=0.0).to(tl.float32)
 
     if BLOCK_ROWS == 1:
         row = tl.load(order)
-        products = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-        for begin in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
-            k = begin + column
-            k_mask = k < in_features
-            xs = tl.load(x + k, mask=k_mask, other=0.0).to(tl.float32)
-            where = weight_rows + k[None, :].to(tl.int64) * weight_in_stride
-            w = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-            products += w.to(tl.float32) * xs[None, :]
+        # In parts, as the codes are: each thread loads the activations that belong to its weights.
+        PART_IN: tl.constexpr = min(BLOCK_IN, PART_WORDS)
+        products = tl.zeros((BLOCK_OUT, PART_IN), tl.float32)
+        for begin in tl.range(0, in_features, BLOCK_IN, loop_unroll_factor=UNROLL):
+            for part in tl.static_range(BLOCK_IN // PART_IN):
+                k = begin + part * PART_IN + tl.arange(0, PART_IN)
+                k_mask = k < in_features
+                xs = tl.load(x + k, mask=k_mask, other=0.0).to(tl.float32)
+                where = weight_rows + k[None, :].to(tl.int64) * weight_in_stride
+                w = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+                products += w.to(tl.float32) * xs[None, :]
         expert = tl.load(slot)
         total = tl.sum(products, axis=1) + bias
         total += delta_of_row(
             x, in_features, table, expert, row, row, values, scale, offset, rows, tiles, n, n_mask,
-            PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+            PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
         )  # fmt: skip
         tl.store(y + n, total.to(y.dtype.element_ty), mask=n_mask)
     else:
@@ -81,7 +85,7 @@ def _fused_linear_kernel(
         x_rows = x + row.to(tl.int64)[:, None] * in_features
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for begin in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
-            k = begin + column
+            k = begin + tl.arange(0, BLOCK_IN)
             k_mask = k < in_features
             xs = tl.load(x_rows + k[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
             where = weight_rows + k[None, :].to(tl.int64) * weight_in_stride
@@ -96,14 +100,14 @@ def _fused_linear_kernel(
                 own = tl.load(order + first)
                 delta = delta_of_row(
                     x, in_features, table, tl.load(slot + first), first, own, values, scale, offset, rows, tiles,
-                    n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, DP4A, STAGES,
+                    n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
                 )  # fmt: skip
                 total += tl.where((position == first)[:, None], delta[None, :], 0.0)
             elif last > first:
                 inside = (position >= first) & (position < last)
                 total += delta_of_rows(
                     x, in_features, table, tl.load(slot + first), position, row, inside, values, scale, offset, rows,
-                    tiles, n, n_mask, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, STAGES,
+                    tiles, n, n_mask, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
                 )  # fmt: skip
         where = y + row.to(tl.int64)[:, None] * out_features + n[None, :]
         tl.store(where, total.to(y.dtype.element_ty), mask=mask[:, None] & n_mask[None, :])
@@ -118,7 +122,7 @@ def fused_linear_triton(
     groups: RowGroups,
     prepared: PreparedActivations,
     planes: int,
-    dp4a: bool,
+    ptx: bool,
     configuration: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
@@ -132,7 +136,7 @@ def fused_linear_triton(
         groups: the rows by expert.
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
         planes: 0, 1 or 2.
-        dp4a: whether the device has that instruction (NVIDIA's); the same arithmetic is spelled out otherwise.
+        ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
         configuration: sizes of blocks.
     """
     rows, in_features = x.shape
@@ -161,7 +165,9 @@ def fused_linear_triton(
         BLOCK_OUT=configuration.block_out,
         BLOCK_CODES=configuration.block_codes,
         BLOCK_IN=configuration.block_in,
-        DP4A=dp4a,
+        PART_WORDS=16 * configuration.warps,
+        PTX=ptx,
+        UNROLL=configuration.unroll,
         STAGES=configuration.stages,
-        num_warps=configuration.warps,
+        **configuration.launch_options(),
     )
