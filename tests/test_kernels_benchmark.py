@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks.kernels.__main__ import add_ratios, default_output, render
 from benchmarks.kernels.cases import SECTIONS, Case, _zipf
+from benchmarks.kernels.dense_cases import WrittenLinear, _chain, _check_chain
+from meswitch_kernels import add_delta_reference
 
 
 def test_bytes_are_those_of_the_delta_format() -> None:
@@ -28,6 +31,26 @@ def test_cases(section: str) -> None:
     assert {case.what for case in cases if case.launch == "fused"} <= linears
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_peer_merges_what_the_kernel_does(bits: int) -> None:
+    linear = WrittenLinear((8, 50), bits, "cpu")
+    linear.check()
+    expected = torch.empty_like(linear.weight)
+    add_delta_reference(linear.weight, linear.leaves, expected)
+    assert torch.equal(linear.merge_with_torch(torch.empty_like(expected)), expected)
+    assert WrittenLinear((4096, 4096), bits, "cpu").bytes == 4 * 4096**2 + 4096 * (4080 * bits // 8 + 4 + 32)
+
+
+def test_chains_of_linears_are_checked() -> None:
+    linear = WrittenLinear((8, 50), 2, "cpu")
+    inputs = {linear.shape: torch.randn(3, 50).bfloat16()}
+    for launch in ("linear", "dense", "scratch", "ahead", "ahead 16"):
+        _check_chain(launch, linear, inputs, "cpu")
+    plain = _chain("linear", [linear], inputs, "cpu")()
+    assert torch.equal(plain, torch.nn.functional.linear(inputs[linear.shape], linear.weight))
+    assert not torch.equal(plain, _chain("ahead", [linear], inputs, "cpu")())
+
+
 def test_zipf_leaves_no_expert_out() -> None:
     index = _zipf(16, 8)
     assert len(index) == 16
@@ -42,11 +65,13 @@ def test_table() -> None:
         {"section": "a", "what": "o", "launch": "linear", "microseconds": 20.0, **timed},
         {"section": "a", **fused, **timed},
         {"section": "b", "what": "o", "launch": "delta", "numerics": "int8", "unavailable": "Error: no\nmore"},
+        {"section": "c", "what": "p", "launch": "ahead", "microseconds": 30.0},
     ]
     add_ratios(rows)
     assert render(rows).splitlines()[2:] == [
         "| o | linear |  | 20.0 |  | 0.90 | 1.000 |  |",
         "| o | fused | int8 | 19.0 |  | 0.90 | 0.950 | 0.0070 |",
         "| o | delta | int8 | unavailable: Error: no | | | | |",
+        "| p | ahead |  | 30.0 |  |  |  |  |",
     ]
     assert default_output("NVIDIA H100 80GB HBM3").name == "kernels_nvidia-h100-80gb-hbm3.json"

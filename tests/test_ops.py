@@ -10,7 +10,7 @@ import torch
 import meswitch_kernels
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
-from transformers_meswitch.ops import delta_linear, dequantize_delta
+from transformers_meswitch.ops import delta_linear, dequantize_delta, merged_weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,10 +38,25 @@ def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: b
         assert torch.equal(delta.cpu(), expected.to(dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_merged_by_triton_are_the_bits_of_torch(bits: int, device: str) -> None:
+    stored = stored_delta(bits, 5, True)
+    on_device = {name: torch.nn.Parameter(tensor.to(device), False) for name, tensor in stored.tensors.items()}
+    for dtype in (torch.float32, torch.float16) if device == "cpu" else DTYPES:
+        weight = torch.randn(13, 83, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = (weight.float() + reconstruct_linear(stored.record, stored.tensors)).to(dtype)
+        assert torch.equal(merged_weight(stored.record, on_device, weight.to(device)).cpu(), expected)
+        transposed = weight.to(device).T.contiguous().T
+        merged = merged_weight(stored.record, on_device, transposed)
+        assert merged.stride() == transposed.stride()
+        assert torch.equal(merged.cpu(), expected)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    check_interpreted(__file__, test_triton_gives_the_bits_of_torch)
+    check_interpreted(__file__, test_triton_gives_the_bits_of_torch, test_merged_by_triton_are_the_bits_of_torch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

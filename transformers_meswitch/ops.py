@@ -1,4 +1,4 @@
-"""The two operations that layers run on a stored delta: make it dense, and multiply by it.
+"""The operations that layers run on a stored delta: make it dense, add it to a weight, and multiply by it.
 
 They trust their input: a delta is checked when it is loaded, not at every step.
 """
@@ -15,7 +15,9 @@ import meswitch_kernels
 from .compression.linear import reconstruct_linear
 from .delta_format.spec import LinearRecord
 
-__all__ = ["delta_linear", "dequantize_delta"]
+__all__ = ["delta_linear", "dequantize_delta", "merged_weight"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequantize_delta(
@@ -49,6 +51,37 @@ def dequantize_delta(
         salient=leaves.get("salient"),
         column_step=leaves.get("column_step"),
         dtype=dtype,
+    )
+
+
+def merged_weight(record: LinearRecord, leaves: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """``W + Δ̂``, added in float32 and rounded once, the same bits on all devices.
+
+    Args:
+        record: the layer's record.
+        leaves: its tensors, as for :func:`dequantize_delta`.
+        weight: ``[out, in]``, floating point: the base's, on the same device. Any strides.
+
+    Returns:
+        A new tensor like ``weight``, of its strides if those leave no gaps.
+
+    >>> record = LinearRecord(out_features=1, in_features=2, bits=2)
+    >>> leaves = {"codes": torch.tensor([[0b1100]], dtype=torch.uint8), "step": torch.tensor([2.0])}
+    >>> merged_weight(record, leaves, torch.tensor([[10.0, 20.0]]))
+    tensor([[ 7., 23.]])
+    """
+    if not meswitch_kernels.has_kernel(weight.device) or weight.dtype not in _KERNEL_DTYPES:
+        return (weight.float() + dequantize_delta(record, leaves)).to(weight.dtype)
+    return meswitch_kernels.merged_weight(
+        weight,
+        meswitch_kernels.DeltaLeaves(
+            codes=leaves["codes"],
+            step=leaves["step"],
+            bits=record.bits,
+            column_step=leaves.get("column_step"),
+            salient_index=leaves.get("salient_index"),
+            salient=leaves.get("salient"),
+        ),
     )
 
 

@@ -1,13 +1,15 @@
-"""Device time of the decode kernels against the limit of the memory and against plain torch.
+"""Device time of the kernels against the limit of the memory and against plain torch.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --section distinct --section bits
     python -m benchmarks.kernels tune --kind fused --rows 1
+    python -m benchmarks.kernels tune-merge
 
 A CUDA graph runs each case on copies of its data that the cache does not hold; the time is the median of its replays.
 The limit is the time of the bytes that have to be read and written, at the bandwidth of a plain read measured in the
-same run. Random weights: for time and for the error of the kernels' own arithmetic. ``tune`` prints lines for
-``kernels/torch-ext/meswitch_kernels/configurations.py``. The result goes to ``benchmarks/results``. It needs a GPU.
+same run; of merging, at that of a copy. Random weights: for time and for the error of the kernels' own arithmetic.
+``tune`` prints lines for ``kernels/torch-ext/meswitch_kernels/configurations.py``, ``tune-merge`` what the sizes in
+``triton_add_delta.py`` could be. The result goes to ``benchmarks/results``. It needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.cases import SECTIONS, Case, Layers, error, measure
+from benchmarks.kernels.dense_cases import DENSE_SECTIONS
+from benchmarks.kernels.merge_tuning import tune_merge
 from benchmarks.kernels.timing import read_bandwidth
 from benchmarks.kernels.tuning import add_arguments, tune
 from benchmarks.provenance import device_name, provenance, write_result
@@ -34,6 +38,9 @@ def measure_sections(sections: Iterable[str], bandwidth: float) -> list[dict[str
     """One row a case; cases over the same layers share them."""
     rows = []
     for section in sections:
+        if section in DENSE_SECTIONS:
+            rows += [{"section": section, **row} for row in DENSE_SECTIONS[section]()]
+            continue
         cases = SECTIONS[section]()
         for (shape, experts, bits, with_base), group in groupby(cases, _layers_of):
             layers = Layers(shape, experts, bits, with_base)
@@ -93,7 +100,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         cells = [
             f"{row['microseconds']:.1f}",
             f"{row['delta_tb_per_second']:.2f}" if row["launch"] == "delta" else "",
-            f"{row['share_of_limit']:.2f}",
+            f"{row['share_of_limit']:.2f}" if "share_of_limit" in row else "",
             f"{row['ratio_to_linear']:.3f}" if "ratio_to_linear" in row else "",
             f"{row['error']:.4f}" if "error" in row else "",
         ]
@@ -109,16 +116,23 @@ def default_output(device: str) -> Path:
 def main() -> None:
     """Print the table and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="default: all of them")
+    parser.add_argument(
+        "--section", choices=sorted([*SECTIONS, *DENSE_SECTIONS]), action="append", help="default: all of them"
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels_<device>.json")
-    add_arguments(parser.add_subparsers(dest="command").add_parser("tune", help="find sizes of blocks"))
+    commands = parser.add_subparsers(dest="command")
+    add_arguments(commands.add_parser("tune", help="find sizes of blocks of the decode kernels"))
+    commands.add_parser("tune-merge", help="find sizes of blocks of merging")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.command == "tune":
         tune(args)
         return
+    if args.command == "tune-merge":
+        tune_merge()
+        return
     bandwidth = read_bandwidth()
-    rows = measure_sections(args.section or SECTIONS, bandwidth)
+    rows = measure_sections(args.section or [*SECTIONS, *DENSE_SECTIONS], bandwidth)
     add_ratios(rows)
     device = device_name("cuda")
     result = {

@@ -22,7 +22,7 @@ from meswitch_kernels import (
     group_rows,
 )
 
-__all__ = ["SECTIONS", "Case", "Layers", "error", "measure"]
+__all__ = ["SECTIONS", "Case", "Layers", "error", "measure", "random_leaves"]
 
 #: ``delta`` over the base's output; ``fused`` with its matmul; ``both``: the base's ``F.linear``, then the delta.
 #: Peers: ``linear``, the base alone, and ``dense``, the base, each expert's dense delta written and multiplied.
@@ -143,7 +143,7 @@ class Layers:
         self.weights: list[torch.Tensor] = []
         case = Case(shape, tuple(range(experts)), bits, "linear" if with_base else "delta")
         for _ in range(copies_beyond_cache(2 * out * width if with_base else case.delta_bytes)):
-            leaves = [_random_leaves(out, width, bits) for _ in range(experts)]
+            leaves = [random_leaves(out, width, bits) for _ in range(experts)]
             table = ExpertTable(experts, out, width, "cuda")
             for slot, expert in enumerate(leaves):
                 table.set(slot, expert)
@@ -153,15 +153,16 @@ class Layers:
                 self.weights.append(torch.randn(out, width, device="cuda", dtype=torch.bfloat16) * 0.02)
 
 
-def _random_leaves(out: int, width: int, bits: int) -> DeltaLeaves:
+def random_leaves(out: int, width: int, bits: int, device: str = "cuda") -> DeltaLeaves:
+    """A delta with salient channels."""
     coded = width - _SALIENT_CHANNELS
-    codes = torch.randint(0, 256, (out, -(-coded * bits // 8)), dtype=torch.uint8, device="cuda")
+    codes = torch.randint(0, 256, (out, -(-coded * bits // 8)), dtype=torch.uint8, device=device)
     return DeltaLeaves(
         codes=align_rows(codes),
-        step=torch.rand(out, device="cuda") * 1e-3,
+        step=torch.rand(out, device=device) * 1e-3,
         bits=bits,
-        salient_index=torch.randperm(width, device="cuda")[:_SALIENT_CHANNELS].sort().values.int(),
-        salient=(torch.randn(out, _SALIENT_CHANNELS, device="cuda") * 1e-3).to(torch.bfloat16),
+        salient_index=torch.randperm(width, device=device)[:_SALIENT_CHANNELS].sort().values.int(),
+        salient=(torch.randn(out, _SALIENT_CHANNELS, device=device) * 1e-3).to(torch.bfloat16),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["copies_beyond_cache", "device_microseconds", "read_bandwidth"]
+__all__ = ["copies_beyond_cache", "copy_bandwidth", "device_microseconds", "read_bandwidth"]
 
 _REPLAYS = 25
 
@@ -22,13 +22,14 @@ def copies_beyond_cache(size: int) -> int:
     return max(2, -(-4 * cache // size))
 
 
-def device_microseconds(calls: Sequence[Callable[[], Any]]) -> float:
+def device_microseconds(calls: Sequence[Callable[[], Any]], calls_in_graph: int = 8) -> float:
     """Median time of one of the calls, which a graph runs one after the other.
 
     Args:
         calls: the same work on copies of its data.
+        calls_in_graph: how many to run, at least about: each as often as the others.
     """
-    calls = list(calls) * max(1, 8 // len(calls))
+    calls = list(calls) * max(1, calls_in_graph // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls[0]()
@@ -68,3 +69,10 @@ def read_bandwidth() -> float:
         _read_kernel[(programs,)](data, sums, elements, BLOCK=4096, num_warps=8)
 
     return elements * 4 / (device_microseconds([read]) * 1e-6)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written together, at which the device copies."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (device_microseconds([lambda: target.copy_(source)]) * 1e-6)

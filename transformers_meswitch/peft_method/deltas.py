@@ -75,6 +75,10 @@ class LinearDelta(StoredDelta):
         """The delta as a dense weight ``[out, in]`` in ``dtype``."""
         return ops.dequantize_delta(self.record, self._leaves, dtype)
 
+    def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """A new ``W + Δ̂`` like ``weight`` (``[out, in]``), added in float32 and rounded once."""
+        return ops.merged_weight(self.record, self._leaves, weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x Δ̂ᵀ``: ``[..., in]`` to ``[..., out]`` in the dtype of ``x``; the bias is the caller's business."""
         return ops.delta_linear(x, self.record, self._leaves)

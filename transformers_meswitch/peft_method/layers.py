@@ -281,10 +281,8 @@ class LinearLayer(MESwitchLayer):
         base, delta = self.get_base_layer(), self.stored_delta(expert)
         assert isinstance(delta, LinearDelta)
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
-        dense = delta.weight(torch.float32)
-        if is_conv1d(base):
-            dense = dense.T
-        merged = {"weight": (weight.float() + dense).to(weight.dtype).contiguous()}
+        merged_weight = delta.merged_into(weight.T).T if is_conv1d(base) else delta.merged_into(weight)
+        merged = {"weight": merged_weight.contiguous()}
         if delta.record.bias:
             merged["bias"] = delta.bias.to(weight.dtype)
         return merged

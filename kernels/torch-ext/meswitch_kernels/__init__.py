@@ -4,19 +4,26 @@ Imports without Triton and without an accelerator. This folder is the source of 
 nothing but torch and Triton.
 """
 
+from .add_delta import add_delta, merged_weight
 from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
 from .linear import Numerics, delta_linear, fused_linear
 from .op import dequantize_delta, has_kernel
-from .reference import delta_linear_reference, dequantize_delta_reference
+from .prefill import PrefillLayer, prefill_linear
+from .reference import add_delta_reference, delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
 from .row_groups import RowGroups, group_rows
+from .scratch_ring import ScratchRing
 
 __all__ = [
     "DeltaLeaves",
     "ExpertTable",
     "Numerics",
+    "PrefillLayer",
     "RowGroups",
+    "ScratchRing",
+    "add_delta",
+    "add_delta_reference",
     "align_rows",
     "delta_linear",
     "delta_linear_reference",
@@ -25,6 +32,8 @@ __all__ = [
     "fused_linear",
     "group_rows",
     "has_kernel",
+    "merged_weight",
+    "prefill_linear",
     "round_in_turn",
     "round_in_turn_reference",
 ]

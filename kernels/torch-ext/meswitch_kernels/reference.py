@@ -8,7 +8,7 @@ import torch
 
 from .delta_leaves import DeltaLeaves
 
-__all__ = ["delta_linear_reference", "dequantize_delta_reference"]
+__all__ = ["add_delta_reference", "delta_linear_reference", "dequantize_delta_reference"]
 
 
 def dequantize_delta_reference(
@@ -46,6 +46,46 @@ def dequantize_delta_reference(
         values = (code.to(torch.float32) - (2**bits - 1) / 2) * step[:, None]
         delta[:, channels] = values if column_step is None else values * column_step
     return delta.to(dtype)
+
+
+def add_delta_reference(
+    weight: torch.Tensor,
+    expert: DeltaLeaves | None,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bias_out: torch.Tensor | None = None,
+) -> None:
+    """Write a weight plus a delta into ``out``; added in float32 and rounded once.
+
+    Args:
+        weight: ``[out, in]``, float32, bfloat16 or float16.
+        expert: the delta; `None` for the base alone.
+        out: ``[out, in]`` of the dtype of ``weight``, which it may be.
+        bias: ``[out]`` of that dtype, the base's; zero if `None`.
+        bias_out: ``[out]`` of that dtype, which ``bias`` may be: gets the bias with the expert's difference.
+
+    >>> codes = torch.tensor([[0b1100]], dtype=torch.uint8)  # the two codes 0 and 3
+    >>> weight = torch.tensor([[10.0, 20.0]])
+    >>> add_delta_reference(weight, DeltaLeaves(codes, torch.tensor([2.0]), bits=2), out=weight)
+    >>> weight
+    tensor([[ 7., 23.]])
+    """
+    if expert is None:
+        out.copy_(weight)
+    else:
+        delta = dequantize_delta_reference(
+            expert.codes,
+            expert.step,
+            expert.bits,
+            weight.shape[1],
+            salient_index=expert.salient_index,
+            salient=expert.salient,
+            column_step=expert.column_step,
+        )
+        out.copy_(weight.float() + delta)
+    if bias_out is not None:
+        total = torch.zeros(bias_out.shape, device=bias_out.device) if bias is None else bias.float()
+        bias_out.copy_(total if expert is None or expert.bias is None else total + expert.bias)
 
 
 def delta_linear_reference(
