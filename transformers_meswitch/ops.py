@@ -15,9 +15,21 @@ import meswitch_kernels
 from .compression.linear import reconstruct_linear
 from .delta_format.spec import LinearRecord
 
-__all__ = ["delta_linear", "dequantize_delta", "merged_weight"]
+__all__ = ["MEASURED_DEVICES", "delta_linear", "dequantize_delta", "merged_weight", "runs_kernels"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Types of devices on which the kernels for decoding and merging have been run and measured. Elsewhere deltas are made
+#: dense, as before there were such kernels; Triton's interpreter runs them on a CPU.
+MEASURED_DEVICES: frozenset[str] = frozenset()
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether layers on a device read codes through kernels, rather than make deltas dense.
+
+    >>> runs_kernels(torch.device("meta"))
+    False
+    """
+    return meswitch_kernels.has_kernel(device) and (device.type == "cpu" or device.type in MEASURED_DEVICES)
 
 
 def dequantize_delta(
@@ -70,7 +82,7 @@ def merged_weight(record: LinearRecord, leaves: Mapping[str, torch.Tensor], weig
     >>> merged_weight(record, leaves, torch.tensor([[10.0, 20.0]]))
     tensor([[ 7., 23.]])
     """
-    if not meswitch_kernels.has_kernel(weight.device) or weight.dtype not in _KERNEL_DTYPES:
+    if not runs_kernels(weight.device) or weight.dtype not in _KERNEL_DTYPES:
         return (weight.float() + dequantize_delta(record, leaves)).to(weight.dtype)
     return meswitch_kernels.merged_weight(
         weight,

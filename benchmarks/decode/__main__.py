@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from benchmarks.decode.step import DecodeStep, median_ms
 from benchmarks.load.random_family import SHAPES, random_expert
 from benchmarks.provenance import device_name, provenance, write_result
-from transformers_meswitch import MESwitchConfig
+from transformers_meswitch import MESwitchConfig, ops
 
 RESULTS = Path(__file__).parents[1] / "results"
 _LORA_RANK = 64
@@ -68,6 +68,7 @@ def measure(
 ) -> dict[str, Any]:
     """The rows of the table, and the memory of base and experts."""
     cuda = device == "cuda"
+    ops.MEASURED_DEVICES = frozenset({device})  # which is what this run is for
     bandwidth = 0.0
     if cuda:
         from benchmarks.kernels.timing import read_bandwidth

@@ -7,8 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, delta_linear, fused_linear, has_kernel
+from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, delta_linear, fused_linear
 
+from .. import ops
 from .deltas import LinearDelta
 from .live_choice import is_replayed
 from .slots import ROOM
@@ -53,7 +54,7 @@ class KernelPath:
             base_bias: ``[out]``, the base's bias, if the layer has one.
         """
         device = delta.codes.device
-        if not has_kernel(device):
+        if not ops.runs_kernels(device):
             self._table = None
             return
         if self._table is None or self._table.rows.device != device:

@@ -15,8 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from meswitch_kernels import has_kernel
-
+from .. import ops
 from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
 from ..module_kinds import is_conv1d, linear_sizes
@@ -480,7 +479,7 @@ class ValuesLayer(MESwitchLayer):
         """Enter the expert's parameters in the stack, where there are kernels and rows can have parameters apart."""
         base, delta = self.get_base_layer(), self.delta_of(expert)
         device = next(base.parameters()).device
-        if delta is None or not has_kernel(device):
+        if delta is None or not ops.runs_kernels(device):
             return
         self.switch.live_on(device)
         if self.stack is None and takes_rows(base):
