@@ -31,10 +31,10 @@ class ExpertCallMixin:
                 ``adapter_names`` than rows; ``expert``.
             UnsupportedModelError: the model was offloaded by accelerate.
         """
-        if torch.compiler.is_compiling():
+        switch = self._meswitch_switch
+        if switch.live and torch.compiler.is_compiling():
             # The choice is read from tensors; what is checked below was checked by whoever made it.
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        switch = self._meswitch_switch
         if "expert" in kwargs:
             # transformers' forward would take it among its free arguments and answer without it.
             raise UnsupportedOperationError(

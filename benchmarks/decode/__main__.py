@@ -23,6 +23,7 @@ from benchmarks.decode.step import DecodeStep, median_ms
 from benchmarks.load.random_family import SHAPES, random_expert
 from benchmarks.provenance import device_name, provenance, write_result
 from transformers_meswitch import MESwitchConfig, ops
+from transformers_meswitch.peft_method.naming import LEAF_PREFIX, module_key
 
 RESULTS = Path(__file__).parents[1] / "results"
 _LORA_RANK = 64
@@ -88,7 +89,7 @@ def measure(
         model.load_adapter(adapter_name=name, peft_config=delta, adapter_state_dict=tensors)
         del tensors
     memory = torch.cuda.max_memory_allocated() if cuda else None
-    one = weight_bytes(model, ".meswitch_delta.expert0.")
+    one = weight_bytes(model, f".{LEAF_PREFIX}.{module_key(names[0])}.")
     model.set_expert(names[0])
     rows.append(step_row("one expert, 1 row", model, 1, base_bytes + one, bandwidth, graph=cuda))
     rows.append(step_row(f"one expert, {experts} rows", model, experts, base_bytes + one, bandwidth, graph=cuda))

@@ -1,0 +1,61 @@
+"""The decode benchmark: every row there is on a device without graphs, and a step that looks at what it ought to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.decode import __main__ as benchmark
+from benchmarks.decode.step import DecodeStep
+from benchmarks.load.random_family import random_expert
+from transformers_meswitch import MESwitchConfig, ops
+
+TINY = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=512,
+)  # fmt: skip
+
+
+def test_every_row_is_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(ops, "MEASURED_DEVICES", ops.MEASURED_DEVICES)
+    monkeypatch.setitem(benchmark.SHAPES, "deep", TINY)
+    monkeypatch.setattr(sys, "argv", ["decode", "--experts", "2", "--output", str(tmp_path / "result.json")])
+    benchmark.main()
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == [
+        "the plain base, 1 rows",
+        "the plain base, 2 rows",
+        "one expert, 1 row",
+        "one expert, 2 rows",
+        "2 experts, a row each",
+        "2 LoRA adapters of rank 64, a row each, PEFT, called",
+    ]
+    assert all(row["milliseconds"] > 0 for row in rows), rows
+    assert rows[2]["read_bytes"] > rows[0]["read_bytes"]
+    assert rows[4]["read_bytes"] - rows[0]["read_bytes"] == 2 * (rows[2]["read_bytes"] - rows[0]["read_bytes"])
+    assert capsys.readouterr().out.count("\n|") == len(rows) + 1
+
+
+def test_a_step_sees_the_tokens_before_it() -> None:
+    model: Any = benchmark.random_model(TINY, "cpu").float()
+    step = DecodeStep(model, 2, graph=False)
+    step()
+    seen = step.logits
+    alone = model(step._tokens).logits
+    assert seen.shape == alone.shape
+    assert not torch.allclose(seen, alone, atol=1e-3)
+
+
+def test_random_experts_differ_from_the_base_everywhere() -> None:
+    model: Any = benchmark.random_model(TINY, "cpu").float()
+    delta, tensors = random_expert(TINY, MESwitchConfig(bits=2, salient_channels=4), 0, rows_bits=3)
+    base = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.load_adapter(adapter_name="a", peft_config=delta, adapter_state_dict=tensors)
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert merged.keys() == base.keys()
+    assert not [name for name in base if torch.equal(merged[name], base[name])]
