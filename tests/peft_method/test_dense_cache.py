@@ -95,3 +95,19 @@ def test_what_is_made_in_inference_mode_serves_outside_of_it(model: Any) -> None
     model(inputs_embeds=embeds)
     with torch.no_grad():
         model(prompt())
+
+
+def test_a_module_that_stands_in_for_a_delta_is_called(model: Any) -> None:
+    model.set_expert("math")
+    before = logits(model)
+    layer: Any = model.model.layers[0].mlp.down_proj
+    delta = layer.stored_delta("math")
+
+    class Twice(torch.nn.Module):
+        record = delta.record
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * delta(x)
+
+    layer.stand_in("math", Twice())
+    assert not torch.allclose(logits(model), before, atol=1e-2)

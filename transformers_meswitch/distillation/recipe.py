@@ -35,7 +35,6 @@ from ..errors import DistillationError
 from ..inspection import full_copy_bytes
 from ..modeling import MESwitchModelForCausalLM
 from ..module_kinds import is_conv1d
-from ..peft_method.naming import module_key
 from ..verification.evidence import tensors_digest
 from ..verification.inputs import Inputs, folder_of, open_inputs
 from .sequences import collate, schedule, sequences_of, split
@@ -407,7 +406,8 @@ def _student(
     deltas = {}
     for name, record in delta.records.items():
         if isinstance(record, LinearRecord):
-            held = model.get_submodule(name).meswitch_delta
-            stored = dict(held[module_key(_DELTA)].named_parameters(recurse=False))
-            deltas[name] = held[module_key(_DELTA)] = TrainedDelta(record, stored, TRAINABLE)
+            layer = model.get_submodule(name)
+            stored = dict(layer.stored_delta(_DELTA).named_parameters(recurse=False))
+            deltas[name] = TrainedDelta(record, stored, TRAINABLE)
+            layer.stand_in(_DELTA, deltas[name])
     return model, deltas

@@ -230,14 +230,23 @@ class LinearLayer(MESwitchLayer):
         self.register_buffer("kernel_table", None, persistent=False)
 
     def settle(self, expert: str) -> None:
-        """Show the kernels where the expert's tensors are."""
+        """Show the kernels where the expert's tensors are, unless something stands in for a delta here."""
         delta = self.delta_of(expert)
-        if delta is not None:
+        if delta is not None and all(isinstance(found, LinearDelta) for found in self.meswitch_delta.values()):
             base_bias = getattr(self.get_base_layer(), "bias", None)
             self._kernels.place(expert, self.switch.slots.of(expert), delta, base_bias)
             self.kernel_table = self._kernels.rows
             if self.kernel_table is not None:
                 self.switch.live_on(self.kernel_table.device)
+
+    def stand_in(self, expert: str, delta: nn.Module) -> None:
+        """Let another module answer for an expert's delta: called as one, with a ``record`` and maybe a ``bias``.
+
+        What kernels and the cache know of the layer's experts is forgotten, and the module is called instead.
+        """
+        self.meswitch_delta[module_key(expert)] = delta
+        self._kernels = KernelPath(self.out_features, self.in_features)
+        self.kernel_table = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As of every wrapped layer; the kernels forget the expert, too."""
@@ -256,7 +265,7 @@ class LinearLayer(MESwitchLayer):
         if self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         alone = self.delta_of(groups[0][0]) if groups[0][1] is None else None
-        if alone is not None and self._dense.takes(x, self.base_layer) and not (args or kwargs):
+        if isinstance(alone, LinearDelta) and self._dense.takes(x, self.base_layer) and not (args or kwargs):
             return self._with_bias(self._dense.multiply(x, self.base_layer, alone), alone)
         y = self.base_layer(x, *args, **kwargs)
         for expert, rows in groups:
