@@ -21,7 +21,7 @@ from .errors import DeltaFormatError, UnsupportedOperationError
 from .hub_commit import Operation, commit
 from .verification.evidence import evidence_text_for
 
-__all__ = ["inner_deltas", "push_folder"]
+__all__ = ["inner_deltas", "inner_experts", "push_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _operations(api: HfApi, folder: Path, repo_id: str, info: ModelInfo, tags: S
     dropped: set[str] = set()
     if _CONFIG_NAME in remote and _CONFIG_NAME in local:
         earlier = Path(api.hf_hub_download(repo_id, _CONFIG_NAME, revision=head))
-        dropped = _inner_experts(_json(earlier)) - _inner_experts(_config(folder))
+        dropped = inner_experts(_json(earlier)) - inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
         stale = any(_is_ours(file.relative_to(delta)) for delta in deltas if file.is_relative_to(delta))
@@ -184,7 +184,8 @@ def _inner_references(config: Mapping[str, Any]) -> set[str]:
     return {path for path in inside if is_plain_path(path)}
 
 
-def _inner_experts(config: Mapping[str, Any]) -> set[str]:
+def inner_experts(config: Mapping[str, Any]) -> set[str]:
+    """Delta repos in ``experts/`` that a family's ``config.json`` names, as ``experts/<folder>``."""
     return {path for path in _inner_references(config) if PurePosixPath(path).parent == PurePosixPath("experts")}
 
 
@@ -192,7 +193,7 @@ def inner_deltas(folder: Path) -> set[str]:
     """Delta repos in ``experts/`` that the family in a folder names, as ``experts/<folder>``."""
     path = folder / _CONFIG_NAME
     config = _json(path) if path.is_file() else {}
-    return {path for path in _inner_experts(config) if (folder / path / ADAPTER_CONFIG_NAME).is_file()}
+    return {path for path in inner_experts(config) if (folder / path / ADAPTER_CONFIG_NAME).is_file()}
 
 
 def _check_portable(path: Path) -> None:

@@ -155,9 +155,8 @@ def resolve_delta(
         )
     location = location.pinned(config_path)
     weight_paths = find_weights(location, _CANDIDATES, _PICKLES)
-    if weight_paths[0].name == ADAPTER_WEIGHTS_NAME and not read_header(
-        weight_paths[0]
-    ):  # beside shards, see the writer
+    # A file without tensors stands beside shards, for loaders that look for its name.
+    if weight_paths[0].name == ADAPTER_WEIGHTS_NAME and not read_header(weight_paths[0]):
         weight_paths = find_weights(location, _CANDIDATES[1:], ())
     found_revision = None if location.is_local else location.revision
     return DeltaFiles(location.repo, config_path.parent, config_path, weight_paths, found_revision, location)
