@@ -80,7 +80,7 @@ class HubServer:
         found: dict[str, int] = {}
         for request in self.requests[since:]:
             match = re.search(r"/(?:resolve/[^/]+|lfs)/(.+)", request.path)
-            if match and request.method == "GET" and request.sent:
+            if match and request.method == "GET" and request.status < 300 and request.sent:
                 found[match[1]] = found.get(match[1], 0) + request.sent
         return found
 

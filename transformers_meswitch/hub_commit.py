@@ -57,12 +57,7 @@ def commit(
     for attempt in range(_ATTEMPTS):
         info, is_new = _target(api, repo_id, revision, create_pr)
         changes = operations(info)
-        api.preupload_lfs_files(
-            repo_id,
-            [change for change in changes if isinstance(change, CommitOperationAdd)],
-            revision=None if is_new else revision,
-            create_pr=create_pr,
-        )
+        _upload(api, repo_id, changes, None if is_new else revision, create_pr)
         try:
             with _new_branch(api, repo_id, revision, info.sha) if is_new else contextlib.nullcontext():
                 return api.create_commit(
@@ -82,6 +77,17 @@ def commit(
             logger.info(f"The commit to {repo_id} is made again in {seconds:g} s: {error}")
             time.sleep(seconds)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _upload(api: HfApi, repo_id: str, changes: Sequence[Operation], revision: str | None, create_pr: bool) -> None:
+    """Upload the large files of a commit, which nobody sees before it; huggingface_hub tries again by itself."""
+    additions = [change for change in changes if isinstance(change, CommitOperationAdd)]
+    try:
+        api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr)
+    except RuntimeError as error:  # says which file it was, and hides what the Hub said
+        if isinstance(error.__cause__, HTTPError):
+            raise error.__cause__ from error
+        raise
 
 
 def seconds_before_retry(error: HTTPError, attempt: int, *, repeatable: bool) -> float | None:
