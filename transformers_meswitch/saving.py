@@ -258,6 +258,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             default_expert=model._meswitch_switch.chosen_expert,
             router=family.router,
             base_subfolder=family.base_subfolder,
+            base_quantization=_base_quantization(model),
             architectures=["MESwitchModelForCausalLM"],
         )
         config.save_pretrained(staging)
@@ -275,6 +276,12 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         stale = list(stale_assets(folder, fresh_files))
         install(staging, written.values(), removed=inner_deltas(folder), stale=stale)
     _read_from(model, folder, written)
+
+
+def _base_quantization(model: Any) -> dict[str, Any] | None:
+    """How the base is quantised (with bitsandbytes: others are refused), as JSON has it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return None if quantizer is None else json.loads(quantizer.quantization_config.to_json_string(use_diff=True))
 
 
 def _check_default_expert(model: Any) -> None:
