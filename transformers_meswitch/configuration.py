@@ -418,6 +418,10 @@ class MESwitchFamilyConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing: transformers would copy this module into the repos that a family is saved to."""
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but experts of the caller replace the family's whole table, its default expert too."""
         if "experts" not in kwargs:

@@ -24,6 +24,7 @@ from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSIO
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, UnsupportedOperationError
 from .families.folder import EXPERTS, check_family_folder, expert_folder, install, staging_folder
+from .families.remote_code import AUTO_MAP, write_stub
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
@@ -260,8 +261,10 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             base_subfolder=family.base_subfolder,
             base_quantization=_base_quantization(model),
             architectures=["MESwitchModelForCausalLM"],
+            auto_map=AUTO_MAP,
         )
         config.save_pretrained(staging)
+        write_stub(staging)
         if isinstance(model, GenerationMixin):
             generation_config = copy.deepcopy(model.generation_config)
             # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.

@@ -31,6 +31,7 @@ from ..hub import inner_experts, push_folder
 from .experts import ExpertSource, check_one_base, copy_expert, find_expert
 from .folder import check_family_folder, expert_folder, install, staging_folder
 from .reading import base_of_family, read_family
+from .remote_code import AUTO_MAP, write_stub
 from .table import with_experts, without_experts
 
 __all__ = ["Change", "add_experts", "create_family", "create_family_on_hub", "remove_experts"]
@@ -244,7 +245,9 @@ def _stage(
         _, base_config = read_config(base)
         for path, source in copied.items():
             copy_expert(source, staging / path, config, base_config)
+    config.auto_map = AUTO_MAP
     config.save_pretrained(staging)
+    write_stub(staging)
     fresh = family_card(config)
     card = merge_card(existing_card, fresh) if existing_card else fresh
     (staging / _CARD).write_text(card, encoding="utf-8")
