@@ -1,11 +1,9 @@
 """A small stand-in for the Hugging Face Hub on the loopback interface, in memory, for tests.
 
 It speaks what ``huggingface_hub`` needs to create a repo, commit to a branch or a pull request (regular and LFS
-files), and download by revision. huggingface_hub reads its endpoint at import, so the client runs in another process,
-with the variables of :meth:`HubServer.environment`:
-
-    with HubServer() as hub:
-        subprocess.run([sys.executable, "-c", script], env=os.environ | hub.environment("alice", cache))
+files), tag, merge, and download by revision. Every request is logged with the bytes that went each way, and any can be
+made to fail (:class:`tests.hub_faults.Fault`). A client in another process gets the variables of
+:meth:`HubServer.environment`, which huggingface_hub reads at import; one in this process is the fixture ``client``.
 """
 
 from __future__ import annotations
@@ -14,79 +12,32 @@ import base64
 import hashlib
 import json
 import re
-import secrets
+import socket
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".gz")
+from tests.hub_faults import Fault
+from tests.hub_repos import LFS_SUFFIXES, HubError, PullRequest, Repo, StoredFile, stored
+
 DATE = "2024-06-13T00:00:00.000Z"
 
 
-class HubError(Exception):
-    """An HTTP error, with the code that huggingface_hub tells its exceptions apart by."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, answer: Any = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.answer = status, code, answer or {"error": message}
-
-
 @dataclass(frozen=True)
-class StoredFile:
-    data: bytes
-    lfs: bool
+class Request:
+    """A request that was answered, and the bytes of its body and of the answer's."""
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def oid(self) -> str:
-        """Git's object id: of the content, or of the pointer that git holds for an LFS file."""
-        content = self.data
-        if self.lfs:
-            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
-            content = pointer.encode()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@dataclass(frozen=True)
-class Commit:
-    files: dict[str, StoredFile]
-    title: str
-    parent: str | None
-
-
-@dataclass
-class Repo:
-    id: str
-    private: bool
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, StoredFile], title: str, parent: str | None) -> str:
-        sha = secrets.token_hex(20)
-        self.commits[sha] = Commit(files, title, parent)
-        self.branches[branch] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str:
-        sha = self.branches.get(revision) or (revision if revision in self.commits else None)
-        if sha is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha
-
-    def history(self, revision: str = "main") -> list[Commit]:
-        """Commits of a branch, newest first."""
-        commits, sha = [], self.branches.get(revision)
-        while sha is not None:
-            commits.append(self.commits[sha])
-            sha = self.commits[sha].parent
-        return commits
+    method: str
+    path: str
+    status: int
+    received: int
+    sent: int
+    time: float
 
 
 class HubServer:
@@ -97,6 +48,8 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.lock = threading.RLock()
         self.before_commit: Any = None
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
         # The client follows a redirect that stays on one host and then misses X-Repo-Commit: LFS has its own host.
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler()) for _ in range(2)]
         ports = [server.server_address[1] for server in self._servers]
@@ -104,7 +57,7 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,12 +72,24 @@ class HubServer:
 
     def add_repo(self, repo_id: str, files: dict[str, bytes], *, private: bool = False) -> Repo:
         repo = self.repos[repo_id] = Repo(repo_id, private)
-        stored = {path: StoredFile(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
-        repo.commit("main", stored, "initial commit", None)
+        repo.commit("main", stored(files), "initial commit", None)
         return repo
+
+    def downloads(self, since: int = 0) -> dict[str, int]:
+        """Bytes of files that were sent, by name in the repo (LFS files by digest), since request number ``since``."""
+        found: dict[str, int] = {}
+        for request in self.requests[since:]:
+            match = re.search(r"/(?:resolve/[^/]+|lfs)/(.+)", request.path)
+            if match and request.method == "GET" and request.status < 300 and request.sent:
+                found[match[1]] = found.get(match[1], 0) + request.sent
+        return found
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         return type("Handler", (_Handler,), {"hub": self})
+
+
+class _Dropped(Exception):
+    """The connection is closed without an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -137,12 +102,18 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create_repo"),
         ("GET", r"/api/models/({repo})", "model_info"),
         ("GET", r"/api/models/({repo})/revision/([^/]+)", "model_info"),
+        ("GET", r"/api/models/({repo})/refs", "refs"),
         ("GET", r"/api/models/({repo})/tree/([^/]+)(?:/(.*))?", "tree"),
         ("POST", r"/api/models/({repo})/paths-info/([^/]+)", "paths_info"),
         ("GET", r"/api/models/({repo})/commits/([^/]+)", "commits"),
         ("POST", r"/api/models/({repo})/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/models/({repo})/commit/([^/]+)", "commit"),
         ("POST", r"/api/models/({repo})/branch/([^/]+)", "branch"),
+        ("DELETE", r"/api/models/({repo})/branch/([^/]+)", "delete_branch"),
+        ("POST", r"/api/models/({repo})/tag/([^/]+)", "tag"),
+        ("GET", r"/api/models/({repo})/discussions", "discussions"),
+        ("GET", r"/api/models/({repo})/discussions/(\d+)", "discussion"),
+        ("POST", r"/api/models/({repo})/discussions/(\d+)/merge", "merge"),
         ("POST", r"/({repo})\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/([0-9a-f]{{64}})", "lfs_put"),
         ("GET", r"/lfs/([0-9a-f]{{64}})", "lfs_get"),
@@ -156,22 +127,44 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         url = urlsplit(self.path)
-        self.query, self.body = parse_qs(url.query), self._read_body()
+        self.query, self.body, self.sent = parse_qs(url.query), b"", 0
+        with self.hub.lock:
+            self.fault = next((f for f in self.hub.faults if f.is_of(self.command, url.path)), None)
+            if self.fault is not None:
+                self.fault.use()
         try:
+            if self.fault is not None:
+                time.sleep(self.fault.delay)
+            self.body = self._read_body()
+            self._answer(url.path)
+        except (_Dropped, ConnectionError):
+            self.close_connection = True
+            self._log(0)
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, path: str) -> None:
+        try:
+            if self.fault is not None and self.fault.status is not None:
+                raise HubError(self.fault.status, self.fault.message)
             for method, pattern, action in self.routes:
-                match = re.fullmatch(pattern.format(repo=r"[\w.\-]+(?:/[\w.\-]+)?"), url.path)
+                match = re.fullmatch(pattern.format(repo=r"[\w.\-]+(?:/[\w.\-]+)?"), path)
                 if method == self.command and match:
                     with self.hub.lock:
-                        getattr(self, action)(*(unquote(group) for group in match.groups() if group))
+                        answer = getattr(self, action)(*(unquote(group) for group in match.groups() if group))
+                    self._send(*answer)
                     return
-            raise HubError(404, f"no route {self.command} {url.path}")
+            raise HubError(404, f"no route {self.command} {path}")
         except HubError as error:
             headers = {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
-            self._send(error.status, error.answer, headers)
+            self._send(error.status, error.answer, headers | (self.fault.headers if self.fault else {}))
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def _read_body(self) -> bytes:
+        drop_after = self.fault.drop_after if self.fault is not None and self.command in ("POST", "PUT") else None
+        if drop_after is not None:
+            self.rfile.read(drop_after)
+            raise _Dropped
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         chunks = []
@@ -181,7 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
+    def _log(self, status: int) -> None:
+        with self.hub.lock:
+            path = urlsplit(self.path).path
+            self.hub.requests.append(Request(self.command, path, status, len(self.body), self.sent, time.monotonic()))
+
     def _send(self, status: int, answer: Any = None, headers: dict[str, str] | None = None) -> None:
+        if self.fault is not None and self.fault.lose_answer:
+            raise _Dropped
         raw = answer if isinstance(answer, bytes) else b"" if answer is None else json.dumps(answer).encode()
         self.send_response(status)
         defaults = {"Content-Type": "application/json", "Content-Length": str(len(raw)), "X-Request-Id": "test"}
@@ -189,51 +189,111 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(raw)
+            drop_after = self.fault.drop_after if self.fault is not None else None
+            part = raw if drop_after is None else raw[:drop_after]
+            self.wfile.write(part)
+            self.sent = len(part)
+            if len(part) < len(raw):
+                raise _Dropped
+        self._log(status)
 
     def _user(self) -> str | None:
         token = (self.headers.get("Authorization") or "").split()[-1:]
         return token[0].removeprefix("hf_") if token else None
 
     def _repo(self, repo_id: str, *, write: bool = False) -> Repo:
+        """A repo that the user may read; for writing, its own, or any for a pull request."""
         repo, user = self.hub.repos.get(repo_id), self._user()
         owner = repo_id.split("/")[0]
         if repo is None or (repo.private and user != owner):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write and user != owner:
+        if write and user is None:
+            raise HubError(401, "Invalid username or password.")
+        if write and user != owner and "create_pr" not in self.query:
             raise HubError(403, "You don't have the required permissions")
         return repo
 
     # -- repos -----------------------------------------------------------------------------------------------------
 
-    def whoami(self) -> None:
-        self._send(200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}})
+    def whoami(self) -> Any:
+        return 200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}}
 
-    def validate_yaml(self) -> None:
-        self._send(200, {"warnings": [], "errors": []})
+    def validate_yaml(self) -> Any:
+        return 200, {"warnings": [], "errors": []}
 
-    def create_repo(self) -> None:
+    def create_repo(self) -> Any:
         request, user = json.loads(self.body), self._user()
         if user is None:
             raise HubError(401, "Invalid credentials in Authorization header")
-        repo_id = f"{request.get('organization') or user}/{request['name']}"
+        if request.get("organization") not in (None, user):
+            raise HubError(403, f"You don't have the rights to create a model under {request['organization']!r}")
+        repo_id = f"{user}/{request['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
             raise HubError(409, "You already created this model repo", answer=answer)
         private = request.get("visibility") == "private" or bool(request.get("private"))
         self.hub.add_repo(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
-        self._send(200, answer)
+        return 200, answer
 
-    def branch(self, repo_id: str, name: str) -> None:
+    def refs(self, repo_id: str) -> Any:
+        repo = self._repo(repo_id)
+        named = {"branches": ("refs/heads/", repo.branches), "tags": ("refs/tags/", repo.tags)}
+        answer: dict[str, Any] = {
+            kind: [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in refs.items()]
+            for kind, (prefix, refs) in named.items()
+        }
+        pulls = [{"name": p.split("/")[-1], "ref": p, "targetCommit": pull.head} for p, pull in repo.pulls.items()]
+        return 200, answer | {"converts": [], "pullRequests": pulls if "include_prs" in self.query else []}
+
+    def branch(self, repo_id: str, name: str) -> Any:
         repo = self._repo(repo_id, write=True)
         if name in repo.branches:
             raise HubError(409, f"Reference refs/heads/{name} already exists")
         repo.branches[name] = repo.resolve(json.loads(self.body or b"{}").get("startingPoint") or "main")
-        self._send(200)
+        return (200,)
+
+    def delete_branch(self, repo_id: str, name: str) -> Any:
+        repo = self._repo(repo_id, write=True)
+        if name == "main":
+            raise HubError(403, "Cannot delete refs/heads/main")
+        if repo.branches.pop(name, None) is None:
+            raise HubError(404, f"Reference refs/heads/{name} does not exist", "RevisionNotFound")
+        return (200,)
+
+    def tag(self, repo_id: str, revision: str) -> Any:
+        repo, name = self._repo(repo_id, write=True), json.loads(self.body)["tag"]
+        if name in repo.tags:
+            raise HubError(409, "Tag reference exists already")
+        repo.tags[name] = repo.resolve(revision)
+        return (200,)
+
+    # -- pull requests ---------------------------------------------------------------------------------------------
+
+    def _described(self, repo: Repo, pull: PullRequest) -> dict[str, Any]:
+        changes = {"base": f"refs/heads/{pull.target}", "mergeCommitId": pull.merge_commit}
+        answer = {"num": pull.number, "title": pull.title, "status": pull.status, "isPullRequest": True}
+        answer |= {"author": {"name": pull.author}, "createdAt": DATE, "repo": {"name": repo.id, "type": "model"}}
+        return answer | {"changes": changes, "filesWithConflicts": repo.conflicts(pull), "events": [], "diff": ""}
+
+    def discussions(self, repo_id: str) -> Any:
+        repo = self._repo(repo_id)
+        found = [self._described(repo, pull) for pull in repo.pulls.values()]
+        return 200, {"discussions": found, "count": len(found), "start": 0}
+
+    def discussion(self, repo_id: str, number: str) -> Any:
+        repo = self._repo(repo_id)
+        if f"refs/pr/{number}" not in repo.pulls:
+            raise HubError(404, f"Discussion {number} not found")
+        return 200, self._described(repo, repo.pulls[f"refs/pr/{number}"])
+
+    def merge(self, repo_id: str, number: str) -> Any:
+        repo = self._repo(repo_id, write=True)
+        repo.merge(repo.pulls[f"refs/pr/{number}"])
+        return 200, {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def model_info(self, repo_id: str, revision: str = "main") -> None:
+    def model_info(self, repo_id: str, revision: str = "main") -> Any:
         repo = self._repo(repo_id)
         sha = repo.resolve(revision)
         files = repo.commits[sha].files
@@ -242,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"_id": "0", "id": repo.id, "modelId": repo.id, "sha": sha, "private": repo.private, "tags": []}
         answer["cardData"] = yaml.safe_load(header[1]) if header else {}
         answer["siblings"] = [{"rfilename": path} for path in sorted(files)]
-        self._send(200, answer | {"lastModified": DATE, "createdAt": DATE, "downloads": 0, "likes": 0})
+        return 200, answer | {"lastModified": DATE, "createdAt": DATE, "downloads": 0, "likes": 0}
 
     def _entries(self, repo_id: str, revision: str, wanted: set[str] | None = None) -> list[dict[str, Any]]:
         repo = self._repo(repo_id)
@@ -254,27 +314,28 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(entry | ({"lfs": lfs} if file.lfs else {}))
         return entries
 
-    def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
+    def tree(self, repo_id: str, revision: str, folder: str = "") -> Any:
         inside = [entry for entry in self._entries(repo_id, revision) if entry["path"].startswith(f"{folder}/")]
         if folder and not inside:
             raise HubError(404, f"{folder} does not exist on {revision}", "EntryNotFound")
-        self._send(200, inside if folder else self._entries(repo_id, revision))
+        return 200, inside if folder else self._entries(repo_id, revision)
 
-    def paths_info(self, repo_id: str, revision: str) -> None:
+    def paths_info(self, repo_id: str, revision: str) -> Any:
         is_json = self.body.startswith(b"{")
         paths = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
-        self._send(200, self._entries(repo_id, revision, set(paths)))
+        return 200, self._entries(repo_id, revision, set(paths))
 
-    def commits(self, repo_id: str, revision: str) -> None:
+    def commits(self, repo_id: str, revision: str) -> Any:
         repo = self._repo(repo_id)
-        answer, sha = [], repo.resolve(revision)
+        answer = []
+        sha: str | None = repo.resolve(revision)
         while sha is not None:
             commit = repo.commits[sha]
             answer.append({"id": sha, "title": commit.title, "message": "", "date": DATE, "authors": []})
             sha = commit.parent
-        self._send(200, answer)
+        return 200, answer
 
-    def download(self, repo_id: str, revision: str, path: str) -> None:
+    def download(self, repo_id: str, revision: str, path: str) -> Any:
         repo = self._repo(repo_id)
         sha = repo.resolve(revision)
         file = repo.commits[sha].files.get(path)
@@ -284,13 +345,19 @@ class _Handler(BaseHTTPRequestHandler):
         if file.lfs:
             self.hub.blobs[file.sha256] = file.data
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(file.data))}
-            self._send(302, None, headers | {"Location": f"{self.hub.storage_url}/lfs/{file.sha256}"})
-        else:
-            self._send(200, file.data, headers)
+            return 302, None, headers | {"Location": f"{self.hub.storage_url}/lfs/{file.sha256}"}
+        return self._ranged(file.data, headers)
+
+    def _ranged(self, data: bytes, headers: dict[str, str]) -> Any:
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if match is None:
+            return 200, data, headers
+        start = int(match[1])
+        return 206, data[start:], headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def preupload(self, repo_id: str, revision: str) -> None:
+    def preupload(self, repo_id: str, revision: str) -> Any:
         repo = self._repo(repo_id, write=True)
         files = repo.commits[repo.resolve(revision)].files
         answer = []
@@ -299,39 +366,42 @@ class _Handler(BaseHTTPRequestHandler):
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             known = {"oid": files[path].sha256 if files[path].lfs else files[path].oid} if path in files else {}
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
-        self._send(200, {"files": answer})
+        return 200, {"files": answer}
 
-    def lfs_batch(self, repo_id: str) -> None:
-        self._repo(repo_id, write=True)
+    def lfs_batch(self, repo_id: str) -> Any:
+        self._repo(repo_id)  # whoever may open a pull request may upload for it
         objects = []
         for request in json.loads(self.body)["objects"]:
             answer = {"oid": request["oid"], "size": request["size"], "authenticated": True}
             if request["oid"] not in self.hub.blobs:
                 answer["actions"] = {"upload": {"href": f"{self.hub.storage_url}/lfs/{request['oid']}"}}
             objects.append(answer)
-        self._send(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+        return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
 
     def _refuse_token(self) -> None:
         if self.headers.get("Authorization"):
             raise HubError(400, "the Hub's token leaked to the storage host")
 
-    def lfs_put(self, sha256: str) -> None:
+    def lfs_put(self, sha256: str) -> Any:
         self._refuse_token()
         if hashlib.sha256(self.body).hexdigest() != sha256:
             raise HubError(400, "sha256 mismatch")
         self.hub.blobs[sha256] = self.body
-        self._send(200, None, {"ETag": f'"{sha256}"'})
+        return 200, None, {"ETag": f'"{sha256}"'}
 
-    def lfs_get(self, sha256: str) -> None:
+    def lfs_get(self, sha256: str) -> Any:
         self._refuse_token()
-        self._send(200, self.hub.blobs[sha256], {"ETag": f'"{sha256}"'})
+        return self._ranged(self.hub.blobs[sha256], {"ETag": f'"{sha256}"'})
 
-    def commit(self, repo_id: str, revision: str) -> None:
+    def commit(self, repo_id: str, revision: str) -> Any:
         repo = self._repo(repo_id, write=True)
         hook, self.hub.before_commit = self.hub.before_commit, None
         if hook is not None:
             hook(repo)
-        head = repo.resolve(revision)
+        branch = revision.removeprefix("refs/heads/")
+        if branch not in {**repo.branches, **repo.pulls}:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        head = repo.resolve(branch)
         files, title = dict(repo.commits[head].files), ""
         for line in self.body.splitlines():
             request = json.loads(line)
@@ -346,10 +416,10 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = StoredFile(self.hub.blobs[value["oid"]], lfs=True)
             elif request["key"] == "deletedFile":
                 del files[value["path"]]
-        pulls = [name for name in repo.branches if name.startswith("refs/pr/")]
-        branch = f"refs/pr/{len(pulls) + 1}" if "create_pr" in self.query else revision
-        sha = repo.commit(branch, files, title, head)
-        answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
+        answer: dict[str, Any] = {"success": True}
         if "create_pr" in self.query:
-            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{len(pulls) + 1}"
-        self._send(200, answer)
+            pull = repo.open_pull(branch, files, title, str(self._user()))
+            sha, answer["pullRequestUrl"] = pull.head, f"{self.hub.url}/{repo_id}/discussions/{pull.number}"
+        else:
+            sha = repo.commit(branch, files, title, head)
+        return 200, answer | {"commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}

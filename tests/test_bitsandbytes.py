@@ -7,6 +7,7 @@ deviation about 2) agree within 1e-4.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,17 @@ def test_deleting_the_expert_leaves_the_quantised_base(tiny_family: TinyFamily, 
     base.delete_adapter("code")
     assert type(base) is kind
     assert torch.equal(base(prompt()).logits, logits)
+
+
+def test_a_family_records_how_its_base_was_quantised(
+    tiny_family: TinyFamily, quantised: dict[str, Any], tmp_path: Path
+) -> None:
+    model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=tiny_family.deltas, **quantised)
+    model.save_pretrained(tmp_path / "family")
+    recorded = json.loads((tmp_path / "family" / "config.json").read_text())["base_quantization"]
+    assert BitsAndBytesConfig.from_dict(recorded).to_dict() == quantised["quantization_config"].to_dict()
+    assert json.dumps(recorded) in (tmp_path / "family" / "README.md").read_text()
+    plain = MESwitchModelForCausalLM.from_pretrained(tmp_path / "family")
+    assert plain.dtype == torch.float32, "a record, not a wish"
+    plain.save_pretrained(tmp_path / "family")
+    assert json.loads((tmp_path / "family" / "config.json").read_text())["base_quantization"] is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 from huggingface_hub import ModelCard
@@ -33,7 +35,13 @@ def test_metadata_of_a_delta():
     assert data["base_model"] == "mistralai/Mistral-7B-v0.1"
     assert data["base_model_relation"] == "adapter"
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("peft", "text-generation", "apache-2.0")
-    expected = ["me-switch", "transformers", "base_model:adapter:mistralai/Mistral-7B-v0.1", "arxiv:2406.09041"]
+    expected = [
+        "me-switch",
+        "peft",
+        "transformers",
+        "base_model:adapter:mistralai/Mistral-7B-v0.1",
+        "arxiv:2406.09041",
+    ]
     assert data["tags"] == [*expected, "1-bit", "2-bit"]
 
 
@@ -174,6 +182,21 @@ def test_fidelity_is_stated_where_it_was_measured():
     assert evidence().judgement in card
     assert "The base knows 3,900 of the tokens" in card
     assert "0.375 in the mean, 0.500 at\nmost (`layers.1`)" in card
+
+
+def test_the_error_of_each_layer_is_drawn_where_it_was_measured():
+    errors = {f"model.layers.{i}.mlp.up_proj": 0.01 * (i + 1) for i in range(24)}
+    errors |= {"model.layers.3.self_attn.q_proj": 0.12, "model.layers.4.mlp.down_proj": math.nan, "lm_head": 0.9}
+    measured = evidence()
+    measured = dataclasses.replace(measured, weights=dataclasses.replace(measured.weights, relative_errors=errors))
+    lines = card_of(evidence=measured).split("```text\n")[1].split("```")[0].splitlines()
+    bars = "".join("▁▂▃▄▅▆▇█"[i // 3] for i in range(24))
+    assert lines == [
+        "a bar a layer, first to last; █ is 0.240",
+        f"mlp.up_proj       {bars}  0.010 to 0.240",
+        "self_attn.q_proj  ▄  0.120 to 0.120",
+    ]
+    assert "```text" not in card_of()
 
 
 def test_fidelity_without_text_or_without_evidence():

@@ -140,7 +140,8 @@ def test_publish(followed: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
         repo = hub.repos["me/json-delta"]
         assert repo.private
-        assert set(repo.branches) == {"main", "3-bit", "refs/pr/1"}
+        assert set(repo.branches) == {"main", "3-bit"}
+        assert set(repo.pulls) == {"refs/pr/1"}
         assert repo.history("3-bit")[0].title == "Three bits"
         assert "experts/letter/adapter_config.json" in hub.repos["me/family"].history()[0].files
         assert "me/other-family" not in hub.repos

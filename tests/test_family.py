@@ -402,10 +402,14 @@ def test_a_family_that_names_a_missing_default(family: Any, tmp_path: Path) -> N
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_family_carries_no_code_even_if_registered_for_an_auto_class(family: Any, tmp_path: Path) -> None:
+def test_a_family_carries_one_line_of_code_even_if_registered_for_an_auto_class(family: Any, tmp_path: Path) -> None:
     """transformers' own method would have the source of the class copied into the repo, and named in its config."""
-    MESwitchModelForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    assert getattr(MESwitchModelForCausalLM, "_auto_class", None) is None
+    for registered, auto in (
+        (MESwitchModelForCausalLM, "AutoModelForCausalLM"),
+        (MESwitchFamilyConfig, "AutoConfig"),
+    ):
+        registered.register_for_auto_class(auto)
+        assert getattr(registered, "_auto_class", None) is None
     family.save_pretrained(tmp_path)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    assert not list(tmp_path.rglob("*.py"))
+    assert [path.name for path in tmp_path.rglob("*.py")] == ["modeling_meswitch.py"]
+    assert len((tmp_path / "modeling_meswitch.py").read_text().splitlines()) == 1

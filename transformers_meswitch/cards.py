@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .card_plot import plot_errors
 from .delta_format.folder_lock import PARTIAL_SUFFIX, FolderLock
 from .delta_format.spec import ADAPTER_CONFIG_NAME, LinearRecord, QuantizedRowsRecord, record_bytes
 from .verification.evidence import read_evidence
@@ -94,8 +95,8 @@ def delta_card(
     linears = [record for record in records if isinstance(record, LinearRecord)]
     rows = [record for record in records if isinstance(record, QuantizedRowsRecord)]
     by_bits = sorted(Counter(record.bits for record in linears).items())
-    tags = ["me-switch", "transformers", *([f"base_model:adapter:{base}"] if base else []), "arxiv:2406.09041"]
-    tags += [f"{bits}-bit" for bits, _ in by_bits]
+    tags = ["me-switch", "peft", "transformers", *([f"base_model:adapter:{base}"] if base else [])]
+    tags += ["arxiv:2406.09041", *(f"{bits}-bit" for bits, _ in by_bits)]
     salient = sorted({record.salient_channels for record in linears})
     widths = " or ".join(f"{bits} bit{'' if bits == 1 else 's'}" for bits, _ in by_bits)
     return _render(
@@ -127,6 +128,7 @@ def delta_card(
         kl=kl,
         format_version=config.format_version,
         evidence=evidence,
+        plot=plot_errors(evidence.weights.relative_errors) if evidence is not None else "",
     )
 
 
@@ -221,6 +223,7 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
         experts=experts,
         first_expert=json.dumps(next(iter(config.experts or {})), ensure_ascii=False) if experts else "None",
         default_expert=config.default_expert,
+        base_quantization=json.dumps(config.base_quantization) if config.base_quantization else None,
     )
 
 

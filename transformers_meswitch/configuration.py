@@ -374,6 +374,8 @@ class MESwitchFamilyConfig(PreTrainedConfig):
             ``"subfolder"`` where needed.
         default_expert (`str`, *optional*): the expert that is active after loading; `None` is the base.
         router (`dict`, *optional*): reserved for the family's router.
+        base_quantization (`dict`, *optional*): how bitsandbytes had quantised the base when the family was saved. Only
+            a record: the base is loaded as the caller asks.
 
     Raises:
         DeltaFormatError: an entry of another type, or a ``./path`` that leads out of the family repo.
@@ -390,6 +392,7 @@ class MESwitchFamilyConfig(PreTrainedConfig):
     experts: dict[str, Any] | None = None
     default_expert: str | None = None
     router: dict[str, Any] | None = None
+    base_quantization: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -399,6 +402,7 @@ class MESwitchFamilyConfig(PreTrainedConfig):
         default_expert: str | None = None,
         router: dict[str, Any] | None = None,
         base_subfolder: str | None = None,
+        base_quantization: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.base_model_name_or_path = _text("base_model_name_or_path", base_model_name_or_path)
@@ -410,7 +414,12 @@ class MESwitchFamilyConfig(PreTrainedConfig):
             _check_inside(f"experts[{name!r}]", reference["repo"])
         self.default_expert = _text("default_expert", default_expert)
         self.router = router
+        self.base_quantization = base_quantization
         super().__init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing: transformers would copy this module into the repos that a family is saved to."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import REPO_PLACEHOLDER, hub_id, merge_card, read_card, with_license, with_tags
@@ -18,18 +18,16 @@ from .delta_format.location import is_plain_path
 from .delta_format.reader import open_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME
 from .errors import DeltaFormatError, UnsupportedOperationError
+from .hub_commit import Operation, commit
 from .verification.evidence import evidence_text_for
 
-__all__ = ["inner_deltas", "push_folder"]
+__all__ = ["inner_deltas", "inner_experts", "push_folder"]
 
 logger = logging.getLogger(__name__)
 
 _CARD_NAME, _CONFIG_NAME = "README.md", "config.json"
 _CONFIGS = (ADAPTER_CONFIG_NAME, _CONFIG_NAME)
 _WEIGHT_FILE = re.compile(r"adapter_model.*\.(safetensors|safetensors\.index\.json|bin)")
-#: How often a commit is tried again when somebody else's commit came in between.
-_ATTEMPTS = 3
-_PRECONDITION_FAILED = 412
 
 
 def push_folder(
@@ -43,6 +41,7 @@ def push_folder(
     tags: Sequence[str] = (),
     token: str | bool | None = None,
     create_pr: bool = False,
+    parent_commit: str | None = None,
 ) -> CommitInfo:
     """Upload a delta or family folder to the Hub in one commit, creating the repo and the branch where needed.
 
@@ -57,17 +56,21 @@ def push_folder(
         folder: what ``save_pretrained`` or ``compress`` wrote.
         repo_id: ``"name"`` or ``"owner/name"``.
         private: visibility of a repo that is created; an existing repo keeps its own.
-        revision: branch to commit to, created where missing; the default is ``main``.
+        revision: branch to commit to, created where missing (but not to open a pull request against); the default is
+            ``main``.
         commit_message: first line of the commit's message.
         commit_description: the rest of the commit's message.
         tags: further tags for the card's metadata.
         token: Hub token; the default is the one stored by ``hf auth login``.
-        create_pr: open a pull request instead of committing to the branch.
+        create_pr: open a pull request instead of committing to the branch. The repo may be somebody else's.
+        parent_commit: push onto this commit only; by default onto whatever the branch has.
 
     Raises:
         DeltaFormatError: the folder holds neither a delta nor a family.
-        UnsupportedOperationError: a config in it names a base or an expert by a path of this machine.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        UnsupportedOperationError: a config in it names a base or an expert by a path of this machine; or ``revision``
+            is a tag or a commit.
+        huggingface_hub.errors.HTTPError: the Hub refused (:class:`~huggingface_hub.errors.HfHubHTTPError`) or could
+            not be reached; see :func:`~transformers_meswitch.hub_commit.commit`.
     """
     folder = Path(folder)
     if not (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
@@ -80,34 +83,22 @@ def push_folder(
             _check_portable(path)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    for attempt in range(_ATTEMPTS):
-        info = api.model_info(repo_id, revision=revision)
-        remote = {sibling.rfilename for sibling in info.siblings or []}
-        try:
-            return api.create_commit(
-                repo_id,
-                _operations(api, folder, repo_id, info.sha, remote, tags),
-                commit_message=commit_message or "Upload with transformers-meswitch",
-                commit_description=commit_description,
-                revision=revision,
-                parent_commit=info.sha,
-                create_pr=create_pr,
-            )
-        except HfHubHTTPError as error:
-            moved = getattr(error.response, "status_code", None) == _PRECONDITION_FAILED
-            if not moved or attempt == _ATTEMPTS - 1:
-                raise
-            logger.info(f"{repo_id} was updated during the push; merging again.")
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    return commit(
+        api,
+        repo_id,
+        lambda info: _operations(api, folder, repo_id, info, tags),
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=parent_commit,
+        commit_message=commit_message or "Upload with transformers-meswitch",
+        commit_description=commit_description,
+    )
 
 
-def _operations(
-    api: HfApi, folder: Path, repo_id: str, head: str | None, remote: set[str], tags: Sequence[str]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(api: HfApi, folder: Path, repo_id: str, info: ModelInfo, tags: Sequence[str]) -> list[Operation]:
+    head, remote = info.sha, {sibling.rfilename for sibling in info.siblings or []}
     local = {name: path for name, path in _files(folder).items() if _is_true(path)}
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations: list[Operation] = []
     for name, path in local.items():
         content: Path | bytes = path
         if PurePosixPath(name).name == _CARD_NAME:
@@ -125,7 +116,7 @@ def _operations(
     dropped: set[str] = set()
     if _CONFIG_NAME in remote and _CONFIG_NAME in local:
         earlier = Path(api.hf_hub_download(repo_id, _CONFIG_NAME, revision=head))
-        dropped = _inner_experts(_json(earlier)) - _inner_experts(_config(folder))
+        dropped = inner_experts(_json(earlier)) - inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
         stale = any(_is_ours(file.relative_to(delta)) for delta in deltas if file.is_relative_to(delta))
@@ -193,7 +184,8 @@ def _inner_references(config: Mapping[str, Any]) -> set[str]:
     return {path for path in inside if is_plain_path(path)}
 
 
-def _inner_experts(config: Mapping[str, Any]) -> set[str]:
+def inner_experts(config: Mapping[str, Any]) -> set[str]:
+    """Delta repos in ``experts/`` that a family's ``config.json`` names, as ``experts/<folder>``."""
     return {path for path in _inner_references(config) if PurePosixPath(path).parent == PurePosixPath("experts")}
 
 
@@ -201,7 +193,7 @@ def inner_deltas(folder: Path) -> set[str]:
     """Delta repos in ``experts/`` that the family in a folder names, as ``experts/<folder>``."""
     path = folder / _CONFIG_NAME
     config = _json(path) if path.is_file() else {}
-    return {path for path in _inner_experts(config) if (folder / path / ADAPTER_CONFIG_NAME).is_file()}
+    return {path for path in inner_experts(config) if (folder / path / ADAPTER_CONFIG_NAME).is_file()}
 
 
 def _check_portable(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .delta_format.spec import (
+    ADAPTER_WEIGHTS_NAME,
     AnyRowsRecord,
     LinearRecord,
     ModuleRecord,
@@ -341,10 +342,11 @@ def _row(name: str, record: ModuleRecord, tensors: dict[str, int], error: float 
 
 
 def _delta_files(delta: Delta) -> list[Path]:
-    """The configuration, the weights, and the index of sharded weights."""
+    """The configuration, the weights, and what else goes with sharded weights."""
     files = delta.files
-    index = [path for path in files.directory.glob("*.safetensors.index.json") if len(files.weight_paths) > 1]
-    return [files.config_path, *index, *files.weight_paths]
+    names = ("*.safetensors.index.json", ADAPTER_WEIGHTS_NAME) if len(files.weight_paths) > 1 else ()
+    beside = [path for name in names for path in files.directory.glob(name)]
+    return [files.config_path, *beside, *files.weight_paths]
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:

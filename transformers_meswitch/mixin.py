@@ -261,6 +261,9 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
             "merge_and_unload() the expert first, or resize the fine-tune and compress it again."
         )
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the base was tied when it was loaded, and each expert's head follows its own embedding."""
+
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """Drop experts and their memory. If the active one goes, the alphabetically first remaining becomes active.
 

@@ -163,7 +163,7 @@ class _Family(PreTrainedModel):
         """Nothing: importing the package registers the class.
 
         transformers' method marks a class whose source is to be copied into the repos it is saved to; a family repo
-        is read by this package and carries no code.
+        is read by this package, and carries one line that imports it.
         """
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
-import urllib.parse
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +19,12 @@ from .cards import family_card, hub_id, merge_card, read_card, write_delta_card
 from .compression.assets import GENERATION_CONFIG, find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.asset_files import ASSETS, TEMPLATE_FOLDER, stale_assets
-from .delta_format.folder_lock import FolderLock
-from .delta_format.header import parse_json
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
-from .errors import ExpertNotFoundError, OutputFolderError, UnsupportedOperationError
+from .errors import ExpertNotFoundError, UnsupportedOperationError
+from .families.folder import EXPERTS, check_family_folder, expert_folder, install, staging_folder
+from .families.remote_code import AUTO_MAP, write_stub
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
@@ -38,10 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["push_to_hub", "save_expert", "save_family", "save_pretrained"]
 
-_CARD, _CONFIG = "README.md", "config.json"
-_EXPERTS = "experts"
-#: Longest name of an expert's folder; file systems allow 255 bytes, Windows 260 for a whole path.
-_FOLDER_LENGTH = 100
+_CARD = "README.md"
 _PUSH_ARGUMENTS = ("private", "revision", "commit_message", "commit_description", "token", "create_pr", "tags")
 
 
@@ -241,12 +235,8 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     _check_default_expert(model)
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
-    _check_family_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(folder)
-    staging = folder / f".{uuid.uuid4().hex}"
-    try:
-        staging.mkdir()
+    check_family_folder(folder)
+    with staging_folder(folder) as staging:
         experts: dict[str, Any] = {}
         written: dict[str, str] = {}
         for name, info in sorted(model._meswitch_switch.experts.items()):
@@ -256,7 +246,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
                 if location.subfolder:
                     experts[name]["subfolder"] = location.subfolder
             else:
-                path = f"{_EXPERTS}/{_folder_name(name, written.values())}"
+                path = expert_folder(name, written.values())
                 if (folder / path).is_dir():
                     shutil.copytree(folder / path, staging / path, ignore=_written_by_us)
                 save_expert(model, staging / path, name, max_shard_size=max_shard_size)
@@ -269,9 +259,12 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             default_expert=model._meswitch_switch.chosen_expert,
             router=family.router,
             base_subfolder=family.base_subfolder,
+            base_quantization=_base_quantization(model),
             architectures=["MESwitchModelForCausalLM"],
+            auto_map=AUTO_MAP,
         )
         config.save_pretrained(staging)
+        write_stub(staging)
         if isinstance(model, GenerationMixin):
             generation_config = copy.deepcopy(model.generation_config)
             # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
@@ -282,26 +275,16 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         kept, fresh = read_card(folder / _CARD), family_card(config)
         if kept is not None or not (folder / _CARD).exists():
             (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
-        old = inner_deltas(folder)
-        (folder / _CONFIG).unlink(missing_ok=True)
-        for path in {*written.values(), *old}:
-            if (folder / path).is_dir():
-                shutil.rmtree(folder / path)
-        for path in written.values():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (staging / path).replace(folder / path)
-        shutil.rmtree(staging / _EXPERTS, ignore_errors=True)
         fresh_files = {file.relative_to(staging).as_posix() for file in staging.rglob("*")}
-        for stale in stale_assets(folder, fresh_files):
-            stale.unlink()
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == _CONFIG):
-            if (folder / file.name).is_dir():  # a tokenizer's folder of chat templates
-                shutil.rmtree(folder / file.name)
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
+        stale = list(stale_assets(folder, fresh_files))
+        install(staging, written.values(), removed=inner_deltas(folder), stale=stale)
     _read_from(model, folder, written)
+
+
+def _base_quantization(model: Any) -> dict[str, Any] | None:
+    """How the base is quantised (with bitsandbytes: others are refused), as JSON has it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return None if quantizer is None else json.loads(quantizer.quantization_config.to_json_string(use_diff=True))
 
 
 def _check_default_expert(model: Any) -> None:
@@ -317,32 +300,6 @@ def _check_default_expert(model: Any) -> None:
             ) from error
 
 
-def _check_family_folder(folder: Path) -> None:
-    """A family may replace a family; over another model, ``config.json`` would be lost, and with it the model."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputFolderError(f"{folder} is a file, so nothing can be saved in it. Give a folder.")
-    path = folder / _CONFIG
-    if (
-        path.is_file()
-        and parse_json(path.read_bytes(), str(path)).get("model_type") != MESwitchFamilyConfig.model_type
-    ):
-        raise OutputFolderError(
-            f"{folder} holds the config.json of a model that is no family; saving a family here would destroy it. "
-            "Give another folder."
-        )
-
-
-def _folder_name(expert: str, taken: Collection[str]) -> str:
-    """Folder of an expert inside ``experts/``: readable where that is possible, else told apart by a digest."""
-    name = urllib.parse.quote(expert, safe="-_.")
-    # Windows and macOS do not tell upper from lower case.
-    collides = any(path.rpartition("/")[2].lower() == name.lower() for path in taken)
-    if len(name) <= _FOLDER_LENGTH and not collides:
-        return name
-    digest = hashlib.sha256(expert.encode()).hexdigest()[:16]
-    return f"{name[: _FOLDER_LENGTH - len(digest) - 1]}-{digest}"
-
-
 def _written_by_us(_: str, names: list[str]) -> set[str]:
     """Of the files of a delta repo, those that saving replaces, so that none of an earlier expert is left over."""
     ours = {ADAPTER_CONFIG_NAME, EVIDENCE_NAME, *ASSETS, TEMPLATE_FOLDER}
@@ -356,7 +313,7 @@ def _read_from(model: MESwitchMixin, folder: Path, written: Mapping[str, str]) -
         assets = switch.experts[name].assets
         if assets is None or not assets.is_local:
             continue
-        if Path(assets.repo, assets.subfolder or "").resolve().is_relative_to((folder / _EXPERTS).resolve()):
+        if Path(assets.repo, assets.subfolder or "").resolve().is_relative_to((folder / EXPERTS).resolve()):
             files = resolve_delta(folder / path)
             switch.experts[name] = dataclasses.replace(switch.experts[name], files=files, assets=files.location)
 

@@ -24,7 +24,10 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "command",
-    ["compress", "distill", "inspect", "verify", "generate", "merge", "extract-lora", "import-bitdelta", "demo"],
+    [
+        *("compress", "distill", "inspect", "verify", "generate", "push", "family", "merge", "extract-lora"),
+        *("import-bitdelta", "demo"),
+    ],
 )
 def test_every_command_shows_an_example(command, capsys):
     assert main([command, "--help"]) == 0
@@ -46,6 +49,14 @@ def test_every_command_shows_an_example(command, capsys):
         ["distill", "base", "expert", "delta", "-o", "x", "--batch-size", "0"],
         ["distill", "base", "expert", "delta", "-o", "x", "--learning-rate", "nan"],
         ["distill", "base", "expert", "delta", "-o", "x", "--device", "abacus"],
+        ["push", "delta"],
+        ["family"],
+        ["family", "create", "base", "math=delta"],
+        ["family", "create", "base", "math=delta", "-o", "x", "--repo-id", "me/x"],
+        ["family", "create", "base", "math=delta", "-o", "x", "--create-pr"],
+        ["family", "create", "base", "-o", "x", "--private"],
+        ["family", "add", "family"],
+        ["family", "remove", "family"],
         ["inspect", "delta", "--expert", "expert"],
         ["inspect", "delta", "--layer", "model.layers.0.mlp.up_proj"],
         ["verify", "base", "expert"],

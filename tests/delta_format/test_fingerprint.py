@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from transformers_meswitch.delta_format import fingerprint
-from transformers_meswitch.delta_format.fingerprint import compare_fingerprints, fingerprint_checkpoint
+from transformers_meswitch.delta_format.fingerprint import (
+    check_checkpoint,
+    compare_fingerprints,
+    fingerprint_checkpoint,
+)
 from transformers_meswitch.errors import BaseMismatchError, CheckpointError, DeltaFormatError
 
 
@@ -119,3 +123,24 @@ def test_mismatch_names_the_first_tensor(expected, found, message):
 def test_malformed_fingerprints(expected):
     with pytest.raises(DeltaFormatError, match="base_fingerprint"):
         compare_fingerprints(expected, given(a="1"))
+
+
+def test_every_byte_counts_where_that_is_asked_for(tmp_path):
+    weight = torch.arange(100_000, dtype=torch.float32)
+    other = weight.clone()
+    other[5_000] = -1.0  # between two of the sampled blocks
+    for name, tensor in (("base", weight), ("other", other)):
+        save_file({"weight": tensor}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / "base.safetensors"], [tmp_path / "other.safetensors"]
+    fast, full = fingerprint_checkpoint(paths[0]), fingerprint_checkpoint(paths[0], full=True)
+    assert {key: full[key] for key in fast} == fast
+    data = paths[0][0].read_bytes()[-400_000:]
+    wanted = hashlib.sha256(b"F32|100000|400000|" + data).hexdigest()[:16]
+    assert full["full"]["tensors"] == {"weight": wanted}
+    check_checkpoint(full, paths[1], "other")  # samples do not tell them apart
+    check_checkpoint(full, paths[0], "base", full=True)
+    with pytest.raises(BaseMismatchError, match=f"than other: tensor 'weight' has digest {wanted}"):
+        check_checkpoint(full, paths[1], "other", full=True)
+    for recorded in (fast, None):
+        with pytest.raises(DeltaFormatError, match="compress the expert again with full_fingerprint=True"):
+            check_checkpoint(recorded, paths[0], "base", full=True)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.fixtures_models import TinyFamily
+from tests.model_state import ModelState
 from tests.models.conftest import Case
 from tests.models.reference import distance
 from transformers_meswitch import MESwitchModelForCausalLM
@@ -48,3 +50,15 @@ def test_expert_tied_otherwise_than_its_base(
     plain = family.merge_and_unload()
     plain.save_pretrained(tmp_path)
     assert distance(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected) < TOLERANCE
+
+
+def test_tying_a_model_with_experts_again_changes_nothing(tiny_family: TinyFamily) -> None:
+    """lm-eval calls this of every model that it loads."""
+    for name, delta in tiny_family.deltas.items():
+        model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+        model.load_adapter(str(delta), adapter_name=name)
+        before = ModelState(model)
+        model.tie_weights()
+        before.assert_unchanged(model)
+        base = model.get_output_embeddings()
+        assert getattr(base, "base_layer", base).weight is model.get_input_embeddings().base_layer.weight

@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import HTTPError
+
 from ..errors import MESwitchError
-from . import compress, demo, distill, extract_lora, generate, import_bitdelta, inspect, merge, verify
+from . import compress, demo, distill, extract_lora, family, generate, import_bitdelta, inspect, merge, push, verify
 
 __all__ = ["main"]
 
-_COMMANDS = (compress, distill, inspect, verify, generate, merge, extract_lora, import_bitdelta, demo)
+_COMMANDS = (compress, distill, inspect, verify, generate, push, family, merge, extract_lora, import_bitdelta, demo)
 _FAILURE, _INTERRUPTED = 1, 130
 
 
@@ -61,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    # The last two are what transformers and the Hub raise on purpose; any other exception is a bug and shows itself.
-    except (MESwitchError, ValueError, OSError) as error:
+    # The others are what transformers and the Hub raise on purpose; any other exception is a bug and shows itself.
+    except (MESwitchError, ValueError, OSError, HTTPError) as error:
         if os.environ.get("MESWITCH_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -135,6 +135,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--device", help="torch device to compute on; default: an accelerator if there is one")
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
     parser.add_argument("--expert-revision", metavar="REV", help="branch, tag or commit of the expert")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="fingerprint every byte of the base, not samples, for `meswitch verify --full` to compare",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with the totals")
     parser.set_defaults(run=run, parser=parser)
 
@@ -168,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
         device=device,
         max_calibration_tokens=args.max_calibration_tokens,
         on_allocation=chosen.append,
+        full_fingerprint=args.full,
     )
     kl = {} if not chosen or chosen[0].kl is None else {"kl": chosen[0].kl}
     print_written(directory, time.perf_counter() - started, as_json=args.json, **kl)

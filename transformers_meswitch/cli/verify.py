@@ -53,6 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base")
     parser.add_argument("--expert-revision", metavar="REV", help="branch, tag or commit of the expert")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the delta repo")
+    parser.add_argument(
+        "--full", action="store_true", help="compare every byte of the base; the delta was compressed with --full"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, parser=parser)
 
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         expert_revision=args.expert_revision,
         revision=args.revision,
         save=args.save,
+        full_fingerprint=args.full,
     )
     print(json.dumps(_as_json(evidence), indent=2) if args.json else _render(evidence))
     if args.max_kl is not None and evidence.text is not None and not evidence.text.kl <= args.max_kl:

@@ -77,6 +77,7 @@ def compress_expert(
     second_moments: SecondMoments | None = None,
     drifts: Drifts | None = None,
     budget: Budget | None = None,
+    full_fingerprint: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MESwitchExpertConfig:
@@ -94,6 +95,7 @@ def compress_expert(
         second_moments: see :func:`compress_modules`; `None` says that there was no calibration.
         drifts: see :func:`compress_modules`.
         budget: what the config's budget is spent with, whose candidates go where ``finished`` is.
+        full_fingerprint: whether to fingerprint every byte of the base.
         device: see :func:`compress_modules`.
         progress: whether to show a progress bar.
 
@@ -116,7 +118,7 @@ def compress_expert(
         ),
         finished,
     )
-    fingerprint = fingerprint_checkpoint(base.checkpoint.paths)
+    fingerprint = fingerprint_checkpoint(base.checkpoint.paths, full=full_fingerprint)
 
     def description() -> MESwitchExpertConfig:
         return expert_config(

@@ -65,6 +65,7 @@ def compress(
     max_calibration_tokens: int = 65536,
     progress: bool = True,
     on_allocation: Callable[[Allocation], object] | None = None,
+    full_fingerprint: bool = False,
 ) -> Path:
     """Compress a full fine-tune into a delta repo.
 
@@ -96,6 +97,8 @@ def compress(
         max_calibration_tokens: how much of the calibration text to run at most.
         progress: whether to show progress bars.
         on_allocation: given what a budget chose, once it is chosen.
+        full_fingerprint: record a fingerprint of every byte of the base too, which ``verify(full_fingerprint=True)``
+            compares. Loading a delta compares samples.
 
     Returns:
         ``output_dir``.
@@ -214,6 +217,7 @@ def compress(
             second_moments=moments,
             drifts=drifts,
             budget=budget,
+            full_fingerprint=full_fingerprint,
             device=where,
             progress=progress,
         )

@@ -103,7 +103,7 @@ class RepoLocation:
                     f"{filename} of {self} is not in the cache and could not be fetched: {cause}"
                 ) from cause
             return None
-        except (OSError, HFValidationError) as cause:
+        except (OSError, HTTPError, HFValidationError) as cause:
             raise self.error(
                 f"{filename} of {self} could not be fetched: {cause} Check the id, the revision and your access "
                 "(`hf auth login`), or give the path of a local folder."

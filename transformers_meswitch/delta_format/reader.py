@@ -11,7 +11,7 @@ import torch
 
 from ..configuration import MESwitchExpertConfig
 from ..errors import DeltaFormatError
-from .header import parse_json
+from .header import parse_json, read_header
 from .location import RepoLocation, find_weights, is_plain_path
 from .spec import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, ModuleRecord
 from .tensor_files import TensorFiles
@@ -155,6 +155,9 @@ def resolve_delta(
         )
     location = location.pinned(config_path)
     weight_paths = find_weights(location, _CANDIDATES, _PICKLES)
+    # A file without tensors stands beside shards, for loaders that look for its name.
+    if weight_paths[0].name == ADAPTER_WEIGHTS_NAME and not read_header(weight_paths[0]):
+        weight_paths = find_weights(location, _CANDIDATES[1:], ())
     found_revision = None if location.is_local else location.revision
     return DeltaFiles(location.repo, config_path.parent, config_path, weight_paths, found_revision, location)
 

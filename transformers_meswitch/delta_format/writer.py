@@ -47,7 +47,9 @@ def _shards(headers: _Headers, limit: int | None) -> dict[str, list[str]]:
     groups = split_tensors(headers, limit)
     if len(groups) == 1:
         return {ADAPTER_WEIGHTS_NAME: groups[0]}
-    return {f"adapter_model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)}
+    shards = {f"adapter_model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)}
+    # transformers and PEFT ask the Hub for this file before this package reads the delta.
+    return {**shards, ADAPTER_WEIGHTS_NAME: []}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -173,8 +175,8 @@ def write_delta(
         assets: files to copy, under their own names (tokenizer, chat template, generation config), those in a folder
             ``additional_chat_templates`` into one of that name. Texts of the same name win.
         texts: file name to content (the model card).
-        max_shard_size: split the weights into files of at most this size (``"5GB"`` or bytes). By default there is one
-            file: transformers and PEFT themselves open only unsplit adapters, this package opens both.
+        max_shard_size: split the weights into files of at most this size (``"5GB"`` or bytes), with an empty one
+            beside them under the name that transformers and PEFT look for. By default there is one file.
 
     Returns:
         The folder.

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..compression.sources import Source, locate
 from ..configuration import MESwitchFamilyConfig, reference_in_family
 from ..delta_format.fingerprint import check_checkpoint
@@ -18,6 +16,7 @@ from ..delta_format.location import RepoLocation, is_plain_path
 from ..delta_format.reader import Delta, check_delta, open_delta, resolve_delta
 from ..delta_format.spec import ADAPTER_CONFIG_NAME
 from ..errors import CheckpointError, ExpertNotFoundError
+from ..families.reading import base_of_family, read_family
 
 __all__ = ["Inputs", "open_inputs", "split_expert"]
 
@@ -86,14 +85,14 @@ def open_inputs(
     download: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     repo, family_base = os.fspath(source), None
     if expert is not None:
-        family, config = _family(RepoLocation(repo, revision, subfolder, **download, error=CheckpointError))
+        family, config = read_family(RepoLocation(repo, revision, subfolder, **download, error=CheckpointError))
         experts = config.experts or {}
         if expert not in experts:
             known = ", ".join(map(repr, experts)) or "none"
             raise ExpertNotFoundError(f"The family {family} has no expert {expert!r}. It has: {known}.")
         reference = reference_in_family(repo, experts[expert], {"revision": family.revision, "subfolder": subfolder})
         repo, revision, subfolder = str(reference["repo"]), reference.get("revision"), reference.get("subfolder")
-        family_base = _base_in_family(config, family)
+        family_base = base_of_family(family, config)
     else:
         _refuse_family(RepoLocation(repo, revision, subfolder, **download, error=CheckpointError))
     delta = open_delta(resolve_delta(repo, revision=revision, subfolder=subfolder, **download))
@@ -108,28 +107,6 @@ def open_inputs(
     found = locate(location)
     check_checkpoint(delta.config.base_fingerprint, found.checkpoint.paths, str(found.location))
     return Inputs(found, delta)
-
-
-def _family(location: RepoLocation) -> tuple[RepoLocation, MESwitchFamilyConfig]:
-    path = location.require("config.json")
-    location = location.pinned(path)
-    config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-    if not isinstance(config, MESwitchFamilyConfig):
-        raise CheckpointError(
-            f"{location} is a plain model (model_type {config.model_type!r}), expected a family with experts. Name "
-            "the delta repo itself, or the family that names it."
-        )
-    return location, config
-
-
-def _base_in_family(config: MESwitchFamilyConfig, family: RepoLocation) -> RepoLocation | None:
-    base = config.base_model_name_or_path
-    if not base:
-        return None
-    if base.startswith("./"):
-        inside = "/".join(filter(None, (family.subfolder, base[2:].rstrip("/"), config.base_subfolder)))
-        return replace(family, subfolder=inside)
-    return replace(family, repo=base, revision=config.base_revision, subfolder=config.base_subfolder)
 
 
 def _refuse_family(location: RepoLocation) -> None:

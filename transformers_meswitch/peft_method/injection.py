@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -278,7 +279,8 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig, files: Delt
     try:
         if not source:
             raise FileNotFoundError("the model was built in memory")
-        found = [fingerprint_checkpoint(c.paths) for c in _base_checkpoints(model, config, files)]
+        checkpoints = _base_checkpoints(model, config, files)
+        found = [fingerprint_checkpoint(checkpoint.paths) for checkpoint in checkpoints]
     except (OSError, MESwitchError) as error:
         warnings.warn(
             f"The base {source or 'model'!r} has no checkpoint files to compare with the one this delta was made "
@@ -287,8 +289,41 @@ def check_base(model: PreTrainedModel, config: MESwitchExpertConfig, files: Delt
         )
         return
     expected = config.base_fingerprint
-    fitting = next((f for f in found if f["digest"] == expected.get("digest")), found[0])
-    compare_fingerprints(expected, fitting, base=source)
+    fitting = next((i for i, f in enumerate(found) if f["digest"] == expected.get("digest")), 0)
+    if fitting and not _may_be_of(model, checkpoints[fitting], found[fitting]["tensors"], found[0]["tensors"]):
+        fitting = 0
+    at = checkpoints[fitting].revision
+    if source == config.base_model_name_or_path and config.revision and at and at != config.revision:
+        compare_fingerprints(
+            expected,
+            found[fitting],
+            base=f"{source} at revision {at}",
+            way_out=f"{source} was changed since: the delta was formed against its revision {config.revision}. Load "
+            f"that, with revision={config.revision!r} (and adapter_kwargs={{'revision': 'main'}} where the delta is "
+            "loaded by its id), or compress the expert again against this base.",
+        )
+    compare_fingerprints(expected, found[fitting], base=source)
+
+
+def _may_be_of(
+    model: PreTrainedModel, checkpoint: Checkpoint, own: Mapping[str, str], other: Mapping[str, str]
+) -> bool:
+    """Whether a model may have been loaded from a checkpoint rather than from another of the same repo.
+
+    Args:
+        model: the base.
+        checkpoint: the one.
+        own: its tensors' digests.
+        other: digests of the other's.
+    """
+    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    for name in sorted(own):
+        loaded = parameters.get(name)
+        comparable = loaded is not None and loaded.is_floating_point() and not loaded.is_meta
+        if own[name] != other.get(name) and comparable and loaded is not None:
+            stored = checkpoint.tensor(name)
+            return stored.shape == loaded.shape and bool(torch.equal(stored.to(loaded.dtype), loaded.detach().cpu()))
+    return True  # quantised, or under names of the model's own
 
 
 def base_download(model: PreTrainedModel, download: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..configuration import MESWITCH, MESwitchExpertConfig
 from ..delta_format.location import RepoLocation
-from ..delta_format.reader import DeltaFiles
+from ..delta_format.reader import DeltaFiles, open_delta
 from ..delta_format.spec import LEAF_PREFIX, AnyRowsRecord, RowsRecord, tensor_key
 from ..delta_format.validate import check_config, check_headers, check_values, tensor_headers
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
@@ -247,6 +247,8 @@ class MESwitchModel(BaseTuner):
                 f"An expert named {adapter_name!r} is already loaded. Delete it first or choose another name."
             )
         try:
+            if config.files is not None and not state_dict:  # PEFT knows nothing of shards
+                state_dict = open_delta(config.files).tensors()
             check_tensors(config, state_dict)
         except MESwitchError:
             remove_expert(inner, adapter_name, outer.peft_config)

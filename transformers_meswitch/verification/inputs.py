@@ -40,6 +40,7 @@ def open_inputs(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    full_fingerprint: bool = False,
 ) -> Inputs:
     """Find the three repos, and make sure that the delta is whole and of this base.
 
@@ -53,6 +54,7 @@ def open_inputs(
         token: Hub token, or whether to use the stored one.
         cache_dir: the Hub cache to use.
         local_files_only: never use the network.
+        full_fingerprint: compare every byte of the base.
 
     Raises:
         BaseMismatchError: the delta was formed against another base.
@@ -73,7 +75,8 @@ def open_inputs(
         )
 
     of_base, of_expert = located(base, base_revision), located(expert, expert_revision)
-    check_checkpoint(opened.config.base_fingerprint, of_base.checkpoint.paths, str(of_base.location))
+    expected, paths = opened.config.base_fingerprint, of_base.checkpoint.paths
+    check_checkpoint(expected, paths, str(of_base.location), full=full_fingerprint)
     return Inputs(of_base, of_expert, opened)
 
 

@@ -58,6 +58,7 @@ def verify(
     local_files_only: bool = False,
     save: bool = False,
     progress: bool = True,
+    full_fingerprint: bool = False,
 ) -> Evidence:
     """Measure how well a delta stands for the expert that it was made from.
 
@@ -85,6 +86,8 @@ def verify(
         local_files_only: never use the network.
         save: keep the evidence in the delta's folder, as ``meswitch_evidence.json`` and in the card.
         progress: whether to show progress bars.
+        full_fingerprint: compare every byte of the base with the one that the delta was formed against, which
+            ``compress(full_fingerprint=True)`` recorded, not samples.
 
     Raises:
         BaseMismatchError: the delta was formed against another base.
@@ -106,6 +109,7 @@ def verify(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        full_fingerprint=full_fingerprint,
     )
     of_base, of_expert, opened = inputs.base, inputs.expert, inputs.delta
 

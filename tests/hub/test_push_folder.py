@@ -1,85 +1,37 @@
-"""Pushing folders to a stand-in for the Hub, through the real huggingface_hub client."""
+"""Folders and models are pushed in one commit, and what people wrote on the Hub is not lost."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import CommitInfo, snapshot_download
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from tests.hub_server import HubServer, StoredFile
+from tests.hub_repos import StoredFile
+from tests.model_state import prompt
 from tests.verification.records import evidence
-from transformers_meswitch import verify
-from transformers_meswitch.cards import delta_card
-from transformers_meswitch.configuration import MESwitchExpertConfig
+from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, verify
 from transformers_meswitch.errors import DeltaFormatError, UnsupportedOperationError
 from transformers_meswitch.hub import push_folder
 from transformers_meswitch.verification.evidence import dump_evidence, tensors_digest, write_evidence
 
 pytestmark = pytest.mark.integration
 
-CLIENT = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import HfApi, snapshot_download
-from transformers_meswitch.hub import push_folder
-request = json.loads(sys.argv[1])
-info = push_folder(request.pop("folder"), request.pop("repo_id"), **request)
-print(json.dumps({"oid": info.oid, "pr_url": info.pr_url}))
-"""
-DOWNLOAD = """
-import sys
-from huggingface_hub import snapshot_download
-print(snapshot_download(sys.argv[1], revision=sys.argv[2]))
-"""
+
+def push(folder: Path, **arguments: Any) -> CommitInfo:
+    return push_folder(folder, "alice/delta", **arguments)
 
 
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def run(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
-    def run_client(script: str, *arguments: str, user: str = "alice") -> str:
-        environment = os.environ | hub.environment(user, str(tmp_path / "cache"))
-        command = [sys.executable, "-c", script, *arguments]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert process.returncode == 0, process.stderr
-        return process.stdout.splitlines()[-1]
-
-    return run_client
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "delta"
-    folder.mkdir()
-    module = {"kind": "linear", "out_features": 8, "in_features": 16, "bits": 2}
-    config = MESwitchExpertConfig(base_model_name_or_path="alice/base", modules={"model.layers.0.mlp.up_proj": module})
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "alice/base"}))
-    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
-    (folder / "README.md").write_text(delta_card(config, total_bytes=100, dense_bytes=256))
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "lock").touch()
-    return folder
-
-
-def push(run: Callable[..., str], folder: Path, **request: object) -> dict[str, str | None]:
-    return json.loads(run(CLIENT, json.dumps({"folder": str(folder), "repo_id": "alice/delta"} | request)))
-
-
-def test_round_trip_in_one_commit_and_download_by_revision(hub, run, folder):
+def test_round_trip_in_one_commit_and_download_by_revision(hub, client, delta_folder):
     hub.add_repo("alice/base", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
-    first = push(run, folder, private=True)
+    first = push(delta_folder, private=True)
     repo = hub.repos["alice/delta"]
     assert repo.private
     assert len(repo.history()) == 2
@@ -88,19 +40,19 @@ def test_round_trip_in_one_commit_and_download_by_revision(hub, run, folder):
     assert 'from_pretrained("alice/delta")' in card
     assert "your-name/this-repo" not in card
     assert not any("cache" in path for path in repo.history()[0].files)
-    original = (folder / "adapter_model.safetensors").read_bytes()
+    original = (delta_folder / "adapter_model.safetensors").read_bytes()
 
-    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
-    second = push(run, folder)
-    downloaded = {rev: Path(run(DOWNLOAD, "alice/delta", rev)) for rev in (first["oid"], second["oid"], "main")}
+    (delta_folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
+    second = push(delta_folder)
+    downloaded = {rev: Path(snapshot_download("alice/delta", revision=rev)) for rev in (first.oid, second.oid, "main")}
     for revision, path in downloaded.items():
-        expected = original if revision == first["oid"] else (folder / "adapter_model.safetensors").read_bytes()
+        expected = original if revision == first.oid else (delta_folder / "adapter_model.safetensors").read_bytes()
         assert (path / "adapter_model.safetensors").read_bytes() == expected
-        assert (path / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+        assert (path / "adapter_config.json").read_bytes() == (delta_folder / "adapter_config.json").read_bytes()
 
 
-def test_hand_edited_card_and_a_commit_in_between_survive(hub, run, folder):
-    push(run, folder)
+def test_hand_edited_card_and_a_commit_in_between_survive(hub, client, delta_folder):
+    push(delta_folder)
     repo = hub.repos["alice/delta"]
 
     def edit(repo, before, after):
@@ -109,49 +61,49 @@ def test_hand_edited_card_and_a_commit_in_between_survive(hub, run, folder):
         repo.commit("main", files, "edited on the site", repo.branches["main"])
 
     edit(repo, b"<!-- meswitch:end -->", b"<!-- meswitch:end -->\n## My evaluation\n")
-    (folder / "README.md").write_text((folder / "README.md").read_text().replace("100", "101"))
+    (delta_folder / "README.md").write_text((delta_folder / "README.md").read_text().replace("100", "101"))
     hub.before_commit = lambda repo: edit(repo, b"## My evaluation", b"## My evaluation, and a late edit")
-    push(run, folder)
+    push(delta_folder)
     card = repo.history()[0].files["README.md"].data.decode()
     assert "## My evaluation, and a late edit" in card
     assert "**101**" in card
     assert "**100**" not in card
 
 
-def test_a_card_that_is_no_text_stays_where_it_is_and_the_rest_is_pushed(hub, run, folder):
-    card = (folder / "README.md").read_bytes()
-    (folder / "README.md").write_bytes(b"\xff\xfe h")
-    push(run, folder)
+def test_a_card_that_is_no_text_stays_where_it_is_and_the_rest_is_pushed(hub, client, delta_folder):
+    card = (delta_folder / "README.md").read_bytes()
+    (delta_folder / "README.md").write_bytes(b"\xff\xfe h")
+    push(delta_folder)
     repo = hub.repos["alice/delta"]
     assert "README.md" not in repo.history()[0].files, "the Hub takes cards in UTF-8 only"
     damaged = StoredFile(b"\xff\xfe h", lfs=False)
     repo.commit("main", repo.history()[0].files | {"README.md": damaged}, "by hand", repo.branches["main"])
-    (folder / "README.md").write_bytes(card)
-    (folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
-    push(run, folder)
+    (delta_folder / "README.md").write_bytes(card)
+    (delta_folder / "adapter_model.safetensors").write_bytes(os.urandom(64))
+    push(delta_folder)
     files = repo.history()[0].files
     assert files["README.md"] == damaged
-    assert files["adapter_model.safetensors"].data == (folder / "adapter_model.safetensors").read_bytes()
+    assert files["adapter_model.safetensors"].data == (delta_folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_stale_shards_are_deleted_other_files_stay(hub, run, folder):
+def test_stale_shards_are_deleted_other_files_stay(hub, client, delta_folder):
     stale = ["adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"]
     hub.add_repo("alice/delta", dict.fromkeys([*stale, "notes.txt"], b"x"))
-    push(run, folder)
+    push(delta_folder)
     files = hub.repos["alice/delta"].history()[0].files
     assert "notes.txt" in files
     assert "adapter_model.safetensors" in files
     assert not set(stale) & set(files)
 
 
-def test_branch_and_pull_request(hub, run, folder):
-    push(run, folder, revision="v1", commit_message="Version one", tags=["mine"])
+def test_branch_and_pull_request(hub, client, delta_folder):
+    push(delta_folder, revision="v1", commit_message="Version one", tags=["mine"])
     repo = hub.repos["alice/delta"]
     assert repo.history("v1")[0].title == "Version one"
     assert len(repo.history("main")) == 1
     assert b"- mine" in repo.history("v1")[0].files["README.md"].data
-    answer = push(run, folder, create_pr=True)
-    assert answer["pr_url"].endswith("/discussions/1")
+    answer = push(delta_folder, create_pr=True)
+    assert str(answer.pr_url).endswith("/discussions/1")
     assert len(repo.history("main")) == 1
     assert "adapter_config.json" in repo.history("refs/pr/1")[0].files
 
@@ -187,16 +139,16 @@ def test_paths_of_this_machine_are_refused_wherever_they_stand(tmp_path):
         push_folder(tmp_path, "alice/family")
 
 
-def test_where_the_fine_tune_was_is_not_published(hub, run, folder):
+def test_where_the_fine_tune_was_is_not_published(hub, client, delta_folder):
     config = {"base_model_name_or_path": "alice/base", "expert_model_name_or_path": "/data/secret"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    push(run, folder)
+    (delta_folder / "adapter_config.json").write_text(json.dumps(config))
+    push(delta_folder)
     pushed = json.loads(hub.repos["alice/delta"].history()[0].files["adapter_config.json"].data)
     assert pushed == config | {"expert_model_name_or_path": None}
-    assert json.loads((folder / "adapter_config.json").read_text()) == config
+    assert json.loads((delta_folder / "adapter_config.json").read_text()) == config
 
 
-def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, run, tmp_path):
+def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, client, tmp_path):
     folder = tmp_path / "family"
     for name in ("experts/a", "experts/b", "experts/loose", "checkpoint-5", "base"):
         (folder / name).mkdir(parents=True)
@@ -212,7 +164,7 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, run, t
     def push_family(*experts):
         references = {name: {"repo": f"./experts/{name}"} for name in experts}
         (folder / "config.json").write_text(json.dumps({"base_model_name_or_path": "./base", "experts": references}))
-        push(run, folder)
+        push(folder)
         return {path for path in hub.repos["alice/delta"].history()[0].files if path != ".gitattributes"}
 
     common = {"README.md", "config.json", "images/plot.png", "base/config.json", "base/notes.txt"}
@@ -221,39 +173,34 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, run, t
     assert push_family("b") == common | of_b
 
 
-PRODUCER = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-from tests.model_state import prompt
-import transformers_meswitch as ms
-kind, source, delta = sys.argv[1:]
-load = AutoModelForCausalLM.from_pretrained
-if kind == "compressed":
-    how = ms.MESwitchConfig("alice/base", bits=3, salient_channels=4)
-    model = load(source, quantization_config=how)
-elif kind == "delta":
-    model = load("alice/base")
-    model.load_adapter(delta)
-else:
-    model = ms.MESwitchModelForCausalLM.from_pretrained("alice/base", experts={"math": delta})
-    model.set_expert("math")
-if kind == "saved":
-    model.save_pretrained(source + "-saved", push_to_hub=True, repo_id="alice/made", tags=["mine"])
-else:
-    model.push_to_hub("alice/made", tags=["mine"], commit_message="Made")
-again = load("alice/made")
-assert torch.equal(again(prompt()).logits, model(prompt()).logits)
-assert not torch.allclose(again(prompt()).logits, load("alice/base")(prompt()).logits, atol=1e-2)
-print(again.generate(prompt(), max_new_tokens=2).shape[1])
-"""
+def produce(kind: str, source: Path, delta: Path) -> Any:
+    """A model that was pushed to ``alice/made``."""
+    load = AutoModelForCausalLM.from_pretrained
+    if kind == "compressed":
+        model = load(source, quantization_config=MESwitchConfig("alice/base", bits=3, salient_channels=4))
+    elif kind == "delta":
+        model = load("alice/base")
+        model.load_adapter(str(delta))
+    else:
+        model = MESwitchModelForCausalLM.from_pretrained("alice/base", experts={"math": delta})
+        model.set_expert("math")
+    if kind == "saved":
+        model.save_pretrained(f"{source}-saved", push_to_hub=True, repo_id="alice/made", tags=["mine"])
+    else:
+        model.push_to_hub("alice/made", tags=["mine"], commit_message="Made")
+    return model
 
 
 @pytest.mark.parametrize("kind", ["compressed", "delta", "family", "saved"])
-def test_what_models_push_loads_by_its_id_and_names_no_folder(hub, run, tiny_family, tmp_path, kind):
+def test_what_models_push_loads_by_its_id_and_names_no_folder(hub, client, tiny_family, tmp_path, kind):
     files = {path.name: path.read_bytes() for path in tiny_family.base.iterdir()}
     base = hub.add_repo("alice/base", files | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
     expert = shutil.copytree(tiny_family.experts["math"], tmp_path / "expert")
-    run(PRODUCER, kind, str(expert), str(tiny_family.deltas["math"]))
+    model = produce(kind, expert, tiny_family.deltas["math"])
+    again = AutoModelForCausalLM.from_pretrained("alice/made")
+    assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+    plain = AutoModelForCausalLM.from_pretrained("alice/base")(prompt()).logits
+    assert not torch.allclose(again(prompt()).logits, plain, atol=1e-2)
     head = hub.repos["alice/made"].history()[0]
     inner = "experts/math/" if kind in ("family", "saved") else ""
     configs = [json.loads(head.files[f"{inner}adapter_config.json"].data)]
@@ -272,7 +219,7 @@ def test_what_models_push_loads_by_its_id_and_names_no_folder(hub, run, tiny_fam
     assert "- mine" in card
 
 
-def test_evidence_is_pushed_with_the_tensors_it_is_of_and_no_others(hub, run, tiny_family, tmp_path):
+def test_evidence_is_pushed_with_the_tensors_it_is_of_and_no_others(hub, client, tiny_family, tmp_path):
     delta = shutil.copytree(tiny_family.deltas["math"], tmp_path / "math")
     config = json.loads((delta / "adapter_config.json").read_text())
     (delta / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "alice/base"}))
@@ -280,40 +227,31 @@ def test_evidence_is_pushed_with_the_tensors_it_is_of_and_no_others(hub, run, ti
     write_evidence(delta, evidence(tensors_sha256=tensors_digest(tensors)))
     name = "meswitch_evidence.json"
     written = (delta / name).read_bytes()
-    push(run, delta)
+    push(delta)
     assert hub.repos["alice/delta"].history()[0].files[name].data == written
 
     first = min(tensors)
     save_file({**tensors, first: torch.zeros_like(tensors[first])}, delta / "adapter_model.safetensors")
-    push(run, delta)
+    push(delta)
     assert name not in hub.repos["alice/delta"].history()[0].files
     assert (delta / name).exists(), "the folder itself is not changed"
 
     save_file(tensors, delta / "adapter_model.safetensors")
-    push(run, delta)
+    push(delta)
     assert hub.repos["alice/delta"].history()[0].files[name].data == written
     (delta / name).unlink()
-    push(run, delta)
+    push(delta)
     assert name not in hub.repos["alice/delta"].history()[0].files
 
 
-VERIFIER = """
-import json
-from transformers_meswitch import verify
-from transformers_meswitch.verification.evidence import dump_evidence
-texts = ["What is said here has no meaning at all."] * 3
-print(json.dumps(dump_evidence(verify("alice/base", "alice/expert", "alice/delta", texts, progress=False))))
-"""
-
-
-def test_what_is_on_the_hub_is_verified_at_the_commits_found(hub, run, tiny_family):
+def test_what_is_on_the_hub_is_verified_at_the_commits_found(hub, client, tiny_family):
     expert, delta = tiny_family.experts["math"], tiny_family.deltas["math"]
     repos = {
         name: hub.add_repo(f"alice/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
         for name, folder in (("base", tiny_family.base), ("expert", expert), ("delta", delta))
     }
-    found = json.loads(run(VERIFIER))
     texts = ["What is said here has no meaning at all."] * 3
+    found = dump_evidence(verify("alice/base", "alice/expert", "alice/delta", texts, device="cpu", progress=False))
     expected = dump_evidence(verify(tiny_family.base, expert, delta, texts, device="cpu", progress=False))
     assert {**found, "date": expected["date"]} == {
         **expected,

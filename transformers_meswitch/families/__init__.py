@@ -1,0 +1,1 @@
+"""Family repos as files: read, changed and written without loading a model."""
