@@ -19,13 +19,13 @@ from triton.compiler import compile as compile_kernel
 HOPPER = GPUTarget("cuda", 90, 32)
 #: Arguments that are not sizes.
 POINTERS = {
-    **dict.fromkeys(("y", "base_out", "x", "weight", "base_bias"), "*bf16"),
+    **dict.fromkeys(("y", "base_out", "x", "weight", "base_bias", "factor"), "*bf16"),
     **dict.fromkeys(("order", "slot", "start", "group_count"), "*i32"),
     **dict.fromkeys(("scale", "offset"), "*fp32"),
-    "table": "*i64",
+    **dict.fromkeys(("table", "coded_table", "rows_table", "ids"), "*i64"),
 }
 #: Sizes that a model's layers have as multiples of 16.
-MULTIPLES = ("out_features", "in_features", "weight_out_stride")
+MULTIPLES = ("out_features", "in_features", "weight_out_stride", "capacity", "base_width", "width", "weight_stride")
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,26 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
     constants = {"PLANES": planes, "BLOCK_CODES": 1024}
     compiled = compile_for_hopper("triton_activations", "_prepare_kernel", planes, constants, num_warps=4)
     assert ".target sm_90" in compiled.ptx
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_heads(rows: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = _TABLES[9, 0][Key("delta", "exact", rows > 1)]
+    constants = constants_of(sizes, 0, rows)
+    del constants["PLANES"]
+    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 0, constants, **sizes.launch_options())
+    assert compiled.shared_bytes <= 227 * 1024
+    # Though the rows of codes that belong to a block's ids need not be neighbours.
+    assert "v4.b32" in compiled.ptx
+    assert ("mma.sync" in compiled.ptx) == (rows > 1)
+
+
+def test_embeddings(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"HAS_FACTOR": True, "BLOCK": 512}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    compiled = compile_for_hopper("triton_embed_rows", "_embed_rows_kernel", 0, constants, **options)
+    # A product that is rounded before it is added, as on the host.
+    assert "fma.rn.f32" not in compiled.ptx
+    assert "mul.rn.f32" in compiled.ptx

@@ -11,20 +11,31 @@ from .op import dequantize_delta, has_kernel
 from .reference import delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
 from .row_groups import RowGroups, group_rows
+from .rows import embed_rows, head_rows
+from .rows_leaves import RowsLeaves, map_rows
+from .rows_reference import embed_rows_reference, head_rows_reference
+from .rows_table import RowsTable
 
 __all__ = [
     "DeltaLeaves",
     "ExpertTable",
     "Numerics",
     "RowGroups",
+    "RowsLeaves",
+    "RowsTable",
     "align_rows",
     "delta_linear",
     "delta_linear_reference",
     "dequantize_delta",
     "dequantize_delta_reference",
+    "embed_rows",
+    "embed_rows_reference",
     "fused_linear",
     "group_rows",
     "has_kernel",
+    "head_rows",
+    "head_rows_reference",
+    "map_rows",
     "round_in_turn",
     "round_in_turn_reference",
 ]
