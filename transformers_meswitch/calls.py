@@ -8,6 +8,7 @@ import torch
 
 from .errors import UnsupportedModelError, UnsupportedOperationError
 from .peft_method.deltas import StoredDelta
+from .peft_method.live_choice import is_replayed
 from .peft_method.switch import ExpertSwitch
 
 __all__ = ["ExpertCallMixin"]
@@ -31,9 +32,6 @@ class ExpertCallMixin:
                 ``adapter_names`` than rows; ``expert``.
             UnsupportedModelError: the model was offloaded by accelerate.
         """
-        if torch.compiler.is_compiling():
-            # The choice is read from tensors; what is checked below was checked by whoever made it.
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         switch = self._meswitch_switch
         if "expert" in kwargs:
             # transformers' forward would take it among its free arguments and answer without it.
@@ -44,6 +42,14 @@ class ExpertCallMixin:
         names = kwargs.pop("adapter_names", None)
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)
+        if is_replayed():
+            if names is not None:
+                raise UnsupportedOperationError(
+                    "adapter_names cannot be given to a call that is compiled or captured, since it would not be "
+                    "followed later. Give them to PeftModel's call or to generate, around the compiled model."
+                )
+            # The choice is read from tensors; what is checked below was checked by whoever made it.
+            return self._replayed(batch, *args, **kwargs)
         if names is not None:
             if isinstance(names, str) or len(names) != batch:
                 raise UnsupportedOperationError(
@@ -59,14 +65,25 @@ class ExpertCallMixin:
             )
         if "_hf_hook" in vars(self):
             self._refuse_offload()
-        for live in switch.live.values():
-            live.begin()
         with switch.batch_of(batch):
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            logits = getattr(output, "logits", None)
-            if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
-                # Capping, which comes after the head, makes finite numbers of the head's -inf.
-                output.logits = switch.mask_unknown(logits)
+            return self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def _replayed(self, batch: int | None, *args: Any, **kwargs: Any) -> Any:
+        """The call while it is compiled or captured, to be run again with other experts."""
+        switch = self._meswitch_switch
+        if not torch.compiler.is_compiling():
+            for live in switch.live.values():
+                live.begin()
+        switch.replayed_batch = batch
+        output = self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
+        switch.replayed_batch = None
+        return output
+
+    def _masked(self, output: Any) -> Any:
+        logits = getattr(output, "logits", None)
+        if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
+            # Capping, which comes after the head, makes finite numbers of the head's -inf.
+            output.logits = self._meswitch_switch.mask_unknown(logits)
         return output
 
     def _refuse_offload(self) -> None:

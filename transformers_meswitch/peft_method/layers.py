@@ -7,6 +7,7 @@ is read from the model's :class:`~transformers_meswitch.peft_method.switch.Exper
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from meswitch_kernels import has_kernel
+from meswitch_kernels import RowsLeaves, embed_rows, has_kernel
 
 from ..delta_format.spec import ModuleRecord
 from ..errors import UnsupportedOperationError
@@ -24,6 +25,7 @@ from .deltas import AnyRowsDelta, LinearDelta, StoredDelta, ValuesDelta, make_de
 from .kernel_path import KernelPath
 from .live_choice import is_replayed
 from .naming import module_key
+from .rows_path import RowsPath, correct_logits, rows_leaves
 from .switch import ExpertSwitch
 from .values_stack import ValuesStack, run_with_rows, takes_rows
 
@@ -66,6 +68,11 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     def settle(self, expert: str) -> None:
         """Take note of an expert's tensors, which are all there now or have been moved."""
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there is something here that compiled code and graphs read to find experts."""
+        return False
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's delta of this layer, or `None` where it does not differ from the base (or is the base)."""
@@ -228,6 +235,11 @@ class LinearLayer(MESwitchLayer):
         # A buffer, so that compiled code takes it for something that stays where it is.
         self.register_buffer("kernel_table", None, persistent=False)
 
+    @property
+    def has_table(self) -> bool:
+        """Whether there are kernels for the layer."""
+        return self.kernel_table is not None
+
     def settle(self, expert: str) -> None:
         """Show the kernels where the expert's tensors are."""
         delta = self.delta_of(expert)
@@ -285,8 +297,76 @@ class LinearLayer(MESwitchLayer):
         return merged
 
 
-class RowsLayer(MESwitchLayer):
+class _KernelRowsLayer(MESwitchLayer):
+    """What embedding and output head share: the table in which the kernels find the experts' rows."""
+
+    coded_table: torch.Tensor | None
+    rows_table: torch.Tensor | None
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self.rows_path = RowsPath(int(base_layer.weight.shape[1]))  # type: ignore[index]
+        # Buffers, so that compiled code takes them for something that stays where it is.
+        self.register_buffer("coded_table", None, persistent=False)
+        self.register_buffer("rows_table", None, persistent=False)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there are kernels for the layer."""
+        return self.rows_table is not None
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's rows are."""
+        if self.delta_of(expert) is None:
+            return
+        weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        if has_kernel(weight.device):
+            self.rows_path.place(expert, self.switch.slots.of(expert), self._leaves(expert), weight.device)
+            self.switch.live_on(weight.device)
+        else:
+            self.rows_path.drop()
+        self.coded_table, self.rows_table = self.rows_path.tables
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        """The expert's rows here, or `None` where the kernels cannot have them."""
+        raise NotImplementedError
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of every wrapped layer; the kernels forget the expert, too."""
+        self.rows_path.clear(adapter_name)
+        super().delete_adapter(adapter_name)
+
+
+class RowsLayer(_KernelRowsLayer):
     """An embedding: rows that an expert changed or added come from its delta."""
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self._heads: tuple[HeadLayer, ...] = ()
+        self._scale = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Heads find their embedding again; the other way round, copies would go in circles."""
+        return {**self.__dict__, "_heads": ()}
+
+    def followed_by(self, head: HeadLayer) -> None:
+        """Tell a head, from now on, whenever the rows here that it answers from are others or elsewhere."""
+        # In a tuple, so that the head is not registered as a part of this module.
+        if not any(known is head for known in self._heads):
+            self._heads = (*self._heads, head)
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's rows are; those of a tied head, too."""
+        super().settle(expert)
+        # Not in forward, where it may be a copy from the host, which graphs do not capture.
+        self._scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        for head in self._heads:
+            head.settle(expert)
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        delta = self.stored_delta(expert)
+        assert isinstance(delta, AnyRowsDelta)
+        return rows_leaves(delta, delta.record.num_rows, self.get_base_layer().weight.dtype)  # type: ignore[arg-type]
 
     @property
     def num_embeddings(self) -> int:
@@ -304,6 +384,9 @@ class RowsLayer(MESwitchLayer):
         if ids.shape[0] == 1:
             # GPT-2 looks its learned positions up once for all rows, but each row's expert has its own.
             ids = ids.expand(self.switch.rows_apart, *ids.shape[1:])
+        weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        if self.rows_path.embeds(ids, weight) and not (self.merged_adapters or args or kwargs):
+            return self._embed_all(ids, weight)
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)
@@ -315,6 +398,20 @@ class RowsLayer(MESwitchLayer):
         for rows, part in parts:
             out[rows] = part
         return out
+
+    def _embed_all(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Through the kernels: ``[batch, ..., width]`` for all experts at once."""
+        index = self.switch.kernel_index(ids.shape[0], ids.device)
+        if index is None:
+            return self.base_layer(ids)
+        base_rows, known = weight.shape[0], ids
+        if self.rows_path.known > base_rows:
+            # The base's row of a new id is not used. Ids that no expert knows fail as in the base's module.
+            known = torch.where(ids < self.rows_path.known, ids.clamp_max(base_rows - 1), ids)
+        assert self.coded_table is not None
+        assert self.rows_table is not None
+        base = self.base_layer(known)
+        return embed_rows(ids, base, weight, self.coded_table, self.rows_table, index, scale=self._scale)
 
     def _embed(self, expert: str | None, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         delta = self.delta_of(expert)
@@ -341,21 +438,44 @@ class RowsLayer(MESwitchLayer):
         self.get_base_layer().num_embeddings = kept["weight"].shape[0]
 
 
-class HeadLayer(MESwitchLayer):
+class HeadLayer(_KernelRowsLayer):
     """The output head: an expert's own rows, or its input embedding's where both models tie them.
 
     The logits are as wide as the largest vocabulary loaded; ids that a row's expert does not know are ``-inf``.
     """
 
-    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch, embedding: RowsLayer | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         # In a tuple, so that the embedding's tensors are not registered (and saved) a second time.
-        self._tied = (embedding,)
+        self._tied: tuple[RowsLayer | None] = (None,)
         self.out_features, self.in_features = linear_sizes(base_layer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._tied[0] is not None:
+            self._tied[0].followed_by(self)
 
     def tie(self, embedding: RowsLayer) -> None:
         """Answer for experts without rows of their own here from the embedding's rows."""
         self._tied = (embedding,)
+        embedding.followed_by(self)
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        delta, embedding = self.delta_of(expert), self._tied[0]
+        if super().delta_of(expert) is not None or embedding is None:
+            weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+            leaves = rows_leaves(delta, self.switch.vocab_size(expert), weight.dtype)
+        else:
+            # The same map, too. Where the embedding has not settled yet, it will tell.
+            of_embedding = embedding.rows_path.leaves.get(expert)
+            if of_embedding is None:
+                return None
+            leaves = of_embedding
+        shift = self._bias_shift(delta)
+        if shift is None:
+            return leaves
+        bias = _of_length(shift, leaves.row_map.shape[0])
+        return dataclasses.replace(leaves, bias=bias)
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's own rows here, else those of the embedding that it ties the head to."""
@@ -368,6 +488,8 @@ class HeadLayer(MESwitchLayer):
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., width]`` to ``[batch, ..., vocab_capacity]``."""
         base = self.base_layer(hidden, *args, **kwargs)
+        if self.rows_path.takes(hidden, self.base_layer) and not (self.merged_adapters or args or kwargs):
+            return self._correct_all(hidden, base)
         groups = self.switch.groups(hidden.shape[0], hidden.device)
         capacity = self.switch.vocab_capacity
         if capacity > base.shape[-1]:
@@ -380,6 +502,16 @@ class HeadLayer(MESwitchLayer):
             part = self._logits(expert, hidden[rows], base[rows])
             base = base.index_copy(0, rows, part)
         return base
+
+    def _correct_all(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Through the kernels: ``[batch, ..., vocab_capacity]`` for all experts at once."""
+        capacity = self.switch.widest_vocabulary if is_replayed() else self.switch.vocab_capacity
+        groups = self.switch.kernel_groups(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.device)
+        if groups is None:
+            return nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
+        assert self.coded_table is not None
+        assert self.rows_table is not None
+        return correct_logits(hidden, base, (self.coded_table, self.rows_table), groups, capacity)
 
     def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         delta = self.delta_of(expert)
@@ -460,6 +592,11 @@ class ValuesLayer(MESwitchLayer):
     def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         self.stack = None
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the experts' parameters are in a stack."""
+        return self.stack is not None
 
     def settle(self, expert: str) -> None:
         """Enter the expert's parameters in the stack, where there are kernels and rows can have parameters apart."""
