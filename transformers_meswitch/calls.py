@@ -29,7 +29,7 @@ class ExpertCallMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone; another number of
-                ``adapter_names`` than rows; ``expert``.
+                ``adapter_names`` than rows, or any while the call is compiled or captured; ``expert``.
             UnsupportedModelError: the model was offloaded by accelerate.
         """
         switch = self._meswitch_switch
@@ -75,11 +75,13 @@ class ExpertCallMixin:
             for live in switch.live.values():
                 live.begin()
         switch.replayed_batch = batch
-        output = self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
-        switch.replayed_batch = None
-        return output
+        try:
+            return self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            switch.replayed_batch = None
 
     def _masked(self, output: Any) -> Any:
+        """The output with ``-inf`` at ids that a row's expert does not know, where the class changed the head's."""
         logits = getattr(output, "logits", None)
         if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
             # Capping, which comes after the head, makes finite numbers of the head's -inf.
