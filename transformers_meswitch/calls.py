@@ -8,6 +8,7 @@ import torch
 
 from .errors import UnsupportedModelError, UnsupportedOperationError
 from .peft_method.deltas import StoredDelta
+from .peft_method.live_choice import is_replayed
 from .peft_method.switch import ExpertSwitch
 
 __all__ = ["ExpertCallMixin"]
@@ -28,13 +29,10 @@ class ExpertCallMixin:
         Raises:
             ExpertNotFoundError: an expert is not loaded.
             UnsupportedOperationError: gradient checkpointing with experts chosen for the call alone; another number of
-                ``adapter_names`` than rows; ``expert``.
+                ``adapter_names`` than rows, or any while the call is compiled or captured; ``expert``.
             UnsupportedModelError: the model was offloaded by accelerate.
         """
         switch = self._meswitch_switch
-        if switch.live and torch.compiler.is_compiling():
-            # The choice is read from tensors; what is checked below was checked by whoever made it.
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if "expert" in kwargs:
             # transformers' forward would take it among its free arguments and answer without it.
             raise UnsupportedOperationError(
@@ -44,6 +42,14 @@ class ExpertCallMixin:
         names = kwargs.pop("adapter_names", None)
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         batch = next((x.shape[0] for x in given if isinstance(x, torch.Tensor)), None)
+        if is_replayed():
+            if names is not None:
+                raise UnsupportedOperationError(
+                    "adapter_names cannot be given to a call that is compiled or captured, since it would not be "
+                    "followed later. Give them to PeftModel's call or to generate, around the compiled model."
+                )
+            # The choice is read from tensors; what is checked below was checked by whoever made it.
+            return self._replayed(batch, *args, **kwargs)
         if names is not None:
             if isinstance(names, str) or len(names) != batch:
                 raise UnsupportedOperationError(
@@ -59,14 +65,27 @@ class ExpertCallMixin:
             )
         if "_hf_hook" in vars(self):
             self._refuse_offload()
-        for live in switch.live.values():
-            live.begin()
         with switch.batch_of(batch):
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            logits = getattr(output, "logits", None)
-            if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
-                # Capping, which comes after the head, makes finite numbers of the head's -inf.
-                output.logits = switch.mask_unknown(logits)
+            return self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def _replayed(self, batch: int | None, *args: Any, **kwargs: Any) -> Any:
+        """The call while it is compiled or captured, to be run again with other experts."""
+        switch = self._meswitch_switch
+        if not torch.compiler.is_compiling():
+            for live in switch.live.values():
+                live.begin()
+        switch.replayed_batch = batch
+        try:
+            return self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            switch.replayed_batch = None
+
+    def _masked(self, output: Any) -> Any:
+        """The output with ``-inf`` at ids that a row's expert does not know, where the class changed the head's."""
+        logits = getattr(output, "logits", None)
+        if logits is not None and getattr(self.config.get_text_config(), "final_logit_softcapping", None):
+            # Capping, which comes after the head, makes finite numbers of the head's -inf.
+            output.logits = self._meswitch_switch.mask_unknown(logits)
         return output
 
     def _refuse_offload(self) -> None:

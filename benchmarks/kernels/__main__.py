@@ -60,7 +60,7 @@ def measure_case(section: str, case: Case, layers: Layers, bandwidth: float) -> 
         if case.launch not in _PEERS:
             row["error"] = error(case, layers)
     except Exception as reason:
-        # A kernel that does not compile or run should not cost the session the other rows.
+        # A kernel that does not compile or run should not cost the run the other rows.
         return {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
     seconds = microseconds * 1e-6
     return {

@@ -1,60 +1,125 @@
-"""What Triton's interpreter accepts may not compile: kernels are compiled for a GPU that need not be there."""
+"""The decode kernels compile for a GPU, which needs none: what the interpreter accepts may still not compile."""
 
 from __future__ import annotations
 
 import importlib
-import os
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
-]
+from meswitch_kernels.configurations import _TABLES, Configuration, Key
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+HOPPER = GPUTarget("cuda", 90, 32)
+#: Arguments that are not sizes.
+POINTERS = {
+    **dict.fromkeys(("y", "base_out", "x", "weight", "base_bias", "factor"), "*bf16"),
+    **dict.fromkeys(("order", "slot", "start", "group_count"), "*i32"),
+    **dict.fromkeys(("scale", "offset"), "*fp32"),
+    **dict.fromkeys(("table", "coded_table", "rows_table", "ids"), "*i64"),
+}
+#: Sizes that a model's layers have as multiples of 16.
+MULTIPLES = ("out_features", "in_features", "weight_out_stride", "capacity", "base_width", "width", "weight_stride")
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> str:
-    """PTX for compute capability 9.0; arguments without a type are int32, and all are multiples of 16."""
-    compiler = pytest.importorskip("triton.compiler")
-    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = compiler.ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
-    )
-    return compiler.compile(source, target=target, options=options).asm["ptx"]
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    shared_bytes: int
 
 
-@pytest.mark.parametrize(
-    ("dtype", "slot", "bias"), [("bf16", None, False), ("fp16", "i32", True), ("fp32", "i64", True)], ids=str
-)
-def test_add_delta(dtype: str, slot: str | None, bias: bool) -> None:
-    pytest.importorskip("triton")
-    module = importlib.import_module("meswitch_kernels.triton_add_delta")
-    sizes = module.AddSizes()
-    types = dict.fromkeys(("out", "weight", "bias_out", "bias"), f"*{dtype}")
-    ptx = compiled(
-        module._add_delta_kernel,
-        {**types, "table": "*i64", "slot": f"*{slot or 'i64'}"},
-        {
-            "HAS_SLOT": slot is not None,
-            "WRITES_BIAS": bias,
-            "HAS_BIAS": bias,
-            "BLOCK_ROWS": sizes.block_rows,
-            "BLOCK_COLUMNS": sizes.block_columns,
-            "TILES": sizes.tiles,
-            "out_column_stride": 1,
-            "weight_column_stride": 1,
-        },
-        num_warps=sizes.warps,
-        enable_fp_fusion=False,
-    )
-    # Sixteen bytes at a time, and no product that is added without having been rounded.
-    assert "ld.global.v4.b32" in ptx
-    assert "st.global.v4.b32" in ptx
-    assert "fma.rn.f32" not in ptx
+def compile_for_hopper(module: str, name: str, planes: int, constants: dict[str, Any], **options: int) -> Compiled:
+    kernel = getattr(importlib.import_module(f"meswitch_kernels.{module}"), name)
+    pointers = {**POINTERS, "values": "*i8" if planes else "*fp32"}
+    signature, constexprs, attributes = {}, {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            constexprs[(place,)] = constants[argument]
+            continue
+        signature[argument] = pointers.get(argument, "i32")
+        if argument in pointers or argument in MULTIPLES:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = compile_kernel(source, target=HOPPER, options=options)
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]:
+    return {
+        "PLANES": planes,
+        "BLOCK_ROWS": rows,
+        "BLOCK_OUT": sizes.block_out,
+        "BLOCK_CODES": sizes.block_codes,
+        "PART_WORDS": 16 * sizes.warps,
+        "PTX": True,
+        "UNROLL": sizes.unroll,
+        "STAGES": sizes.stages,
+    }
+
+
+def cases() -> list[Any]:
+    """All that is shipped; the fast ones by default."""
+    made = []
+    for kind, module in (("delta", "triton_delta_linear"), ("fused", "triton_fused_linear")):
+        for planes, numerics in enumerate(("exact", "int8", "int16")):
+            for rows in (1, 16):
+                marks = [] if (planes, rows) in ((0, 1), (1, 1), (1, 16)) else [pytest.mark.slow]
+                made.append(
+                    pytest.param(kind, module, planes, numerics, rows, marks=marks, id=f"{kind}-{numerics}-{rows}")
+                )
+    return made
+
+
+@pytest.mark.parametrize(("kind", "module", "planes", "numerics", "rows"), cases())
+def test_linears(kind: Any, module: str, planes: int, numerics: str, rows: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = _TABLES[9, 0][Key(kind, numerics, rows > 1)]
+    constants = constants_of(sizes, planes, rows)
+    if kind == "delta":
+        constants["HAS_BASE"] = True
+    else:
+        constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "weight_in_stride": 1}
+    compiled = compile_for_hopper(module, f"_{kind}_linear_kernel", planes, constants, **sizes.launch_options())
+    assert compiled.shared_bytes <= 227 * 1024
+    # Codes come in wide loads.
+    assert "v4.b32" in compiled.ptx
+    assert ("dp4a" in compiled.ptx) == (planes > 0)
+    assert ("mma.sync" in compiled.ptx) == (rows > 1)
+
+
+@pytest.mark.parametrize("planes", [0, 1, 2])
+def test_activations(planes: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"PLANES": planes, "BLOCK_CODES": 1024}
+    compiled = compile_for_hopper("triton_activations", "_prepare_kernel", planes, constants, num_warps=4)
+    assert ".target sm_90" in compiled.ptx
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_heads(rows: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = _TABLES[9, 0][Key("delta", "exact", rows > 1)]
+    constants = constants_of(sizes, 0, rows)
+    del constants["PLANES"]
+    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 0, constants, **sizes.launch_options())
+    assert compiled.shared_bytes <= 227 * 1024
+    # Though the rows of codes that belong to a block's ids need not be neighbours.
+    assert "v4.b32" in compiled.ptx
+    assert ("mma.sync" in compiled.ptx) == (rows > 1)
+
+
+def test_embeddings(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"HAS_FACTOR": True, "BLOCK": 512}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    compiled = compile_for_hopper("triton_embed_rows", "_embed_rows_kernel", 0, constants, **options)
+    # A product that is rounded before it is added, as on the host.
+    assert "fma.rn.f32" not in compiled.ptx
+    assert "mul.rn.f32" in compiled.ptx

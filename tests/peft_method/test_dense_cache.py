@@ -11,7 +11,10 @@ import torch
 from tests.fixtures_models import TinyFamily, dense_model
 from tests.model_state import ATOL, prompt
 from transformers_meswitch import MESwitchModelForCausalLM, ops
+from transformers_meswitch.delta_format.spec import LinearRecord
 from transformers_meswitch.peft_method import dense_cache
+from transformers_meswitch.peft_method.layers import LinearLayer
+from transformers_meswitch.peft_method.switch import ExpertInfo, ExpertSwitch
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -111,3 +114,52 @@ def test_a_module_that_stands_in_for_a_delta_is_called(model: Any) -> None:
 
     layer.stand_in("math", Twice())
     assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_expert_in_the_memory_of_another_is_noticed(dtype: torch.dtype) -> None:
+    layer = LinearLayer(torch.nn.Linear(64, 64, bias=False, dtype=dtype), ExpertSwitch(base_vocab_size=8))
+    record = LinearRecord(64, 64, 2)
+    x = torch.randn(2, 1, 64, dtype=dtype)
+    for number in range(40):
+        layer.switch.enter("a", ExpertInfo(vocab_size=8))
+        layer.add_delta("a", record)
+        delta = layer.stored_delta("a")
+        delta.assign("codes", torch.randint(0, 256, (64, 16), dtype=torch.uint8), torch.device("cpu"))
+        delta.assign("step", torch.rand(64) + number, torch.device("cpu"))
+        layer.switch.set_active(["a"])
+        with torch.no_grad():
+            expected = layer.base_layer(x) + x @ delta.weight(dtype).T
+            assert torch.allclose(layer(x), expected, rtol=1e-2, atol=0.5)
+        layer.delete_adapter("a")
+        assert layer._dense._kept is None
+
+
+def test_memory_is_given_back(model: Any) -> None:
+    def kept() -> int:
+        return sum(layer._dense._kept is not None for layer in model.modules() if hasattr(layer, "_dense"))
+
+    for gone in (lambda: model.merge_adapter(), lambda: model.to(torch.float64), lambda: model.delete_adapter("math")):
+        model.unmerge_adapter()
+        model.set_expert("math")
+        logits(model)
+        assert kept()
+        gone()
+        assert not kept()
+
+
+def test_models_loaded_in_inference_mode_answer(tiny_family: TinyFamily) -> None:
+    with torch.inference_mode():
+        model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=tiny_family.deltas)
+        model.set_expert("code")
+        first = model(prompt()).logits
+        assert torch.equal(model(prompt()).logits, first)
+
+
+def test_a_layer_can_be_traced(model: Any) -> None:
+    model.set_expert("math")
+    logits(model)
+    layer: Any = model.model.layers[0].mlp.up_proj
+    x = torch.randn(1, 2, 64, dtype=model.dtype)
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.trace(layer, (x,), check_trace=False)(x), layer(x), atol=1e-1)

@@ -70,18 +70,18 @@ def check_choices(tiny_family: TinyFamily, model: Any, layer: Any, compiled: Any
 def test_rows_of_a_request_are_spread_as_outside_of_graphs() -> None:
     live = LiveChoice(torch.device("cpu"))
     assert live.index(3).tolist() == [-1, -1, -1]
-    live.write([4, -1, 0])
+    live.write([4, -1, 0], [9, 8, 7])
     assert live.index(3).tolist() == [4, -1, 0]
     assert live.index(6).tolist() == [4, 4, -1, -1, 0, 0]
     assert live.index(3, 2).tolist() == [4, 4, -1, -1, 0, 0]
-    live.write([2])
+    live.write([2], [5])
     assert live.index(2, 2).tolist() == [2, 2, 2, 2]
     live.begin()
     groups = live.groups(2, 1)
     assert groups.slot.tolist() == [2, 2]
     assert live.groups(2, 1) is groups
     with pytest.raises(UnsupportedOperationError, match="5000 experts were named"):
-        live.write([0] * 5000)
+        live.write([0] * 5000, [1] * 5000)
 
 
 class Mixing(nn.Module):

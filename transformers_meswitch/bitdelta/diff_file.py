@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _check_archive(path: Path) -> None:
             packed = next(filter(_is_compressed, archive.infolist()), None)
             # Mapped tensors are read past torch's own check of this.
             damaged = archive.testzip() if packed is None else None
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         raise BitDeltaError(
             f"{path} is no whole archive of the kind that torch.save writes ({error}): cut short, or another format, "
             f"such as safetensors or one of PyTorch before 1.6. {_WAY_OUT}"
@@ -86,7 +87,8 @@ def _check_tensor(path: Path, name: object, value: object) -> None:
     if type(value) not in (Tensor, nn.Parameter):
         raise BitDeltaError(f"{name!r} in {path} is a {type(value).__name__}, expected a tensor. {_WAY_OUT}")
     assert isinstance(value, Tensor)
-    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+    plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested or value.is_neg())
+    if not plain or value.is_conj() or value.device.type != "cpu":
         raise BitDeltaError(
             f"{name!r} in {path} is a tensor of layout {value.layout} and dtype {value.dtype} on {value.device}, "
             f"expected a dense one with data. {_WAY_OUT}"

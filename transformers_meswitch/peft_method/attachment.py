@@ -122,9 +122,14 @@ def restore_generation_config(model: Any) -> None:
 
 
 def unwrap_idle_layers(model: Any) -> None:
-    """Give back the base's own modules where no expert has a delta."""
+    """Give back the base's own modules where no expert has a delta.
+
+    Compiled code and graphs may hold the tables of layers that had one, and find the next expert there, so these stay
+    as long as the model has experts, or keeps its calls without.
+    """
     for path, layer in wrapped_layers(model).items():
-        ties = isinstance(layer, HeadLayer) and layer.switch.experts
-        if not layer.meswitch_delta and not ties:
+        used = layer.switch.experts and (isinstance(layer, HeadLayer) or layer.has_table)
+        kept = layer.switch.keep and layer.has_table
+        if not (layer.meswitch_delta or used or kept):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -53,6 +53,13 @@ class StoredDelta(nn.Module):
             self.owner(leaf), leaf.rpartition(".")[2], nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
         )
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            # Rows of codes may be padded for the kernels, and files take whole tensors.
+            for name in self._parameters:
+                destination[prefix + name] = destination[prefix + name].contiguous()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> StoredDelta:
         # model.half() and model.to(dtype) must not round step sizes: follow the device, keep the dtype.
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,15 +28,25 @@ class DenseCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, torch.Tensor] | None = None
+        self._kept: tuple[torch.dtype, list[torch.Tensor], list[int], torch.Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin empty."""
         return {"_kept": None}
 
+    def clear(self) -> None:
+        """Give the memory back: what was kept is of tensors that go, move or are not asked any more."""
+        self._kept = None
+
     def takes(self, x: torch.Tensor, base: nn.Module) -> bool:
-        """Whether this is for such inputs: on a CPU, without autocast and gradients."""
-        return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not wants_gradients(x, base)
+        """Whether this is for such inputs: on a CPU, without autocast and gradients, and not while being traced."""
+        return (
+            type(x) is torch.Tensor
+            and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not wants_gradients(x, base)
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        )
 
     def multiply(self, x: torch.Tensor, base: nn.Module, delta: LinearDelta) -> torch.Tensor:
         """``base(x) + x Δ̂ᵀ``, without the expert's bias.
@@ -48,7 +59,7 @@ class DenseCache:
         Returns:
             ``[..., out]`` of the dtype that the base's module returns.
         """
-        leaves = delta.coded_leaves().values()
+        leaves = list(delta.parameters())
         if is_plain_linear(base, x) and x.dtype == torch.float32:
             weight = base.weight
             return F.linear(x, self._get([*leaves, weight], x, lambda: delta.weight(x.dtype).add_(weight)), base.bias)
@@ -73,20 +84,31 @@ class DenseCache:
 
     def rows(self, hidden: torch.Tensor, delta: QuantizedRowsDelta) -> torch.Tensor:
         """The dense delta of an output head's coded rows, ``[coded, width]`` of the dtype of ``hidden``."""
-        leaves = delta.coded_leaves().values()
-        return self._get(leaves, hidden, lambda: delta.coded_delta(hidden.dtype))
+        return self._get(delta.parameters(), hidden, lambda: delta.coded_delta(hidden.dtype))
 
     def _get(self, made_of: Iterable[torch.Tensor], x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``make`` gives, unless it did so for the same tensors in the same state before."""
-        key = (x.dtype, [(tensor.data_ptr(), tensor._version) for tensor in made_of])
+        """What ``make`` gives, unless it did so for the same tensors in the same state before.
+
+        The tensors are held as long as what was made of them, so that no other can have taken their place.
+        """
+        tensors = list(made_of)
+        if any(tensor.is_inference() for tensor in tensors):
+            # They do not say when they change.
+            return make()
+        versions = [tensor._version for tensor in tensors]
         kept = self._kept
-        if kept is not None and kept[0] == key:
-            return kept[1]
+        if (
+            kept is not None
+            and (kept[0], kept[2]) == (x.dtype, versions)
+            and len(kept[1]) == len(tensors)
+            and all(map(operator.is_, kept[1], tensors))
+        ):
+            return kept[3]
         self._kept = kept = None  # the next one may have its memory
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             dense = make()
         memory = psutil.virtual_memory()
         if memory.available >= _FREE * memory.total:
-            self._kept = key, dense
+            self._kept = x.dtype, tensors, versions, dense
         return dense

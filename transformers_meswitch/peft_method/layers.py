@@ -7,6 +7,7 @@ is read from the model's :class:`~transformers_meswitch.peft_method.switch.Exper
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from meswitch_kernels import RowsLeaves, embed_rows
 
 from .. import ops
 from ..delta_format.spec import ModuleRecord
@@ -24,10 +27,16 @@ from .dense_cache import DenseCache
 from .kernel_path import KernelPath
 from .live_choice import is_replayed
 from .naming import module_key
+from .rows_path import RowsPath, correct_logits, rows_leaves
 from .switch import ExpertSwitch
 from .values_stack import ValuesStack, run_with_rows, takes_rows
 
 __all__ = ["HeadLayer", "LinearLayer", "MESwitchLayer", "RowsLayer", "ValuesLayer", "wrap"]
+
+
+def _settle_after_load(layer: Any, _: Any) -> None:
+    """Tensors may be other ones now, and what was worked out of them is of the old values."""
+    layer._settle_all()
 
 
 class MESwitchLayer(nn.Module, BaseTunerLayer):
@@ -44,6 +53,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         self.meswitch_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Any] | None = None
+        self.register_load_state_dict_post_hook(_settle_after_load)
 
     def __getattr__(self, name: str) -> Any:
         """What this layer lacks is the base module's, such as a norm's ``variance_epsilon``."""
@@ -66,6 +76,11 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     def settle(self, expert: str) -> None:
         """Take note of an expert's tensors, which are all there now or have been moved."""
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there is something here that compiled code and graphs read to find experts."""
+        return False
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's delta of this layer, or `None` where it does not differ from the base (or is the base)."""
@@ -99,6 +114,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an expert's tensors; if it was active, the alphabetically first remaining expert becomes so."""
+        self.drop_cache()
         if module_key(adapter_name) in self.meswitch_delta:
             del self.meswitch_delta[module_key(adapter_name)]
         self.switch.forget(adapter_name)
@@ -147,6 +163,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
             )
         if self.delta_of(names[0]) is not None or isinstance(self, HeadLayer):
             self._swap_parameters(self._checked_parameters(names[0], safe_merge))
+        self.drop_cache()
         self.merged_adapters = names
         self.switch.merged = names[0]
 
@@ -180,7 +197,11 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._settle_all()
 
+    def drop_cache(self) -> None:
+        """Give back the memory of what is worked out of tensors and kept, which layers of some kinds do."""
+
     def _settle_all(self) -> None:
+        self.drop_cache()
         for expert in self.switch.experts:
             if expert != self.switch.pending:
                 self.settle(expert)
@@ -229,6 +250,11 @@ class LinearLayer(MESwitchLayer):
         # A buffer, so that compiled code takes it for something that stays where it is.
         self.register_buffer("kernel_table", None, persistent=False)
 
+    @property
+    def has_table(self) -> bool:
+        """Whether there are kernels for the layer."""
+        return self.kernel_table is not None
+
     def settle(self, expert: str) -> None:
         """Show the kernels where the expert's tensors are, unless something stands in for a delta here."""
         delta = self.delta_of(expert)
@@ -239,6 +265,10 @@ class LinearLayer(MESwitchLayer):
             if self.kernel_table is not None:
                 self.switch.live_on(self.kernel_table.device)
 
+    def drop_cache(self) -> None:
+        """As of every wrapped layer."""
+        self._dense.clear()
+
     def stand_in(self, expert: str, delta: nn.Module) -> None:
         """Let another module answer for an expert's delta: called as one, with a ``record`` and maybe a ``bias``.
 
@@ -247,6 +277,7 @@ class LinearLayer(MESwitchLayer):
         self.meswitch_delta[module_key(expert)] = delta
         self._kernels = KernelPath(self.out_features, self.in_features)
         self.kernel_table = None
+        self.drop_cache()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As of every wrapped layer; the kernels forget the expert, too."""
@@ -296,8 +327,76 @@ class LinearLayer(MESwitchLayer):
         return merged
 
 
-class RowsLayer(MESwitchLayer):
+class _KernelRowsLayer(MESwitchLayer):
+    """What embedding and output head share: the table in which the kernels find the experts' rows."""
+
+    coded_table: torch.Tensor | None
+    rows_table: torch.Tensor | None
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self.rows_path = RowsPath(int(base_layer.weight.shape[1]))  # type: ignore[index]
+        # Buffers, so that compiled code takes them for something that stays where it is.
+        self.register_buffer("coded_table", None, persistent=False)
+        self.register_buffer("rows_table", None, persistent=False)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there are kernels for the layer."""
+        return self.rows_table is not None
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's rows are."""
+        if self.delta_of(expert) is None:
+            return
+        weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        if ops.runs_kernels(weight.device):
+            self.rows_path.place(expert, self.switch.slots.of(expert), self._leaves(expert), weight.device)
+            self.switch.live_on(weight.device)
+        else:
+            self.rows_path.drop()
+        self.coded_table, self.rows_table = self.rows_path.tables
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        """The expert's rows here, or `None` where the kernels cannot have them."""
+        raise NotImplementedError
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of every wrapped layer; the kernels forget the expert, too."""
+        self.rows_path.clear(adapter_name)
+        super().delete_adapter(adapter_name)
+
+
+class RowsLayer(_KernelRowsLayer):
     """An embedding: rows that an expert changed or added come from its delta."""
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self._heads: tuple[HeadLayer, ...] = ()
+        self._scale = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Heads find their embedding again; the other way round, copies would go in circles."""
+        return {**self.__dict__, "_heads": ()}
+
+    def followed_by(self, head: HeadLayer) -> None:
+        """Tell a head, from now on, whenever the rows here that it answers from are others or elsewhere."""
+        # In a tuple, so that the head is not registered as a part of this module.
+        if not any(known is head for known in self._heads):
+            self._heads = (*self._heads, head)
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's rows are; those of a tied head, too."""
+        super().settle(expert)
+        # Not in forward, where it may be a copy from the host, which graphs do not capture.
+        self._scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        for head in self._heads:
+            head.settle(expert)
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        delta = self.stored_delta(expert)
+        assert isinstance(delta, AnyRowsDelta)
+        return rows_leaves(delta, delta.record.num_rows, self.get_base_layer().weight.dtype)  # type: ignore[arg-type]
 
     @property
     def num_embeddings(self) -> int:
@@ -315,6 +414,9 @@ class RowsLayer(MESwitchLayer):
         if ids.shape[0] == 1:
             # GPT-2 looks its learned positions up once for all rows, but each row's expert has its own.
             ids = ids.expand(self.switch.rows_apart, *ids.shape[1:])
+        weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        if self.rows_path.embeds(ids, weight) and not (self.merged_adapters or args or kwargs):
+            return self._embed_all(ids, weight)
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)
@@ -326,6 +428,20 @@ class RowsLayer(MESwitchLayer):
         for rows, part in parts:
             out[rows] = part
         return out
+
+    def _embed_all(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Through the kernels: ``[batch, ..., width]`` for all experts at once."""
+        index = self.switch.kernel_index(ids.shape[0], ids.device)
+        if index is None:
+            return self.base_layer(ids)
+        base_rows, known = weight.shape[0], ids
+        if self.rows_path.known > base_rows:
+            # The base's row of a new id is not used. Ids that no expert knows fail as in the base's module.
+            known = torch.where(ids < self.rows_path.known, ids.clamp_max(base_rows - 1), ids)
+        assert self.coded_table is not None
+        assert self.rows_table is not None
+        base = self.base_layer(known)
+        return embed_rows(ids, base, weight, self.coded_table, self.rows_table, index, scale=self._scale)
 
     def _embed(self, expert: str | None, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         delta = self.delta_of(expert)
@@ -352,22 +468,49 @@ class RowsLayer(MESwitchLayer):
         self.get_base_layer().num_embeddings = kept["weight"].shape[0]
 
 
-class HeadLayer(MESwitchLayer):
+class HeadLayer(_KernelRowsLayer):
     """The output head: an expert's own rows, or its input embedding's where both models tie them.
 
     The logits are as wide as the largest vocabulary loaded; ids that a row's expert does not know are ``-inf``.
     """
 
-    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch, embedding: RowsLayer | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         # In a tuple, so that the embedding's tensors are not registered (and saved) a second time.
-        self._tied = (embedding,)
+        self._tied: tuple[RowsLayer | None] = (None,)
         self._dense = DenseCache()
         self.out_features, self.in_features = linear_sizes(base_layer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._tied[0] is not None:
+            self._tied[0].followed_by(self)
+
+    def drop_cache(self) -> None:
+        """As of every wrapped layer."""
+        self._dense.clear()
 
     def tie(self, embedding: RowsLayer) -> None:
         """Answer for experts without rows of their own here from the embedding's rows."""
         self._tied = (embedding,)
+        embedding.followed_by(self)
+
+    def _leaves(self, expert: str) -> RowsLeaves | None:
+        delta, embedding = self.delta_of(expert), self._tied[0]
+        if super().delta_of(expert) is not None or embedding is None:
+            weight: torch.Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+            leaves = rows_leaves(delta, self.switch.vocab_size(expert), weight.dtype)
+        else:
+            # The same map, too. Where the embedding has not settled yet, it will tell.
+            of_embedding = embedding.rows_path.leaves.get(expert)
+            if of_embedding is None:
+                return None
+            leaves = of_embedding
+        shift = self._bias_shift(delta)
+        if shift is None:
+            return leaves
+        bias = _of_length(shift, leaves.row_map.shape[0])
+        return dataclasses.replace(leaves, bias=bias)
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's own rows here, else those of the embedding that it ties the head to."""
@@ -379,6 +522,8 @@ class HeadLayer(MESwitchLayer):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., width]`` to ``[batch, ..., vocab_capacity]``."""
+        if self.rows_path.takes(hidden, self.base_layer) and not (self.merged_adapters or args or kwargs):
+            return self._correct_all(hidden, self.base_layer(hidden))
         groups = self.switch.groups(hidden.shape[0], hidden.device)
         capacity = self.switch.vocab_capacity
         alone = self.delta_of(groups[0][0]) if groups[0][1] is None and not self.merged_adapters else None
@@ -398,13 +543,24 @@ class HeadLayer(MESwitchLayer):
             base = base.index_copy(0, rows, part)
         return base
 
+    def _correct_all(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Through the kernels: ``[batch, ..., vocab_capacity]`` for all experts at once."""
+        capacity = self.switch.widest_vocabulary if is_replayed() else self.switch.vocab_capacity
+        groups = self.switch.kernel_groups(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.device)
+        if groups is None:
+            return nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
+        assert self.coded_table is not None
+        assert self.rows_table is not None
+        return correct_logits(hidden, base, (self.coded_table, self.rows_table), groups, capacity)
+
     def _logits(
         self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor, *, alone: bool = False
     ) -> torch.Tensor:
         delta = self.delta_of(expert)
         if delta is not None:
             # Only where one expert answers all rows: experts in turn would each push the other out.
-            if alone and isinstance(delta, QuantizedRowsDelta) and self._dense.takes(hidden, self.base_layer):
+            cached = alone and isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows > 0
+            if cached and self._dense.takes(hidden, self.base_layer):
                 base = delta.logits(hidden, base, self._dense.rows(hidden, delta))
             else:
                 base = delta.logits(hidden, base)
@@ -483,6 +639,11 @@ class ValuesLayer(MESwitchLayer):
     def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         self.stack = None
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the experts' parameters are in a stack."""
+        return self.stack is not None
 
     def settle(self, expert: str) -> None:
         """Enter the expert's parameters in the stack, where there are kernels and rows can have parameters apart."""

@@ -36,11 +36,16 @@ class LiveChoice:
     def __init__(self, device: torch.device) -> None:
         # The base alone until something is written.
         self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
+        self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
         self._groups: dict[tuple[int, int], RowGroups] = {}
 
-    def write(self, slots: Sequence[int]) -> None:
-        """Take over a choice: the slot of the expert of each row of the request, -1 for the base.
+    def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
+        """Take over a choice.
+
+        Args:
+            slots: of the expert of each row of the request, -1 for the base.
+            known: how many ids each of them knows.
 
         Raises:
             UnsupportedOperationError: more rows than there is room for.
@@ -50,6 +55,7 @@ class LiveChoice:
                 f"{len(slots)} experts were named for one batch, expected at most {_MOST_NAMES}. Split the batch."
             )
         self._names[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
+        self._known[: len(slots)].copy_(torch.tensor(known, dtype=torch.int32))
         self._count.fill_(len(slots))
 
     def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
@@ -57,8 +63,15 @@ class LiveChoice:
 
         The rows of the request are spread over beams and return sequences when the batch is a multiple of them.
         """
+        return self._names[self._row_of_request(batch, repeats)]
+
+    def known(self, batch: int) -> torch.Tensor:
+        """How many ids the expert of each of ``batch`` rows knows, int32 ``[batch]``."""
+        return self._known[self._row_of_request(batch, 1)]
+
+    def _row_of_request(self, batch: int, repeats: int) -> torch.Tensor:
         row = torch.arange(batch * repeats, device=self._names.device) // repeats
-        return self._names[row * self._count // batch]
+        return row * self._count // batch
 
     def begin(self) -> None:
         """A call of the model begins: forget what an earlier one worked out, which may be of another graph."""

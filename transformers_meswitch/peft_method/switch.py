@@ -59,7 +59,9 @@ class _RowChoice:
         self.exact = exact
         self.batch: int | None = None
         self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
-        self._kernel_groups: dict[tuple[int, int, torch.device, int], RowGroups] = {}
+        self._kernel_groups: dict[tuple[int, int, torch.device], RowGroups] = {}
+        self._changes = 0
+        self._kernel_index: dict[tuple[int, torch.device, int], torch.Tensor] = {}
 
     def check_batch(self, batch: int) -> None:
         """Refuse a call of another number of rows than experts, where each must have been named."""
@@ -94,14 +96,30 @@ class _RowChoice:
 
     def kernel_groups(self, slots: Slots, batch: int, repeats: int, device: torch.device) -> RowGroups:
         """What the kernels take for ``batch`` rows of which each stands ``repeats`` times."""
-        key = (batch, repeats, device, slots.changes)
+        if slots.changes != self._changes:
+            self._kernel_groups, self._changes = {}, slots.changes
+        key = (batch, repeats, device)
         cached = self._kernel_groups.get(key)
         if cached is None:
-            index = [slots.of(name) for name in self.spread(batch) for _ in range(repeats)]
+            index = [slot for slot in self._slots(slots, batch) for _ in range(repeats)]
             # Grouped on the host: the few kernels that do it on a device would cost more than one copy.
             cached = RowGroups(*(part.to(device) for part in group_rows(torch.tensor(index))))
             self._kernel_groups[key] = cached
         return cached
+
+    def kernel_index(self, slots: Slots, batch: int, device: torch.device) -> torch.Tensor:
+        """The slots of ``batch`` rows, int32."""
+        key = (batch, device, slots.changes)
+        cached = self._kernel_index.get(key)
+        if cached is None:
+            cached = torch.tensor(self._slots(slots, batch), dtype=torch.int32, device=device)
+            self._kernel_index[key] = cached
+        return cached
+
+    def _slots(self, slots: Slots, batch: int) -> list[int]:
+        # One expert for all answers batches of any size: what is the same for all rows may be looked up once.
+        names = self.spread(batch) if len(set(self.names)) > 1 else [self.names[0]] * batch
+        return [slots.of(name) for name in names]
 
 
 @dataclass(eq=False)
@@ -126,6 +144,9 @@ class ExpertSwitch:
         tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
         slots: the numbers by which the kernels know the loaded experts.
         live: the choice as tensors, by device on which kernels run.
+        widest_vocabulary: what :attr:`vocab_capacity` was at most: the width of logits that are compiled or captured,
+            which deleting an expert must not change.
+        replayed_batch: rows of the model's call, while one is compiled or captured.
     """
 
     base_vocab_size: int
@@ -143,7 +164,12 @@ class ExpertSwitch:
     tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
     slots: Slots = field(default_factory=Slots)
     live: dict[torch.device, LiveChoice] = field(default_factory=dict, repr=False)
+    widest_vocabulary: int = 0
+    replayed_batch: int | None = None
     _sticky: dict[str | None, _RowChoice] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.widest_vocabulary = self.vocab_capacity
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -162,16 +188,18 @@ class ExpertSwitch:
         return self.live[device]
 
     def _write_live(self) -> None:
-        names = self.chosen_rows() or [self.active_expert]
-        # One that was deleted meanwhile has no slot; whoever chose it is told when the block ends.
-        slots = [-1 if name not in self.experts else self.slots.of(name) for name in names]
+        # The base stands in for an expert that is deleted while it is chosen; the block that chose it will raise.
+        names = [name if name in self.experts else None for name in self.chosen_rows() or [self.active_expert]]
+        slots = [self.slots.of(name) for name in names]
+        known = [self.vocab_size(name) for name in names]
         for live in self.live.values():
-            live.write(slots)
+            live.write(slots, known)
 
     def enter(self, expert: str, info: ExpertInfo) -> None:
         """Take up an expert."""
         self.experts[expert] = info
         self.slots.take(expert)
+        self.widest_vocabulary = max(self.widest_vocabulary, self.vocab_capacity)
 
     @property
     def active_expert(self) -> str | None:
@@ -301,7 +329,12 @@ class ExpertSwitch:
 
     @property
     def rows_apart(self) -> int:
-        """Number of rows in the model's call if their experts differ (see :meth:`rows`); 1 where all share one."""
+        """Number of rows in the model's call if their experts differ (see :meth:`rows`); 1 where all share one.
+
+        All of them where the call is replayed, with other experts than now.
+        """
+        if is_replayed():
+            return self.replayed_batch or 1
         choice = self._choice
         if choice is None or len(set(choice.names)) == 1:
             return 1
@@ -309,6 +342,9 @@ class ExpertSwitch:
 
     def mask_unknown(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits ``[batch, ..., vocab]`` with the ids that a row's expert does not know at ``-inf``."""
+        if is_replayed() and logits.device in self.live:
+            known = self.live[logits.device].known(logits.shape[0]).view(-1, *[1] * (logits.ndim - 1))
+            return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= known, float("-inf"))
         groups = self.groups(logits.shape[0], logits.device)
         if all(self.vocab_size(expert) >= logits.shape[-1] for expert, _ in groups):
             return logits
@@ -352,6 +388,17 @@ class ExpertSwitch:
         """
         if is_replayed():
             return self.live_on(device).groups(batch, repeats)
+        choice = self._kernel_choice(batch, device)
+        return None if choice is None else choice.kernel_groups(self.slots, batch, repeats, device)
+
+    def kernel_index(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The slot of each row of the model's call, int32 ``[batch]``; `None` where the base answers all of them."""
+        if is_replayed():
+            return self.live_on(device).index(batch)
+        choice = self._kernel_choice(batch, device)
+        return None if choice is None else choice.kernel_index(self.slots, batch, device)
+
+    def _kernel_choice(self, batch: int, device: torch.device) -> _RowChoice | None:
         groups = self.groups(batch, device)
         if all(expert is None for expert, _ in groups):
             return None
@@ -359,7 +406,7 @@ class ExpertSwitch:
         if choice is None:
             expert = groups[0][0]
             choice = self._sticky.setdefault(expert, _RowChoice([expert]))
-        return choice.kernel_groups(self.slots, batch, repeats, device)
+        return choice
 
     def _check_present(self, names: Iterable[str | None]) -> None:
         gone = next((name for name in names if name is not None and name not in self.experts), None)

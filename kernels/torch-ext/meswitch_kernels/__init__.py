@@ -13,6 +13,10 @@ from .prefill import PrefillLayer, prefill_linear
 from .reference import add_delta_reference, delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
 from .row_groups import RowGroups, group_rows
+from .rows import embed_rows, head_rows
+from .rows_leaves import RowsLeaves, map_rows
+from .rows_reference import embed_rows_reference, head_rows_reference
+from .rows_table import RowsTable
 from .scratch_ring import ScratchRing
 
 __all__ = [
@@ -21,6 +25,8 @@ __all__ = [
     "Numerics",
     "PrefillLayer",
     "RowGroups",
+    "RowsLeaves",
+    "RowsTable",
     "ScratchRing",
     "add_delta",
     "add_delta_reference",
@@ -29,9 +35,14 @@ __all__ = [
     "delta_linear_reference",
     "dequantize_delta",
     "dequantize_delta_reference",
+    "embed_rows",
+    "embed_rows_reference",
     "fused_linear",
     "group_rows",
     "has_kernel",
+    "head_rows",
+    "head_rows_reference",
+    "map_rows",
     "merged_weight",
     "prefill_linear",
     "round_in_turn",

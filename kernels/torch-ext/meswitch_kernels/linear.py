@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from .configurations import Key, Kind, configuration
 from .expert_table import COLUMNS
-from .op import add_op_namespace_prefix, has_kernel
+from .op import add_op_namespace_prefix, has_kernel, has_ptx
 from .reference import delta_linear_reference
 from .row_groups import RowGroups
 from .table_views import leaves_of_slot
@@ -218,12 +217,7 @@ def _run(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):
         prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes)
-        kernel(y, *arguments, table, groups, prepared, planes, _has_ptx(x.device), sizes)
-
-
-def _has_ptx(device: torch.device) -> bool:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return device.type == "cuda" and torch.version.hip is None and not interpreted
+        kernel(y, *arguments, table, groups, prepared, planes, has_ptx(x.device), sizes)
 
 
 def _by_reference(

@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _write_with_triton = dequantize_delta_triton
 
-__all__ = ["dequantize_delta", "has_kernel"]
+__all__ = ["dequantize_delta", "has_kernel", "has_ptx"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +40,16 @@ def has_kernel(device: torch.device) -> bool:
         return False
     # Triton's interpreter runs kernels on CPU tensors; Triton reads the same variable.
     return device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels on a device may use NVIDIA's instructions.
+
+    >>> has_ptx(torch.device("cpu"))
+    False
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" and torch.version.hip is None and not interpreted
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dequantize_delta"), mutates_args=())

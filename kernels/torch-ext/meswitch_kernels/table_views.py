@@ -9,8 +9,10 @@ import torch
 
 from .delta_leaves import DeltaLeaves
 from .expert_table import COLUMNS
+from .rows_leaves import BASE_ROW, OWN_DTYPES, RowsLeaves
+from .rows_table import ROWS_COLUMNS
 
-__all__ = ["leaves_of_slot"]
+__all__ = ["leaves_of_slot", "rows_of_slot"]
 
 
 def leaves_of_slot(rows: torch.Tensor, slot: int, out_features: int, in_features: int) -> DeltaLeaves | None:
@@ -42,6 +44,33 @@ def leaves_of_slot(rows: torch.Tensor, slot: int, out_features: int, in_features
         salient_index=_view(row["salient_index"], torch.int32, (salient,)) if has_salient else None,
         salient=_view(row["salient"], torch.bfloat16, (out_features, salient)) if has_salient else None,
         bias=_view(row["bias"], torch.float32, (out_features,)) if row["bias"] else None,
+    )
+
+
+def rows_of_slot(coded: torch.Tensor, rows: torch.Tensor, slot: int, width: int) -> RowsLeaves | None:
+    """Views of the tensors in a slot of a :class:`~meswitch_kernels.RowsTable`; valid as long as it is set as it is.
+
+    Args:
+        coded: int64 ``[slots, len(COLUMNS)]`` on the CPU.
+        rows: int64 ``[slots, len(ROWS_COLUMNS)]`` on the CPU.
+        slot: which row.
+        width: columns of the embedding or head.
+
+    Returns:
+        The rows, as many of each sort as the map refers to; `None` where the slot is empty.
+    """
+    row = dict(zip(ROWS_COLUMNS, rows[slot].tolist(), strict=True))
+    known = row["known"]
+    if known == 0:
+        return None
+    row_map = _view(row["row_map"], torch.int32, (known,))
+    coded_rows = max(0, int(row_map.max()) + 1)
+    own_rows = max(0, BASE_ROW - int(row_map.min()))
+    return RowsLeaves(
+        row_map=row_map,
+        coded=leaves_of_slot(coded, slot, coded_rows, width) if coded_rows else None,
+        own=_view(row["own"], OWN_DTYPES[row["own_dtype"] - 1], (own_rows, width)) if own_rows else None,
+        bias=_view(row["bias"], torch.float32, (known,)) if row["bias"] else None,
     )
 
 

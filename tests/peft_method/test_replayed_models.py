@@ -1,0 +1,221 @@
+"""Whole models that are compiled or captured once, and then answer as whichever expert is chosen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, StaticCache
+
+from meswitch_kernels import configurations
+from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model, llama_config
+from tests.models.architectures import VOCABULARY, build
+from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, needs_kernels
+from tests.triton_interpreter import check_interpreted
+from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
+from transformers_meswitch.errors import UnsupportedOperationError
+from transformers_meswitch.peft_method import layers, live_choice, rows_path, switch
+
+Choice = list[str | None]
+#: Of the largest logit.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by the number of blocks, hardly by their size."""
+    if INTERPRETED:
+        sizes = configurations.Configuration(block_out=64, block_codes=512, block_in=128)
+        monkeypatch.setattr(configurations, "_DEFAULT", sizes)
+
+
+def load(family: TinyFamily, *names: str) -> Any:
+    deltas = {name: family.deltas[name] for name in names}
+    return MESwitchModelForCausalLM.from_pretrained(
+        family.base, experts=deltas, dtype=torch.float32, device_map=DEVICE
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_family: TinyFamily) -> dict[str | None, Any]:
+    """Stock models of base and experts, worked out from the files."""
+    return {None: AutoModelForCausalLM.from_pretrained(tiny_family.base)} | {
+        name: dense_model(tiny_family.base, delta) for name, delta in tiny_family.deltas.items()
+    }
+
+
+def check(logits: torch.Tensor, dense: dict[str | None, Any], names: Choice, ids: torch.Tensor) -> None:
+    """Logits ``[batch, tokens, width]`` are those of each row's dense model, ``-inf`` beyond its vocabulary."""
+    for row, name in enumerate(names):
+        expected = dense[name](ids[row : row + 1]).logits[0, -logits.shape[1] :]
+        expected = F.pad(expected, (0, logits.shape[-1] - expected.shape[-1]), value=float("-inf"))
+        ours = logits[row].cpu()
+        assert torch.equal(ours.isneginf(), expected.isneginf())
+        known = expected.isfinite()
+        assert (ours - expected)[known].abs().max() <= TOLERANCE * expected[known].abs().max()
+
+
+#: Ids that all experts know, one of which both changed, int64 ``[2, 1]``.
+IDS = torch.tensor([[40], [41]])
+
+
+@needs_kernels
+def test_a_model_is_compiled_once_for_all_experts(tiny_family: TinyFamily, dense: Any) -> None:
+    model = load(tiny_family, "math", "code")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = IDS.to(DEVICE)
+    compiled(ids)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in ("math", "code", None):
+            model.set_expert(name)
+            check(compiled(ids).logits, dense, [name] * 2, IDS)
+        for names in (["math", None], ["code", "math"]):
+            with model._meswitch_switch.rows(names):
+                check(compiled(ids).logits, dense, names, IDS)
+        model.set_expert("code")
+        added = torch.tensor([[CODE_VOCAB_SIZE - 1], [7]])
+        check(compiled(added.to(DEVICE)).logits, dense, ["code"] * 2, added)
+        model.disable_adapters()
+        check(compiled(ids).logits, dense, [None] * 2, IDS)
+        model.enable_adapters()
+        model.delete_adapter("code")
+        # As wide as it was compiled, though nobody knows the last ids now.
+        check(compiled(ids).logits, dense, ["math"] * 2, IDS)
+        model.load_adapter(tiny_family.deltas["code"], adapter_name="again")
+        check(compiled(ids).logits, dense, ["code"] * 2, IDS)
+        with pytest.raises(AssertionError):
+            check(compiled(ids).logits, dense, ["math"] * 2, IDS)
+
+
+@needs_kernels
+def test_a_larger_vocabulary_is_compiled_again(tiny_family: TinyFamily, dense: Any) -> None:
+    model = load(tiny_family, "math")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    model.set_expert("math")
+    assert compiled(IDS.to(DEVICE)).logits.shape[-1] == VOCAB_SIZE
+    model.load_adapter(tiny_family.deltas["code"], adapter_name="code")
+    logits = compiled(IDS.to(DEVICE)).logits
+    assert logits.shape[-1] == CODE_VOCAB_SIZE
+    check(logits, dense, ["code"] * 2, IDS)
+
+
+@needs_kernels
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2"])
+def test_capped_logits_and_learned_positions(model_type: str, tmp_path: Path) -> None:
+    build(model_type, tied=True, num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
+    for seed, (name, added) in enumerate((("one", 0), ("two", 3))):
+        expert = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        expert.resize_token_embeddings(VOCABULARY + added, mean_resizing=False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in expert.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        expert.save_pretrained(tmp_path / name)
+        how = MESwitchConfig(bits=4, salient_channels=3)
+        delta = compress(
+            tmp_path / "base", tmp_path / name, tmp_path / f"{name}-delta", how, calibration=None, progress=False
+        )
+        dense[name] = dense_model(tmp_path / "base", delta)
+    deltas = {name: tmp_path / f"{name}-delta" for name in ("one", "two")}
+    model = MESwitchModelForCausalLM.from_pretrained(
+        tmp_path / "base", experts=deltas, dtype=torch.float32, device_map=DEVICE
+    )
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="eager")
+    ids = torch.tensor([[5, 6], [7, 8]])
+    compiled(ids.to(DEVICE))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        names = ["one", "two"]
+        with model._meswitch_switch.rows(names):
+            check(compiled(ids.to(DEVICE)).logits, dense, names, ids)
+
+
+@needs_kernels
+def test_choices_that_would_not_be_followed_are_refused(tiny_family: TinyFamily, monkeypatch: Any) -> None:
+    model = load(tiny_family, "math", "code")
+    monkeypatch.setattr("transformers_meswitch.calls.is_replayed", lambda: True)
+    with pytest.raises(UnsupportedOperationError, match="adapter_names cannot be given to a call that is compiled"):
+        model(IDS.to(DEVICE), adapter_names=["math", "code"])
+
+
+def record(step: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Callable[[], torch.Tensor]:
+    """Capture a step in a CUDA graph and return its replay; the interpreter runs it anew as it would be captured."""
+    if INTERPRETED:
+
+        def run() -> torch.Tensor:
+            with monkeypatch.context() as patched:
+                for module in (layers, live_choice, rows_path, switch):
+                    patched.setattr(module, "is_replayed", lambda: True)
+                patched.setattr("transformers_meswitch.calls.is_replayed", lambda: True)
+                return step()
+
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+
+    def replay() -> torch.Tensor:
+        logits.fill_(float("nan"))
+        graph.replay()
+        return logits
+
+    return replay
+
+
+@pytest.mark.parametrize("device", ["cpu" if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_captured_decoding_step_answers_as_every_expert(
+    device: str, tiny_family: TinyFamily, dense: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_family, "math", "code")
+    cache = StaticCache(config=llama_config(), max_cache_len=8)
+    # Its name differs between releases of transformers.
+    name = "cache" if "cache" in inspect.signature(type(model.model).forward).parameters else "past_key_values"
+    token = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    prompt = torch.tensor([[5], [9]])
+
+    def start(names: Choice, last: torch.Tensor) -> None:
+        cache.reset()
+        with model._meswitch_switch.rows(names):
+            model(prompt.to(device), **{name: cache})
+        token.copy_(last)
+
+    # A choice in which the base answers a row launches every kernel that there is.
+    start(["math", None], IDS)
+    with model._meswitch_switch.rows(["math", None]):
+        replay = record(lambda: model(token, **{name: cache}).logits, monkeypatch)
+    for names in (["code", "math"], [None, "code"]):
+        start(names, IDS)
+        with model._meswitch_switch.rows(names):
+            check(replay(), dense, names, torch.cat([prompt, IDS], 1))
+    model.delete_adapter("code")
+    model.load_adapter(tiny_family.deltas["code"], adapter_name="again")
+    start(["again", "again"], IDS)
+    check(replay(), dense, ["code", "code"], torch.cat([prompt, IDS], 1))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the tests above")
+def test_in_the_interpreter() -> None:
+    check_interpreted(
+        __file__,
+        test_a_model_is_compiled_once_for_all_experts,
+        test_a_larger_vocabulary_is_compiled_again,
+        test_capped_logits_and_learned_positions,
+        test_choices_that_would_not_be_followed_are_refused,
+        test_a_captured_decoding_step_answers_as_every_expert,
+    )
