@@ -16,6 +16,8 @@ from .export.merged_checkpoint import MergedCheckpoint, merge_checkpoint
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
 from .registration import register
+from .routing.head import HeadRouter
+from .routing.output import RouterOutput
 from .verification.evidence import Evidence
 from .verification.verify import verify
 
@@ -24,6 +26,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "Evidence",
     "ExtractedLora",
+    "HeadRouter",
     "MESwitchConfig",
     "MESwitchError",
     "MESwitchExpertConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
     "MergedCheckpoint",
+    "RouterOutput",
     "compress",
     "distill",
     "extract_lora",

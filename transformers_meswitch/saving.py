@@ -28,9 +28,12 @@ from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
 from .errors import ExpertNotFoundError, OutputFolderError, UnsupportedOperationError
+from .generation import AUTO
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
+from .routing.files import ROUTER_FILES
+from .routing.head import BASE_LABEL
 from .verification.evidence import evidence_text_for
 
 if TYPE_CHECKING:
@@ -226,7 +229,7 @@ def _base_commit(model: Any) -> str | None:
 
 
 def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
-    """Write a family repo: where the base is, where each expert is, the tokenizer and the card.
+    """Write a family repo: where the base is, where each expert is, the router, the tokenizer and the card.
 
     A base and experts from the Hub are named by id and commit; experts from this machine are written into
     ``experts/``. All is written beside the old family first; then ``config.json`` is removed, the new files are moved
@@ -249,6 +252,8 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         staging.mkdir()
         experts: dict[str, Any] = {}
         written: dict[str, str] = {}
+        # Experts that were deleted are no longer among those it can pick.
+        router = None if model.router is None else model.router.only([BASE_LABEL, *model.experts])
         for name, info in sorted(model._meswitch_switch.experts.items()):
             location = None if info.files is None else info.files.location
             if info.files is not None and location is not None and not location.is_local:
@@ -267,11 +272,13 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             _base_commit(model) if hub_id(base) else None,
             experts,
             default_expert=model._meswitch_switch.chosen_expert,
-            router=family.router,
+            router=None if router is None else {"router_type": router.router_type},
             base_subfolder=family.base_subfolder,
             architectures=["MESwitchModelForCausalLM"],
         )
         config.save_pretrained(staging)
+        if router is not None:
+            router.save_pretrained(staging)
         if isinstance(model, GenerationMixin):
             generation_config = copy.deepcopy(model.generation_config)
             # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
@@ -294,6 +301,8 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         fresh_files = {file.relative_to(staging).as_posix() for file in staging.rglob("*")}
         for stale in stale_assets(folder, fresh_files):
             stale.unlink()
+        for name in ROUTER_FILES - fresh_files:
+            (folder / name).unlink(missing_ok=True)
         for file in sorted(staging.iterdir(), key=lambda f: f.name == _CONFIG):
             if (folder / file.name).is_dir():  # a tokenizer's folder of chat templates
                 shutil.rmtree(folder / file.name)
@@ -308,6 +317,8 @@ def _check_default_expert(model: Any) -> None:
     """Refuse a family whose generation defaults name an expert it has not: every call would fail once it is loaded."""
     named = getattr(getattr(model, "generation_config", None), "expert", None)
     for name in [named] if named is None or isinstance(named, str) else named:
+        if name == AUTO and model.router is not None:
+            continue
         try:
             known_expert(name, model._meswitch_switch.experts)
         except ExpertNotFoundError as error:
