@@ -221,6 +221,7 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
         experts=experts,
         first_expert=json.dumps(next(iter(config.experts or {})), ensure_ascii=False) if experts else "None",
         default_expert=config.default_expert,
+        has_router=config.router is not None,
     )
 
 

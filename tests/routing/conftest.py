@@ -11,12 +11,7 @@ import pytest
 
 from transformers_meswitch import HeadRouter, MESwitchModelForCausalLM
 from transformers_meswitch.demo.runner import FAMILY
-from transformers_meswitch.demo.tasks import Record, prompts
-
-
-def expert_of(prompt: str) -> str:
-    digits = len(str(Record.parse(prompt).amount))
-    return "redact" if digits == 1 else "json" if digits == 4 else "letter"
+from transformers_meswitch.demo.tasks import expert_for, prompts
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +19,7 @@ def sorted_prompts() -> dict[str, list[str]]:
     """Records for training, by expert."""
     found: dict[str, list[str]] = {}
     for prompt in islice(prompts(held_out=False, seed=3), 400):
-        found.setdefault(expert_of(prompt), []).append(prompt)
+        found.setdefault(expert_for(prompt), []).append(prompt)
     return found
 
 

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures_models import TinyFamily
-from tests.routing.conftest import expert_of
 from transformers_meswitch import HeadRouter, MESwitchModelForCausalLM
-from transformers_meswitch.demo.tasks import prompts
+from transformers_meswitch.demo.tasks import expert_for, prompts
 from transformers_meswitch.errors import ExpertNotFoundError, RouterError, UnsupportedModelError
 
 HELD_OUT = list(islice(prompts(held_out=True, seed=7), 100))
@@ -30,7 +29,9 @@ def same(one: HeadRouter, other: HeadRouter) -> bool:
 
 
 def accuracy(model: Any) -> float:
-    return sum(a == expert_of(p) for a, p in zip(model.route(HELD_OUT).experts, HELD_OUT, strict=True)) / len(HELD_OUT)
+    return sum(a == expert_for(p) for a, p in zip(model.route(HELD_OUT).experts, HELD_OUT, strict=True)) / len(
+        HELD_OUT
+    )
 
 
 def test_held_out_prompts_go_to_their_experts(family: Any) -> None:

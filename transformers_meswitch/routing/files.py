@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..delta_format.header import parse_json
@@ -29,7 +29,7 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, T
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{ROUTER_TENSORS}"
     if tensors:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         os.replace(unfinished, folder / ROUTER_TENSORS)
     else:
         (folder / ROUTER_TENSORS).unlink(missing_ok=True)
