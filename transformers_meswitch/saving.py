@@ -34,12 +34,13 @@ from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
 from .routing.files import ROUTER_FILES
 from .routing.head import BASE_LABEL
+from .routing.loading import Router
 from .verification.evidence import evidence_text_for
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
 
-__all__ = ["push_to_hub", "save_expert", "save_family", "save_pretrained"]
+__all__ = ["push_to_hub", "put_router", "save_expert", "save_family", "save_pretrained"]
 
 _CARD, _CONFIG = "README.md", "config.json"
 _EXPERTS = "experts"
@@ -311,6 +312,33 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         shutil.rmtree(staging, ignore_errors=True)
         lock.release()
     _read_from(model, folder, written)
+
+
+def put_router(router: Router, folder: str | Path) -> None:
+    """Put a router into a family repo in a folder, or in place of the one it has; all else stays as it is.
+
+    Raises:
+        OutputFolderError: the folder holds no family, or is being written by somebody else.
+    """
+    folder = Path(folder)
+    _check_family_folder(folder)
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise OutputFolderError(f"{folder} has no {_CONFIG}, so it is no family. Save the family there first.")
+    lock = FolderLock(folder)
+    try:
+        router.save_pretrained(folder)
+        config = MESwitchFamilyConfig.from_pretrained(folder)
+        config.router = {"router_type": router.router_type}
+        content = parse_json(path.read_bytes(), str(path)) | {"router": config.router}
+        unfinished = folder / f".{_CONFIG}"
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        kept, fresh = read_card(folder / _CARD), family_card(config)
+        if kept is not None:
+            (folder / _CARD).write_text(merge_card(kept, fresh), encoding="utf-8")
+    finally:
+        lock.release()
 
 
 def _check_default_expert(model: Any) -> None:

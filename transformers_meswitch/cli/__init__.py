@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import MESwitchError
-from . import compress, demo, distill, extract_lora, generate, import_bitdelta, inspect, merge, verify
+from . import compress, demo, distill, extract_lora, generate, import_bitdelta, inspect, merge, route, verify
 
 __all__ = ["main"]
 
-_COMMANDS = (compress, distill, inspect, verify, generate, merge, extract_lora, import_bitdelta, demo)
+_COMMANDS = (compress, distill, inspect, verify, route, generate, merge, extract_lora, import_bitdelta, demo)
 _FAILURE, _INTERRUPTED = 1, 130
 
 

@@ -166,7 +166,7 @@ def _cross_validate(
     all_scores, right = torch.cat(scores), torch.cat(classes)
     temperature = calibrated_temperature(all_scores, right)
     logs = (all_scores / temperature).log_softmax(dim=1)
-    loss = float(-logs.gather(1, right.unsqueeze(1)).mean())
+    loss = abs(float(logs.gather(1, right.unsqueeze(1)).mean()))
     accuracy = float((logs.argmax(dim=1) == right).double().mean())
     return _Validated(
         LayerScore(layer, shrinkage, loss, accuracy), temperature, logs.exp(), right, torch.cat(distances)
