@@ -17,6 +17,7 @@ from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
 from .registration import register
 from .routing.head import HeadRouter
+from .routing.multiple_choice import MultipleChoiceRouter
 from .routing.output import RouterOutput
 from .verification.evidence import Evidence
 from .verification.verify import verify
@@ -35,6 +36,7 @@ __all__ = [
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
     "MergedCheckpoint",
+    "MultipleChoiceRouter",
     "RouterOutput",
     "compress",
     "distill",

@@ -18,7 +18,7 @@ from .delta_format.location import is_plain_path
 from .delta_format.reader import open_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME
 from .errors import DeltaFormatError, UnsupportedOperationError
-from .routing.files import ROUTER_FILES
+from .routing.files import ROUTER_CONFIG, ROUTER_FILES
 from .verification.evidence import evidence_text_for
 
 __all__ = ["inner_deltas", "push_folder"]
@@ -79,6 +79,11 @@ def push_folder(
     for path in _files(folder).values():
         if path.name in _CONFIGS:
             _check_portable(path)
+        if path.name == ROUTER_CONFIG and hub_id(str(_json(path).get("repo") or "no/path")) is None:
+            raise UnsupportedOperationError(
+                f"{path} names the language model {_json(path)['repo']!r}, a path of this machine that nobody else "
+                "can load. Push the model, and name it by its Hub id: MultipleChoiceRouter(..., repo=...)."
+            )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):

@@ -6,13 +6,17 @@ from ..delta_format.location import RepoLocation
 from ..errors import RouterError
 from .files import read_config
 from .head import HeadRouter
+from .multiple_choice import MultipleChoiceRouter
 
 __all__ = ["ROUTER_TYPES", "Router", "load_router"]
 
 #: Any router.
-Router = HeadRouter
+Router = HeadRouter | MultipleChoiceRouter
 #: ``router_type`` in a router's config to its class.
-ROUTER_TYPES = {HeadRouter.router_type: HeadRouter}
+ROUTER_TYPES: dict[str, type[HeadRouter] | type[MultipleChoiceRouter]] = {
+    HeadRouter.router_type: HeadRouter,
+    MultipleChoiceRouter.router_type: MultipleChoiceRouter,
+}
 
 
 def load_router(location: RepoLocation) -> Router:
