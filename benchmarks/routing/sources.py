@@ -17,7 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EIGHT", "FOUR", "HARD", "PACKAGES", "digest", "hard_set", "test_prompts", "training_prompts"]
+__all__ = [
+    "EIGHT",
+    "FOUR",
+    "HARD",
+    "PACKAGES",
+    "digest",
+    "hard_set",
+    "many_domains",
+    "test_prompts",
+    "training_prompts",
+]
 
 FOUR = ("instruction", "mathematics", "code", "chinese")
 EIGHT = (*FOUR, "sql", "german", "medical", "legal")
@@ -155,7 +165,7 @@ _TRAIN: dict[str, list[Source]] = {
                 "calendar_arithmetic",
             )
         ],
-    ],  # fmt: skip
+    ],
     "code": [(standard_library, 500)],
     "chinese": [
         (partial(chatterbot, "chinese"), 300),
@@ -253,6 +263,24 @@ def training_prompts(domains: Iterable[str]) -> dict[str, list[str]]:
 
 def test_prompts(domains: Iterable[str]) -> dict[str, list[str]]:
     return {domain: _taken(_TEST[domain]) for domain in domains}
+
+
+def many_domains(count: int, train: int = 20, test: int = 10) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Simulated domains: a generator of reasoning-gym each, the first by name that gives enough different prompts."""
+    from reasoning_gym.factory import DATASETS
+
+    fitted: dict[str, list[str]] = {}
+    tested: dict[str, list[str]] = {}
+    for name in sorted(DATASETS):
+        if len(fitted) == count:
+            break
+        try:
+            texts = list(dict.fromkeys(gym(name)))
+        except Exception:  # some need parts that are not installed
+            continue
+        if len(texts) >= train + test:
+            fitted[name], tested[name] = texts[:train], texts[train : train + test]
+    return fitted, tested
 
 
 def hard_set() -> list[dict[str, Any]]:
