@@ -31,7 +31,7 @@ class ClassStatistics:
     >>> statistics = ClassStatistics.of(points)
     >>> statistics.means.tolist(), statistics.scatters.tolist()
     ([[1.0], [5.0]], [[2.0], [0.0]])
-    >>> statistics.without("b").labels, statistics.covariance().tolist()
+    >>> statistics.only(["a"]).labels, statistics.covariance().tolist()
     (('a',), [[0.5]])
     """
 
@@ -76,10 +76,6 @@ class ClassStatistics:
         return ClassStatistics(
             tuple(self.labels[i] for i in kept), self.counts[kept], self.means[kept], self.scatters[kept]
         )
-
-    def without(self, label: str) -> ClassStatistics:
-        """Those of the other classes."""
-        return self.only([other for other in self.labels if other != label])
 
     def covariance(self) -> Tensor:
         """Pooled covariance within classes, float64 ``[rank, rank]``: ``Σ scatters / Σ counts``.
