@@ -164,10 +164,14 @@ def main() -> None:
     model = MESwitchModelForCausalLM.from_pretrained(args.base, experts={}, dtype=torch.float32).eval()
     result: dict[str, Any] = provenance("benchmarks.routing", device_name("cpu"))
     result["prompts"] = {label: {"train": len(train[label]), "test": len(test[label])} for label in EIGHT}
+    # Each part is written as soon as it is known: on a small machine all of them take an hour.
     result["head"], few = _head(model, train, test)
+    write_result(Path(args.output), result)
     result["encoder"] = _peer(args.encoder, train, test)
+    write_result(Path(args.output), result)
     result["many"], many = _many(model)
     result["cost"] = _cost(model, few, many)
+    write_result(Path(args.output), result)
     result["multiple_choice_zero_shot"] = _zero_shot(model, test)
     write_result(Path(args.output), result)
     print(_table(result))
