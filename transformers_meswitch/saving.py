@@ -242,7 +242,9 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     """
     family = model._meswitch_family
     assert family is not None
-    _check_default_expert(model)
+    # Experts that were deleted are no longer among those it can pick.
+    router = None if model.router is None else model.router.only([BASE_LABEL, *model.experts])
+    _check_default_expert(model, router)
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
     _check_family_folder(folder)
@@ -253,8 +255,6 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         staging.mkdir()
         experts: dict[str, Any] = {}
         written: dict[str, str] = {}
-        # Experts that were deleted are no longer among those it can pick.
-        router = None if model.router is None else model.router.only([BASE_LABEL, *model.experts])
         for name, info in sorted(model._meswitch_switch.experts.items()):
             location = None if info.files is None else info.files.location
             if info.files is not None and location is not None and not location.is_local:
@@ -341,11 +341,11 @@ def put_router(router: Router, folder: str | Path) -> None:
         lock.release()
 
 
-def _check_default_expert(model: Any) -> None:
+def _check_default_expert(model: Any, router: Router | None) -> None:
     """Refuse a family whose generation defaults name an expert it has not: every call would fail once it is loaded."""
     named = getattr(getattr(model, "generation_config", None), "expert", None)
     for name in [named] if named is None or isinstance(named, str) else named:
-        if name == AUTO and model.router is not None:
+        if name == AUTO and router is not None:
             continue
         try:
             known_expert(name, model._meswitch_switch.experts)

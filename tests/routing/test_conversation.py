@@ -29,6 +29,14 @@ TEMPLATES = {
     "default-system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe nice<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "vicuna": "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + eos_token + '\n' }}{% else %}"
+    "{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "deepseek": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'Assistant: ' + m['content'] + eos_token }}{% else %}"
+    "{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "never-asks": "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + '\n' }}{% endif %}{% endfor %}",
     "demo": None,
 }
 
@@ -48,7 +56,20 @@ def test_user_turns_are_found_in_token_ids(name: str, asked: bool) -> None:
     marks = template_marks(own)
     assert marks is not None
     ids = own.apply_chat_template(CHAT, add_generation_prompt=asked, return_dict=False)
-    assert turns_in_ids(own, ids, marks) == ["first", "last"]
+    assert [turn.strip() for turn in turns_in_ids(own, ids, marks)] == ["first", "last"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "demo"])
+def test_messages_of_several_lines_are_not_cut(name: str, asked: bool) -> None:
+    own = tokenizer(name)
+    marks = template_marks(own)
+    assert marks is not None
+    turns = ["one\ntwo\n\nthree", "four\n\nfive"]
+    chat = [{**turn} for turn in CHAT]
+    chat[1]["content"], chat[3]["content"] = turns
+    ids = own.apply_chat_template(chat, add_generation_prompt=asked, return_dict=False)
+    assert [turn.strip() for turn in turns_in_ids(own, ids, marks)] == turns
 
 
 def test_without_marks_there_is_no_conversation() -> None:

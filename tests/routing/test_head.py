@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,29 @@ def test_round_trip(router: HeadRouter, tmp_path: Path) -> None:
     assert size < 200_000  # 3 experts in 128 dimensions
 
 
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_interrupted_overwrite_leaves_no_mixture(
+    router: HeadRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    router.save_pretrained(tmp_path)
+    replace, calls = os.replace, 0
+
+    def fail(*paths: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError("disk full")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        router.without_expert("json").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"router.safetensors"}
+    monkeypatch.undo()
+    router.save_pretrained(tmp_path)
+    assert same(HeadRouter.from_pretrained(tmp_path), router)
+
+
 def test_it_lives_in_the_family(saved: Path, router: HeadRouter, tmp_path: Path) -> None:
     model = MESwitchModelForCausalLM.from_pretrained(saved)
     assert json.loads((saved / "config.json").read_text())["router"] == {"router_type": "head"}
@@ -197,6 +221,7 @@ def test_it_can_come_from_elsewhere(saved: Path, tiny_family: TinyFamily, router
         ("threshold", "high", "threshold is 'high'"),
         ("shrinkage", 2, "shrinkage is 2"),
         ("distance_limit", -1.0, "distance_limit"),
+        ("distance_limit", math.inf, "distance_limit is inf"),
         ("default_expert", "auto", "reserved"),
     ],
 )
@@ -210,7 +235,7 @@ def test_malformed_configs_are_refused(
         HeadRouter.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["nan", "negative", "dtype", "shape", "no covariance", "missing", "cut"])
+@pytest.mark.parametrize("damage", ["nan", "negative", "dtype", "shape", "no covariance", "overflow", "count", "missing", "cut"])
 def test_damaged_tensors_are_refused(router: HeadRouter, tmp_path: Path, damage: str) -> None:
     router.save_pretrained(tmp_path)
     path = tmp_path / "router.safetensors"
@@ -225,6 +250,11 @@ def test_damaged_tensors_are_refused(router: HeadRouter, tmp_path: Path, damage:
         tensors["scatters"] = tensors["scatters"][:, :-1].contiguous()
     if damage == "no covariance":
         tensors["scatters"] = -tensors["scatters"]
+    if damage == "overflow":
+        tensors["scatters"][:] = 3e38
+        tensors["scatters"][0, 0] = -3e38
+    if damage == "count":
+        tensors["counts"][0] = 2**62
     if damage == "missing":
         del tensors["scatters"]
     save_file(tensors, path)

@@ -168,7 +168,7 @@ def test_any_text(family: Any, texts: list[str]) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-@given(st.lists(st.integers(0, 120), min_size=1, max_size=40))
+@given(st.lists(st.integers(-120, 120), min_size=1, max_size=40))
 def test_any_ids(family: Any, ids: list[int]) -> None:
     """Also those that only another tokenizer knows."""
     assert len(family.route(torch.tensor([ids])).experts) == 1
@@ -223,6 +223,15 @@ def test_as_a_default_that_is_saved_with_the_family(family: Any, tmp_path: Any) 
     model.set_router(None)
     with pytest.raises(ExpertNotFoundError, match="'auto'"):
         model.save_pretrained(tmp_path / "other")
+
+
+def test_auto_is_not_saved_without_a_router_that_can_pick(family: Any, router: HeadRouter, tmp_path: Any) -> None:
+    family.set_router(router.only(["json"]))
+    family.generation_config.expert = "auto"
+    family.delete_adapter("json")
+    with pytest.raises(ExpertNotFoundError, match="'auto'"):
+        family.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_beams_and_samples_follow_their_prompt(family: Any) -> None:

@@ -60,11 +60,14 @@ def template_marks(tokenizer: Any) -> tuple[str, str] | None:
     between, found_answer, rest = rest.partition(_ANSWER)
     again, found_follow_up, after = rest.partition(_FOLLOW_UP)
     opening = _common_prefix(before[::-1], again[::-1])[::-1]
+    for text in (before, again):
+        opening = _without_half_token(opening, text, tokenizer.all_special_tokens)
     if not (found_question and found_answer and found_follow_up and opening.strip()):
         return None
-    # A template that puts nothing behind a message is told by what opens the answer.
-    closing = _common_prefix(between, closed.partition(_FOLLOW_UP)[2])
-    return opening, closing or _common_prefix(between, after)
+    # Line breaks are in messages too, so a template that puts nothing else behind them is told by what opens the answer.
+    answer = _common_prefix(between, after)
+    candidates = (_common_prefix(between, closed.partition(_FOLLOW_UP)[2]), answer, between.rstrip())
+    return opening, next((closing for closing in candidates if closing.strip()), "")
 
 
 def turns_in_text(text: str, marks: tuple[str, str]) -> list[str]:
@@ -86,6 +89,16 @@ def turns_in_ids(tokenizer: Any, ids: Sequence[int], marks: tuple[str, str]) -> 
 def _common_prefix(one: str, other: str) -> str:
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in same)
+
+
+def _without_half_token(opening: str, text: str, special: Sequence[str]) -> str:
+    """What ``text`` ends with, less the end of a special token that began before it."""
+    start = len(text) - len(opening)
+    for token in special:
+        for inside in range(1, len(token)):
+            if text[: start + inside].endswith(token):
+                return opening[inside:]
+    return opening
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

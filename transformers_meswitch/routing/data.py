@@ -30,7 +30,7 @@ def read_prompts(sources: Sequence[str]) -> dict[str, list[Prompt]]:
     found: dict[str, dict[str, Prompt]] = {}
     for source in sources:
         expert, separator, where = source.partition("=")
-        if not separator:
+        if not separator or Path(source).exists():  # a path may have an equals sign
             expert, where = "", source
         for row, place in _rows(where, expert):
             label = expert or row.get("expert")
@@ -61,7 +61,7 @@ def _rows(where: str, expert: str) -> Iterator[tuple[dict[str, Any], str]]:
     if path.suffix == ".txt" and not expert:
         raise RouterError(f"{where} does not say whose prompts it holds. Give it as EXPERT={where}.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RouterError(f"The file {where} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

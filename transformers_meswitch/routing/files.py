@@ -24,19 +24,27 @@ FORMAT_VERSION = 1
 
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a router's files into a folder; each replaces its old one whole, the config last."""
+    """Write a router's files into a folder; what is interrupted leaves no router rather than parts of two.
+
+    The old config is removed before the tensors are replaced, and the new one comes last.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{ROUTER_TENSORS}"
-    if tensors:
-        unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        os.replace(unfinished, folder / ROUTER_TENSORS)
-    else:
-        (folder / ROUTER_TENSORS).unlink(missing_ok=True)
+    new_config, new_tensors = folder / f".{ROUTER_CONFIG}", folder / f".{ROUTER_TENSORS}"
     content = {"format_version": FORMAT_VERSION, **config}
-    unfinished = folder / f".{ROUTER_CONFIG}"
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / ROUTER_CONFIG)
+    try:
+        new_config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if tensors:
+            new_tensors.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        (folder / ROUTER_CONFIG).unlink(missing_ok=True)
+        if tensors:
+            os.replace(new_tensors, folder / ROUTER_TENSORS)
+        else:
+            (folder / ROUTER_TENSORS).unlink(missing_ok=True)
+        os.replace(new_config, folder / ROUTER_CONFIG)
+    finally:
+        for unfinished in (new_config, new_tensors):
+            unfinished.unlink(missing_ok=True)
 
 
 def read_config(location: RepoLocation) -> tuple[dict[str, Any], RepoLocation]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,10 @@ BASE_LABEL = "base"
 _BATCH = 64
 _FEWEST_ADDED = 2
 _LARGEST_WINDOW = 4096
+# What files may hold: far beyond what fits are, and far below what would keep a machine busy.
+_LARGEST_RANK = 2048
+_MOST_LABELS = 10_000
+_MOST_PROMPTS = 2**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +275,8 @@ class HeadRouter:
         labels = config.get("labels")
         if not isinstance(labels, list) or not labels or len(set(map(str, labels))) < len(labels):
             raise RouterError(f"{location}: labels is {labels!r}, expected a list of distinct experts.")
+        if len(labels) > _MOST_LABELS:
+            raise RouterError(f"{location}: {len(labels)} labels, expected {_MOST_LABELS} at most.")
         default = config.get("default_expert")
         for name in [*labels, *([] if default is None else [default])]:
             try:
@@ -282,7 +288,7 @@ class HeadRouter:
             _check_integer(name, config.get(name), least, most, f"{location}: ")
         for name, (low, high) in _NUMBERS.items():
             _check_number(name, config.get(name), low, high, f"{location}: ")
-        statistics = _checked_statistics(labels, read_tensors(location), str(location))
+        statistics = _checked_statistics(labels, read_tensors(location), config["shrinkage"], str(location))
         values = {name: config[name] for name in (*_INTEGERS, *_NUMBERS)}
         if statistics.rank > values["width"]:
             raise RouterError(
@@ -298,14 +304,18 @@ _NUMBERS = {
     "shrinkage": (0.0, 1.0),
     "temperature": (1e-6, 1e6),
     "threshold": (0.0, 1.0),
-    "distance_limit": (0.0, math.inf),
+    "distance_limit": (0.0, sys.float_info.max),
 }
 
 
-def _checked_statistics(labels: list[str], tensors: Mapping[str, Tensor], where: str) -> ClassStatistics:
+def _checked_statistics(
+    labels: list[str], tensors: Mapping[str, Tensor], shrinkage: float, where: str
+) -> ClassStatistics:
     classes = len(labels)
     means = tensors.get("means")
     rank = int(means.shape[1]) if means is not None and means.dim() == 2 else 0
+    if rank > _LARGEST_RANK:
+        raise RouterError(f"{where}: features have {rank} dimensions, expected {_LARGEST_RANK} at most.")
     expected = {
         "counts": (torch.int64, (classes,)),
         "means": (torch.float32, (classes, rank)),
@@ -316,14 +326,24 @@ def _checked_statistics(labels: list[str], tensors: Mapping[str, Tensor], where:
         found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.numel():
             raise RouterError(f"{where}: tensor {name!r} is {found}, expected {dtype} {shape} of {classes} labels.")
-        if not bool(torch.isfinite(tensor).all()) or (name == "counts" and int(tensor.min()) < 1):
+        if not bool(torch.isfinite(tensor).all()) or (
+            name == "counts" and not 1 <= int(tensor.min()) <= int(tensor.max()) <= _MOST_PROMPTS
+        ):
             raise RouterError(f"{where}: tensor {name!r} holds values out of range. Train the router again.")
     order = sorted(range(classes), key=labels.__getitem__)
     statistics = ClassStatistics(
         tuple(labels[i] for i in order), *(tensors[name][order] for name in ("counts", "means", "scatters"))
     )
-    if float(torch.linalg.eigvalsh(statistics.covariance()).min()) < -1e-3 * float(statistics.scatters.abs().max()):
-        raise RouterError(f"{where}: tensor 'scatters' is no covariance. Train the router again.")
+    unusable = RouterError(f"{where}: tensor 'scatters' is no covariance. Train the router again.")
+    try:
+        least = float(torch.linalg.eigvalsh(statistics.covariance()).min())
+        if not least >= -1e-3 * float(statistics.scatters.abs().max()):
+            raise unusable
+        head = Discriminant.of(statistics, shrinkage)
+    except (torch.linalg.LinAlgError, OverflowError) as error:
+        raise unusable from error
+    if not bool(head.weight.isfinite().all()):
+        raise unusable
     return statistics
 
 

@@ -105,7 +105,8 @@ def pooled_hidden_states(model: Any, rows: Sequence[Sequence[int]], layers: Sequ
     base of a model with experts, call it inside ``switch.rows([None])``.
 
     Args:
-        model: a causal LM or its decoder, in evaluation mode.
+        model: a causal LM or its decoder. Its mode is left alone, as other threads may use it: a model in training
+            mode is read with its dropout on, so call ``model.eval()`` before routing.
         rows: token ids of each row, without padding, at least one a row.
         layers: as in :func:`early_layers`.
 
@@ -118,23 +119,18 @@ def pooled_hidden_states(model: Any, rows: Sequence[Sequence[int]], layers: Sequ
     check_layers(model, layers)
     modules = _find_layers(model)
     decoder = getattr(model, model.base_model_prefix, model)
-    training = model.training
-    model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pooled: dict[int, Tensor] = {}
-    try:
-        with ExitStack() as hooks:
-            for layer in set(layers):
-                handle = modules[layer].register_forward_pre_hook(_hook(layer), with_kwargs=True, prepend=True)
-                hooks.callback(handle.remove)
-            for start in range(0, len(rows), _ROWS):
-                numbers = order[start : start + _ROWS]
-                for i, states in zip(
-                    numbers, _pool_batch(decoder, model.device, [rows[i] for i in numbers], layers), strict=True
-                ):
-                    pooled[i] = states
-    finally:
-        model.train(training)
+    with ExitStack() as hooks:
+        for layer in set(layers):
+            handle = modules[layer].register_forward_pre_hook(_hook(layer), with_kwargs=True, prepend=True)
+            hooks.callback(handle.remove)
+        for start in range(0, len(rows), _ROWS):
+            numbers = order[start : start + _ROWS]
+            for i, states in zip(
+                numbers, _pool_batch(decoder, model.device, [rows[i] for i in numbers], layers), strict=True
+            ):
+                pooled[i] = states
     return torch.stack([pooled[i] for i in range(len(rows))])
 
 

@@ -136,7 +136,7 @@ def _rows_of_ids(
     keep = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.to(ids.device)
     found = []
     for row, real in zip(ids.tolist(), (keep != 0).tolist(), strict=True):
-        known = [token for token, is_real in zip(row, real, strict=True) if is_real and token < vocab_size]
+        known = [token for token, is_real in zip(row, real, strict=True) if is_real and 0 <= token < vocab_size]
         turns = [] if marks is None else turns_in_ids(tokenizer, known, marks)[-_TURNS:]
         bare = token_window([token for token in known if token not in special], window)
         found.append(window_ids(tokenizer, turns, window) if turns else [bare])
