@@ -79,9 +79,10 @@ def push_folder(
     for path in _files(folder).values():
         if path.name in _CONFIGS:
             _check_portable(path)
-        if path.name == ROUTER_CONFIG and hub_id(str(_json(path).get("repo") or "no/path")) is None:
+        asked = _json(path).get("repo") if path.name == ROUTER_CONFIG else None
+        if asked is not None and hub_id(str(asked)) is None:
             raise UnsupportedOperationError(
-                f"{path} names the language model {_json(path)['repo']!r}, a path of this machine that nobody else "
+                f"{path} names the language model {asked!r}, a path of this machine that nobody else "
                 "can load. Push the model, and name it by its Hub id: MultipleChoiceRouter(..., repo=...)."
             )
     api = HfApi(token=token)

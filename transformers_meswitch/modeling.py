@@ -67,7 +67,8 @@ class _Family(PreTrainedModel):
                 A relative path is relative to where the program runs. With a family repo, these replace the family's
                 own, and none is active.
             router: what picks the expert with ``expert="auto"``: a router, or Hub id or folder of a repo that has one.
-                `None` is the family's own, if the experts are the family's too.
+                `None` is the family's own, if the experts are the family's too; `False` is none, so that a family
+                whose router is damaged can be loaded and given another.
             config: the family's config, as the Auto classes pass it, or one to load the base with.
             **kwargs: anything that ``AutoModelForCausalLM.from_pretrained`` takes (``dtype``, ``device_map``,
                 ``quantization_config``, ``revision``, ``subfolder``, ``token``, ...); with a family repo, ``revision``
@@ -93,6 +94,8 @@ class _Family(PreTrainedModel):
             router = load_router(RepoLocation(source, **{**hub, **where}, error=RouterError))
         elif isinstance(router, str | Path):
             router = load_router(RepoLocation(str(router), **hub, error=RouterError))
+        elif router is False:
+            router = None
         elif router is not None and not isinstance(router, tuple(ROUTER_TYPES.values())):
             raise RouterError(
                 f"router is {router!r:.60}, expected a router such as HeadRouter, or the "

@@ -16,6 +16,7 @@ from transformers_meswitch.cards import family_card
 from transformers_meswitch.cli import main
 from transformers_meswitch.demo.runner import FAMILY
 from transformers_meswitch.demo.tasks import expert_for, prompts
+from transformers_meswitch.errors import RouterError
 
 
 def write(path: Path, held_out: bool, count: int) -> Path:
@@ -89,6 +90,25 @@ def test_trained_into_a_folder_of_its_own(folder: Path, tmp_path: Path, capsys: 
     assert not list((folder / "family").glob("router*"))
     asked = said(capsys, "explain", folder / "family", "--router", tmp_path / "router", "mira 2024-03-09 4170")
     assert asked.endswith("json (100%)\n")
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_a_damaged_router_is_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: bool
+) -> None:
+    family = tmp_path / "family"
+    shutil.copytree(folder / "family", family)
+    config = family / "config.json"
+    before = json.loads(config.read_text())
+    if not output:
+        config.write_text(json.dumps({**before, "router": {"router_type": "multiple_choice"}}))
+        (family / "router_config.json").write_text("{")
+        with pytest.raises(RouterError):
+            MESwitchModelForCausalLM.from_pretrained(family)
+        assert MESwitchModelForCausalLM.from_pretrained(family, router=False).router is None
+    said(capsys, "train", family, "--data", folder / "train.jsonl", *(["-o", f"{family}/."] if output else []))
+    assert json.loads(config.read_text()) == {**before, "router": {"router_type": "head"}}
+    assert MESwitchModelForCausalLM.from_pretrained(family).router.labels == ["json", "letter", "redact"]
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

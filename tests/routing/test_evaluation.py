@@ -112,3 +112,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_prompts([f"a={tmp_path}/none.txt"])
     with pytest.raises((MissingDependencyError, OSError, ValueError)):
         read_prompts(["a=nobody/nothing"])
+
+
+def test_lines_end_with_line_feeds_and_paths_may_have_equals_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.jsonl").write_text(
+        '{"expert": "a", "prompt": "one\u2028two"}\r\n{"expert": "a", "prompt": "three\x85"}\n', encoding="utf-8"
+    )
+    assert read_prompts(["lr=1.jsonl"]) == {"a": ["one\u2028two", "three\x85"]}
+    assert read_prompts(["b=lr=1.jsonl"]) == {"b": ["one\u2028two", "three\x85"]}

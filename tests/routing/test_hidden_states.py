@@ -111,6 +111,15 @@ def test_calls_of_other_threads_run_through(tiny_family: TinyFamily) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_a_shared_model_is_left_alone(tiny_family: TinyFamily, training: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base).train(training)
+    modes: list[bool] = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: modes.append(model.training))
+    pooled_hidden_states(model, ROWS, [1])
+    assert set(modes) == {training}
+
+
 def test_layers_that_are_not_there_are_refused(tiny_family: TinyFamily) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
     with pytest.raises(UnsupportedModelError, match=r"layer 2 .* has 2 layers"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,49 @@ def test_another_model_can_be_asked(asked: Any) -> None:
     torch.testing.assert_close(other.probabilities, own.probabilities, atol=1e-4, rtol=1e-3)
 
 
+def test_a_local_model_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "choice" / "model").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for repo, folder, written in (
+        ("choice/model", "choice", "./model"),
+        ("choice/model", "other", str(tmp_path.resolve() / "choice" / "model")),
+        ("me/model", "hub", "me/model"),
+    ):
+        MultipleChoiceRouter(DOMAINS, repo=repo).save_pretrained(folder)
+        assert json.loads(Path(folder, "router_config.json").read_text())["repo"] == written
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for folder in ("choice", "other"):
+        found = MultipleChoiceRouter.from_pretrained(tmp_path / folder).repo
+        assert found == str(tmp_path.resolve() / "choice" / "model")
+    assert MultipleChoiceRouter.from_pretrained(tmp_path / "hub").repo == "me/model"
+    path = tmp_path / "hub" / "router_config.json"
+    path.write_text(path.read_text().replace("me/model", "./../choice/model"))
+    with pytest.raises(RouterError, match="a folder inside that"):
+        MultipleChoiceRouter.from_pretrained(tmp_path / "hub")
+
+
+def test_a_model_that_failed_to_load_is_loaded_again(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked.set_router(MultipleChoiceRouter(DOMAINS, threshold=0.0, repo=str(FAMILY / "base")))
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            asked.route("hello")
+    assert asked.route("hello").labels == list(DOMAINS)
+
+
+def test_a_model_is_loaded_once_by_many_threads(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = MultipleChoiceRouter(DOMAINS, repo=str(FAMILY / "base"))
+    load, loads = AutoModelForCausalLM.from_pretrained, []
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(time.sleep(0.05)) or load(*a, **k)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        pairs = list(pool.map(lambda _: router._to_ask(asked), range(4)))
+    assert len(loads) == 1
+    assert all(pair[0] is pairs[0][0] and pair[1] is pairs[0][1] for pair in pairs)
+
+
 def test_saved_with_the_family(asked: Any, tmp_path: Path) -> None:
     asked.set_router(MultipleChoiceRouter(DOMAINS, window=64, temperature=2.0, threshold=0.1, default_expert="json"))
     asked.save_pretrained(tmp_path)
@@ -119,8 +164,11 @@ def test_a_model_of_this_machine_is_not_published(asked: Any, tmp_path: Path) ->
     asked.set_router(MultipleChoiceRouter(DOMAINS, repo=str(FAMILY / "base")))
     asked.router.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "meswitch"}')
-    with pytest.raises(UnsupportedOperationError, match="names the language model"):
-        push_folder(tmp_path, "me/family")
+    for repo in (None, "./model", ""):
+        if repo is not None:
+            (tmp_path / "router_config.json").write_text(json.dumps({"repo": repo}))
+        with pytest.raises(UnsupportedOperationError, match="names the language model"):
+            push_folder(tmp_path, "me/family")
 
 
 def test_experts_come_and_go() -> None:

@@ -78,10 +78,9 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", metavar="REPO", help="folder or Hub id of a router; default: the family's own")
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace, router: Any = None) -> Any:
     from .. import MESwitchModelForCausalLM
 
-    router = getattr(args, "router", None)
     device = usable_device(args)
     return MESwitchModelForCausalLM.from_pretrained(args.family, router=router, dtype="auto").to(device).eval()
 
@@ -95,7 +94,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.output is None and not Path(args.family).is_dir():
         raise OutputFolderError(f"{args.family} is no folder, so the router cannot be put there. Give --output DIR.")
     prompts = read_prompts(args.data)
-    model = _load(args)
+    model = _load(args, router=False)  # one that is damaged is to be replaced
     scores: list[tuple[LayerScore, ...]] = []
     started = time.perf_counter()
     router = HeadRouter.train(
@@ -109,7 +108,7 @@ def _train(args: argparse.Namespace) -> None:
         on_layers=scores.append,
     )
     seconds = time.perf_counter() - started
-    if args.output is None:
+    if args.output is None or Path(args.output).resolve() == Path(args.family).resolve():
         put_router(router, args.family)
     else:
         router.save_pretrained(args.output)
@@ -150,7 +149,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.plot is not None:
         require_matplotlib()
     prompts = read_prompts(args.data)
-    model = _load(args)
+    model = _load(args, args.router)
     output = model.route([prompt for own in prompts.values() for prompt in own])
     evaluation = evaluate(output, [label for label, own in prompts.items() for _ in own])
     if args.plot is not None:
@@ -173,7 +172,7 @@ def _render(evaluation: Evaluation) -> str:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    model = _load(args)
+    model = _load(args, args.router)
     explained = _explained(model, args.prompt)
     if args.json:
         print(json.dumps(explained, indent=2))
@@ -184,7 +183,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _try(args: argparse.Namespace) -> None:
-    model = _load(args)
+    model = _load(args, args.router)
     asks = sys.stdin.isatty() and not args.json
     while True:
         if asks:

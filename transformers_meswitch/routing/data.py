@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_prompts(sources: Sequence[str]) -> dict[str, list[Prompt]]:
     found: dict[str, dict[str, Prompt]] = {}
     for source in sources:
         expert, separator, where = source.partition("=")
-        if not separator or Path(source).exists():  # a path may have an equals sign
+        if not separator or os.path.exists(source):  # a path may have an equals sign
             expert, where = "", source
         for row, place in _rows(where, expert):
             label = expert or row.get("expert")

@@ -30,7 +30,7 @@ def load_router(location: RepoLocation) -> Router:
     if kind not in ROUTER_TYPES:
         raise RouterError(
             f"{location}: router_type is {kind!r}; this release knows {', '.join(map(repr, ROUTER_TYPES))}. Upgrade "
-            "transformers-meswitch, or load the experts without the router: "
-            "MESwitchModelForCausalLM.from_pretrained(base, experts={...})."
+            "transformers-meswitch, or load the family without it: "
+            "MESwitchModelForCausalLM.from_pretrained(family, router=False)."
         )
     return ROUTER_TYPES[kind].from_files(config, pinned)

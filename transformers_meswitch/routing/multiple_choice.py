@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..delta_format.location import RepoLocation
+from ..delta_format.location import RepoLocation, is_plain_path
 from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
 from ..peft_method.naming import check_expert_name
 from .files import read_config, write
@@ -25,6 +26,8 @@ __all__ = ["MultipleChoiceRouter"]
 
 #: Queries that say nothing, as of Zhao et al.
 _CONTENT_FREE = ("N/A", "[MASK]", "")
+#: Of no router, so that routers can be copied and pickled.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class MultipleChoiceRouter:
 
     ME-Switch (arXiv 2406.09041) fine-tunes a 1.8B model to answer it, as ``examples/train_multiple_choice_router.py``
     does; without that, the router is as good as the model is at such questions. The answer is read from the logits of
-    the options' letters, in one forward pass for each prompt.
+    the options' letters, in one forward pass for each prompt, and three more for each call of :meth:`route_ids`.
 
     Models prefer some letters whatever the question. What they prefer is measured on queries that say nothing and
     divided out (Zhao et al., "Calibrate before use", arXiv 2102.09690, section 4).
@@ -44,7 +47,8 @@ class MultipleChoiceRouter:
         temperature: what scores are divided by.
         threshold: the router abstains where no expert is at least this likely.
         default_expert: who answers where it abstains; `None` is the base.
-        repo: Hub id or folder of the causal LM to ask; `None` is the base that is loaded.
+        repo: Hub id or folder of the causal LM to ask, a folder by its absolute path; `None` is the base that is
+            loaded.
 
     >>> router = MultipleChoiceRouter({"math": "mathematics", "code": "programming"})
     >>> router.labels
@@ -81,6 +85,8 @@ class MultipleChoiceRouter:
                 raise RouterError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}.")
         if self.repo is not None and not isinstance(self.repo, str):
             raise RouterError(f"repo is {self.repo!r}, expected the Hub id or folder of a causal LM, or None.")
+        if self.repo is not None and Path(self.repo).is_dir():  # which from another folder could be read as a Hub id
+            object.__setattr__(self, "repo", str(Path(self.repo).resolve()))
 
     @property
     def labels(self) -> list[str]:
@@ -163,20 +169,28 @@ class MultipleChoiceRouter:
     def _to_ask(self, model: Any) -> tuple[Any, Any]:
         if self.repo is None:
             return model, model.tokenizer_for(None)
-        if not self._asked:
-            self._asked["tokenizer"] = AutoTokenizer.from_pretrained(self.repo)
-            self._asked["model"] = AutoModelForCausalLM.from_pretrained(
-                self.repo, dtype="auto", use_safetensors=True
-            ).eval()
-        return self._asked["model"].to(model.device), self._asked["tokenizer"]
+        with _LOADING:
+            if "pair" not in self._asked:
+                tokenizer = AutoTokenizer.from_pretrained(self.repo)
+                asked = AutoModelForCausalLM.from_pretrained(self.repo, dtype="auto", use_safetensors=True).eval()
+                self._asked["pair"] = asked, tokenizer
+            asked, tokenizer = self._asked["pair"]
+            return asked.to(model.device), tokenizer
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``router_config.json``; a language model that it names is not copied."""
-        names = ("window", "temperature", "threshold", "default_expert", "repo")
+        """Write ``router_config.json``; a language model that it names is not copied.
+
+        One inside the folder is named relative to it, as ``./model``, any other local one by its absolute path.
+        """
+        names = ("window", "temperature", "threshold", "default_expert")
         config = {"router_type": self.router_type, "domains": dict(self.domains)}
-        write(Path(save_directory), config | {name: getattr(self, name) for name in names}, {})
+        config |= {name: getattr(self, name) for name in names}
+        repo, folder = self.repo, Path(save_directory).resolve()
+        if repo is not None and Path(repo).is_absolute() and folder in Path(repo).parents:
+            repo = f"./{Path(repo).relative_to(folder).as_posix()}"
+        write(folder, config | {"repo": repo}, {})
 
     @classmethod
     def from_pretrained(
@@ -203,6 +217,7 @@ class MultipleChoiceRouter:
                 f"{location}: router_type is {config.get('router_type')!r}, expected {cls.router_type!r}."
             )
         names = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
+        config = {**config, "repo": _asked_repo(config.get("repo"), location)}
         try:
             return cls(**{"domains": {}, **{name: value for name, value in config.items() if name in names}})
         except RouterError as error:
@@ -218,6 +233,18 @@ def _letters(model: Any, question: Question, query: Sequence[int]) -> Tensor:
     ids = torch.tensor([question.ids(query)], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
     return logits[list(question.letters)].double().log_softmax(dim=0).cpu()
+
+
+def _asked_repo(repo: Any, location: RepoLocation) -> Any:
+    """The model that a router's config names, where ``./model`` is in the router's own folder."""
+    if not isinstance(repo, str) or not repo.startswith("./"):
+        return repo
+    if not location.is_local or not is_plain_path(repo[2:]):
+        raise RouterError(
+            f"{location}: repo is {repo!r}, expected the Hub id of a causal LM, or for a router in a folder of this "
+            "machine a folder inside that."
+        )
+    return str(Path(location.repo, location.subfolder or "", repo).resolve())
 
 
 def _check_label(label: Any) -> None:
