@@ -235,7 +235,9 @@ def test_malformed_configs_are_refused(
         HeadRouter.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["nan", "negative", "dtype", "shape", "no covariance", "overflow", "count", "missing", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["nan", "negative", "dtype", "shape", "no covariance", "overflow", "count", "missing", "cut"]
+)
 def test_damaged_tensors_are_refused(router: HeadRouter, tmp_path: Path, damage: str) -> None:
     router.save_pretrained(tmp_path)
     path = tmp_path / "router.safetensors"

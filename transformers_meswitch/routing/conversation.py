@@ -64,7 +64,7 @@ def template_marks(tokenizer: Any) -> tuple[str, str] | None:
         opening = _without_half_token(opening, text, tokenizer.all_special_tokens)
     if not (found_question and found_answer and found_follow_up and opening.strip()):
         return None
-    # Line breaks are in messages too, so a template that puts nothing else behind them is told by what opens the answer.
+    # Messages have line breaks too: a template that puts nothing else behind them is told by what opens the answer.
     answer = _common_prefix(between, after)
     candidates = (_common_prefix(between, closed.partition(_FOLLOW_UP)[2]), answer, between.rstrip())
     return opening, next((closing for closing in candidates if closing.strip()), "")

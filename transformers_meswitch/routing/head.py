@@ -45,10 +45,10 @@ class HeadRouter:
     """Linear discriminant analysis on mean hidden states of the base after a few of its layers.
 
     The head is worked out from each expert's count, mean and scatter of its prompts, which is all that is kept of
-    them (:class:`~.statistics.ClassStatistics`). An expert is added from its own prompts alone, or removed, and the
-    head is the very one that all the prompts together would have given: statistics of one expert do not depend on
-    another's prompts, and neither does the projection of the features. Layer, shrinkage, temperature, threshold and
-    distance limit stay as they were fitted.
+    them (:class:`~.statistics.ClassStatistics`). An expert is added from its own prompts alone, or removed: statistics
+    of one expert do not depend on another's prompts, and neither does the projection of the features, so those of the
+    others stay as they are, to the bit. Layer, shrinkage, temperature, threshold and distance limit stay as they were
+    fitted, where a fit to all prompts at once might have chosen others.
 
     A router is never changed: what adds to it returns another.
 

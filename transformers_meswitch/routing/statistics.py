@@ -1,8 +1,8 @@
 """What a router keeps of each expert's prompts: how many, their mean, and how they scatter around it.
 
 These are sufficient statistics of linear discriminant analysis: nothing else of the prompts has any influence on the
-router. Each expert's are its own, so that adding or removing an expert gives, to the bit, the router that would have
-been fitted to all prompts at once; nobody needs the other experts' prompts again.
+head once layer and shrinkage are chosen. Each expert's are its own, so that adding or removing an expert gives, to the
+bit, the statistics of the same features taken all at once; nobody needs the other experts' prompts again.
 """
 
 from __future__ import annotations
