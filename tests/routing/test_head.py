@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -183,6 +184,19 @@ def test_it_lives_in_the_family(saved: Path, router: HeadRouter, tmp_path: Path)
     assert MESwitchModelForCausalLM.from_pretrained(tmp_path / "fewer").router is None
 
 
+def test_a_router_of_another_base_of_the_same_shape_is_refused(
+    family: Any, router: HeadRouter, tmp_path: Path
+) -> None:
+    fingerprint = family.peft_config["json"].base_fingerprint
+    assert router.base_digest == fingerprint["digest"]
+    other = dataclasses.replace(router, base_digest="0" * 64)
+    other.save_pretrained(tmp_path)
+    assert HeadRouter.from_pretrained(tmp_path).base_digest == "0" * 64
+    with pytest.raises(RouterError, match="digest 0000000000000000"):
+        family.set_router(other)
+    family.set_router(dataclasses.replace(router, base_digest=None))
+
+
 def test_it_can_come_from_elsewhere(saved: Path, tiny_family: TinyFamily, router: HeadRouter, tmp_path: Path) -> None:
     router.save_pretrained(tmp_path)
     base, experts = saved / "base", {"json": saved / "experts" / "json"}
@@ -223,6 +237,7 @@ def test_it_can_come_from_elsewhere(saved: Path, tiny_family: TinyFamily, router
         ("distance_limit", -1.0, "distance_limit"),
         ("distance_limit", math.inf, "distance_limit is inf"),
         ("default_expert", "auto", "reserved"),
+        ("base_digest", 3, "base_digest is 3"),
     ],
 )
 def test_malformed_configs_are_refused(

@@ -63,6 +63,7 @@ class HeadRouter:
         distance_limit: it also abstains where a prompt is further, in squared Mahalanobis distance, from each
             expert's prompts.
         default_expert: who answers where it abstains; `None` is the base.
+        base_digest: of the base's checkpoint, as the experts' ``adapter_config.json`` name it; `None` if they do not.
     """
 
     statistics: ClassStatistics
@@ -74,6 +75,7 @@ class HeadRouter:
     threshold: float
     distance_limit: float
     default_expert: str | None = None
+    base_digest: str | None = None
     _heads: dict[tuple[str, ...], Discriminant] = field(default_factory=dict, repr=False)
 
     router_type = "head"
@@ -139,6 +141,7 @@ class HeadRouter:
             fit.threshold,
             fit.distance_limit,
             None if default_expert == BASE_LABEL else default_expert,
+            _base_digest(model),
         )
 
     def with_expert(self, model: Any, expert: str, prompts: Sequence[Prompt]) -> HeadRouter:
@@ -185,7 +188,7 @@ class HeadRouter:
     # -- routing ----------------------------------------------------------------------------------------------------
 
     def check(self, model: Any) -> None:
-        """Refuse a model of another width or of fewer layers.
+        """Refuse a model of another width, of fewer layers, or whose experts are known to be of another base.
 
         Raises:
             RouterError: the router was fitted to another base.
@@ -196,6 +199,12 @@ class HeadRouter:
             raise RouterError(
                 f"The router was fitted to a base of hidden size {self.width}, but {type(model).__name__} has "
                 f"{width}. Train one for this base: HeadRouter.train(model, prompts)."
+            )
+        digest = _base_digest(model)
+        if self.base_digest is not None and digest is not None and digest != self.base_digest:
+            raise RouterError(
+                f"The router was fitted to the base with digest {self.base_digest[:16]}…, but the experts are of the "
+                f"base with digest {digest[:16]}…. Train one for this base: HeadRouter.train(model, prompts)."
             )
         check_layers(model, [self.layer])
 
@@ -246,6 +255,7 @@ class HeadRouter:
             "labels": self.labels,
             **{name: getattr(self, name) for name in (*_INTEGERS, *_NUMBERS)},
             "default_expert": self.default_expert,
+            "base_digest": self.base_digest,
         }
         s = self.statistics
         write(Path(save_directory), config, {"counts": s.counts, "means": s.means, "scatters": s.scatters})
@@ -288,6 +298,9 @@ class HeadRouter:
             _check_integer(name, config.get(name), least, most, f"{location}: ")
         for name, (low, high) in _NUMBERS.items():
             _check_number(name, config.get(name), low, high, f"{location}: ")
+        digest = config.get("base_digest")
+        if digest is not None and not isinstance(digest, str):
+            raise RouterError(f"{location}: base_digest is {digest!r}, expected a text or null.")
         statistics = _checked_statistics(labels, read_tensors(location), config["shrinkage"], str(location))
         values = {name: config[name] for name in (*_INTEGERS, *_NUMBERS)}
         if statistics.rank > values["width"]:
@@ -295,7 +308,7 @@ class HeadRouter:
                 f"{location}: features have {statistics.rank} dimensions, more than the base's width, "
                 f"{values['width']}."
             )
-        return cls(statistics, **values, default_expert=default)
+        return cls(statistics, **values, default_expert=default, base_digest=digest)
 
 
 #: Entries of the config, with what they may be.
@@ -363,6 +376,14 @@ def _check_loaded(labels: Sequence[str], model: Any) -> None:
             raise ExpertNotFoundError(
                 f"No expert named {label!r} is loaded. Loaded: {_listed(model.experts)}; 'base' is the base."
             )
+
+
+def _base_digest(model: Any) -> str | None:
+    """The digest of the base that the loaded experts name; `None` if they name none, or not the same."""
+    configs = getattr(model, "peft_config", {}).values()
+    prints = [print_ for config in configs if (print_ := getattr(config, "base_fingerprint", None)) is not None]
+    digests = {str(print_["digest"]) for print_ in prints if "digest" in print_}
+    return digests.pop() if len(digests) == 1 else None
 
 
 def _listed(names: Sequence[str]) -> str:
