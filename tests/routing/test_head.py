@@ -251,7 +251,8 @@ def test_malformed_configs_are_refused(
 
 
 @pytest.mark.parametrize(
-    "damage", ["nan", "negative", "dtype", "shape", "no covariance", "overflow", "count", "missing", "cut"]
+    "damage",
+    ["nan", "negative", "dtype", "shape", "no covariance", "overflow", "indefinite", "count", "missing", "cut"],
 )
 def test_damaged_tensors_are_refused(router: HeadRouter, tmp_path: Path, damage: str) -> None:
     router.save_pretrained(tmp_path)
@@ -270,6 +271,9 @@ def test_damaged_tensors_are_refused(router: HeadRouter, tmp_path: Path, damage:
     if damage == "overflow":
         tensors["scatters"][:] = 3e38
         tensors["scatters"][0, 0] = -3e38
+    if damage == "indefinite":  # by too little for the eigenvalues' tolerance, and still without a Cholesky factor
+        tensors["scatters"].zero_()
+        tensors["scatters"][0, :2] = torch.tensor([1.0, 0.5])
     if damage == "count":
         tensors["counts"][0] = 2**62
     if damage == "missing":
