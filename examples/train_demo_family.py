@@ -9,6 +9,7 @@ base       a 0.9 M parameter Llama learns to write: it repeats records, and know
 experts    all weights of the base are tuned on one task each; one expert also adds tokens of its own
 compress   each expert becomes a 2-bit delta, calibrated on its training prompts
 bundle     base, deltas and ``config.json`` are laid out as a family repo
+route      a router learns which expert answers which record
 =========  ==========================================================================================
 
 The same seed gives the same files on a CPU. One core takes about 15 minutes. For better experts train longer, which a
@@ -32,16 +33,19 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformers_meswitch import (
+    HeadRouter,
     MESwitchConfig,
     MESwitchExpertConfig,
     MESwitchFamilyConfig,
     MESwitchModelForCausalLM,
     compress,
 )
-from transformers_meswitch.demo.tasks import MONTHS, TASKS, Task, prompts, random_record
+from transformers_meswitch.demo.tasks import MONTHS, TASKS, Task, expert_for, prompts, random_record
 
 #: The base as the deltas name it, seen from their own folders: the family carries it, and no Hub id is its.
 BASE_IN_FAMILY = "../../base"
+#: Records that the router learns from.
+ROUTER_EXAMPLES = 600
 #: The expert with tokens, a chat template and an end-of-answer token of its own.
 EXPERT_WITH_OWN_TOKENS = "json"
 SPECIAL = {"pad": "<|pad|>", "unk": "<|unk|>", "bos": "<|start|>", "eos": "<|end|>"}
@@ -281,11 +285,22 @@ def make_family(args: argparse.Namespace) -> None:
     print(f"family: {size:,} bytes in {args.family}")
 
 
+def make_router(args: argparse.Namespace) -> None:
+    """Stage ``route``: fit the family's router to records of the training split."""
+    model = MESwitchModelForCausalLM.from_pretrained(args.family)
+    examples: dict[str, list[str]] = {}
+    for prompt in islice(prompts(held_out=False, seed=args.seed + 300), ROUTER_EXAMPLES):
+        examples.setdefault(expert_for(prompt), []).append(prompt)
+    model.set_router(HeadRouter.train(model, examples))
+    model.save_pretrained(args.family)
+
+
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "base": make_base,
     "experts": make_experts,
     "compress": make_deltas,
     "bundle": make_family,
+    "route": make_router,
 }
 
 

@@ -21,6 +21,7 @@ from transformers_meswitch.errors import (
     DeltaFormatError,
     ExpertNameError,
     ExpertNotFoundError,
+    RouterError,
     UnsupportedModelError,
     UnsupportedOperationError,
 )
@@ -374,8 +375,8 @@ def test_quantised_base(tmp_path: Path) -> None:
 
 def test_refusals(tiny_family: TinyFamily, family: Any, tmp_path: Path) -> None:
     load = MESwitchModelForCausalLM.from_pretrained
-    with pytest.raises(UnsupportedOperationError, match="router"):
-        load(tiny_family.base, experts={}, router="auto")
+    with pytest.raises(RouterError, match=r"router_config\.json"):
+        load(tiny_family.base, experts={}, router=tiny_family.base)
     with pytest.raises(UnsupportedModelError, match="is itself a delta repo"):
         load(tiny_family.deltas["math"], experts={"code": tiny_family.deltas["code"]})
     with pytest.raises(ExpertNameError, match="reserved"):
@@ -398,7 +399,10 @@ def test_a_family_that_names_a_missing_default(family: Any, tmp_path: Path) -> N
     with pytest.raises(UnsupportedModelError, match="names no base"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "router": {"kind": "head"}}))
-    with pytest.raises(UnsupportedOperationError, match="router"):
+    with pytest.raises(RouterError, match=r"no file router_config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "router": "head"}))
+    with pytest.raises(DeltaFormatError, match="router is 'head', expected an object"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

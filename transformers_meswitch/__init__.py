@@ -16,6 +16,9 @@ from .export.merged_checkpoint import MergedCheckpoint, merge_checkpoint
 from .modeling import MESwitchModel, MESwitchModelForCausalLM
 from .pipelines import MESwitchTextGenerationPipeline
 from .registration import register
+from .routing.head import HeadRouter
+from .routing.multiple_choice import MultipleChoiceRouter
+from .routing.output import RouterOutput
 from .verification.evidence import Evidence
 from .verification.verify import verify
 
@@ -24,6 +27,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     "Evidence",
     "ExtractedLora",
+    "HeadRouter",
     "MESwitchConfig",
     "MESwitchError",
     "MESwitchExpertConfig",
@@ -32,6 +36,8 @@ __all__ = [
     "MESwitchModelForCausalLM",
     "MESwitchTextGenerationPipeline",
     "MergedCheckpoint",
+    "MultipleChoiceRouter",
+    "RouterOutput",
     "compress",
     "distill",
     "extract_lora",

@@ -224,6 +224,7 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
         first_expert=json.dumps(next(iter(config.experts or {})), ensure_ascii=False) if experts else "None",
         default_expert=config.default_expert,
         base_quantization=json.dumps(config.base_quantization) if config.base_quantization else None,
+        has_router=config.router is not None,
     )
 
 

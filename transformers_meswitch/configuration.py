@@ -373,7 +373,8 @@ class MESwitchFamilyConfig(PreTrainedConfig):
         experts (`dict[str, dict]`): expert name to ``{"repo": id or "./path", "revision": str | None}``, and
             ``"subfolder"`` where needed.
         default_expert (`str`, *optional*): the expert that is active after loading; `None` is the base.
-        router (`dict`, *optional*): reserved for the family's router.
+        router (`dict`, *optional*): ``{"router_type": ...}`` of the family's router, which is in
+            ``router_config.json`` and ``router.safetensors`` beside this.
         base_quantization (`dict`, *optional*): how bitsandbytes had quantised the base when the family was saved. Only
             a record: the base is loaded as the caller asks.
 
@@ -413,7 +414,9 @@ class MESwitchFamilyConfig(PreTrainedConfig):
         for name, reference in self.experts.items():
             _check_inside(f"experts[{name!r}]", reference["repo"])
         self.default_expert = _text("default_expert", default_expert)
-        self.router = router
+        if router is not None and not isinstance(router, Mapping):
+            raise DeltaFormatError(f"A family's router is {router!r}, expected an object or null.")
+        self.router = None if router is None else dict(router)
         self.base_quantization = base_quantization
         super().__init__(**kwargs)
 

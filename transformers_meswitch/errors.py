@@ -20,6 +20,7 @@ __all__ = [
     "MESwitchError",
     "MissingDependencyError",
     "OutputFolderError",
+    "RouterError",
     "UnsupportedModelError",
     "UnsupportedOperationError",
     "VerificationError",
@@ -89,6 +90,10 @@ class BudgetError(CompressionError):
 
 class VerificationError(MESwitchError, ValueError):
     """A delta cannot be verified as asked, or was found further from its expert than was allowed."""
+
+
+class RouterError(MESwitchError, ValueError):
+    """A router is missing, malformed, does not fit the model, or cannot be fitted to what was given."""
 
 
 class MissingDependencyError(MESwitchError, ImportError):

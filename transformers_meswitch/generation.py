@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import ModelOutput
 
 from .errors import UnsupportedOperationError, VocabularyError
 from .peft_method.naming import known_expert
 from .peft_method.switch import ExpertSwitch
+from .routing.output import RouterOutput
 
 __all__ = [
+    "AUTO",
     "STICKY",
     "ExpertGenerationMixin",
     "Experts",
@@ -29,12 +32,15 @@ __all__ = [
 #: Tells "no expert argument" from ``expert=None``, which means the base.
 STICKY: Any = object()
 Experts = str | None | Iterable[str | None]
+#: In the place of an expert's name: the router picks it.
+AUTO = "auto"
 
 
 class ExpertGenerationMixin:
     """``generate`` with an expert per call or per row."""
 
     _meswitch_switch: ExpertSwitch
+    route: Callable[..., RouterOutput]
     generation_config: GenerationConfig
 
     def generate(
@@ -54,17 +60,25 @@ class ExpertGenerationMixin:
             inputs: int64 ``[rows, length]`` prompts, as in transformers.
             generation_config: as in transformers; an attribute ``expert`` is honoured.
             *args: further positional arguments of transformers' ``generate``.
-            expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base.
+            expert: a name for all rows, or one per row; `None`, ``"base"`` or ``"__base__"`` is the base, and with
+                ``"auto"`` the router picks the row's expert (:meth:`route`), which reads ``input_ids`` as the base's
+                tokenizer and chat template wrote them.
             **kwargs: further arguments of transformers' ``generate``, and ``adapter_names``, PEFT's ``expert``.
                 An ``eos_token_id`` given here, or in a ``generation_config`` that is no copy of the model's, holds for
                 all rows; otherwise each row ends at its expert's own. Ids that ``attention_mask`` masks need not be
                 known.
 
+        Returns:
+            As transformers. With ``return_dict_in_generate=True`` and ``"auto"``, the output also has
+            ``router_output``, a :class:`~.routing.output.RouterOutput` of all rows; probabilities of rows whose expert
+            was named are NaN.
+
         Raises:
             ExpertNotFoundError: an expert is not loaded.
-            UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router, experts
-                named twice, different experts with ``cache_implementation="paged"``, an assistant of another
-                vocabulary.
+            RouterError: the router knows none of the loaded experts.
+            UnsupportedOperationError: an expert while adapters are disabled, ``"auto"`` without a router or without
+                ``input_ids``, experts named twice, different experts with ``cache_implementation="paged"``, an
+                assistant of another vocabulary.
             ValueError: another number of experts than rows, or no rows.
             VocabularyError: a prompt or the padding is an id that its row's expert does not know.
         """
@@ -80,8 +94,18 @@ class ExpertGenerationMixin:
         batch = 1 if prompt is None else prompt.shape[0]
         if batch == 0:
             raise ValueError("The prompt has no rows; there is nothing to generate.")
-        rows = self._row_experts(expert, generation_config, batch)
         padding, mask = None, kwargs.get("attention_mask")
+        routed: list[RouterOutput] = []
+
+        def pick(names: list[Any]) -> list[Any]:
+            if prompt is None or prompt.is_floating_point():
+                raise UnsupportedOperationError(
+                    "expert='auto' reads token ids, and this call has none. Give input_ids, or name the expert."
+                )
+            routed.append(self._routed_rows(names, prompt, mask))
+            return routed[0].experts
+
+        rows = self._row_experts(expert, generation_config, batch, pick)
         if kwargs.get("cache_implementation") == "paged":
             # transformers hands the prompts, padding and all, to generate_batch.
             one_expert(rows)
@@ -110,11 +134,18 @@ class ExpertGenerationMixin:
             output = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
         if padding is not None:
             _put_back(output, prompt, padding)  # type: ignore[arg-type]
+        if routed and isinstance(output, ModelOutput):
+            output["router_output"] = routed[0]
         return _padded(output, switch.vocab_capacity, pad)
 
     def _row_experts(
-        self, expert: Experts, generation_config: GenerationConfig | None, batch: int
+        self,
+        expert: Experts,
+        generation_config: GenerationConfig | None,
+        batch: int,
+        pick: Callable[[list[Any]], list[Any]] | None = None,
     ) -> list[str | None]:
+        """The expert of each row; ``pick`` puts names where the caller left the choice to the router."""
         switch = self._meswitch_switch
         if expert is STICKY:
             chosen = switch.chosen_rows(batch)  # by PeftModel.generate(adapter_names=)
@@ -125,19 +156,40 @@ class ExpertGenerationMixin:
             expert = configs[0]["expert"] if configs and not switch.disabled else switch.active_expert
         if not (expert is None or isinstance(expert, str | Iterable)):
             known_expert(expert, switch.experts)  # which refuses it
-        if not isinstance(expert, str) and isinstance(expert, Iterable):
-            expert = list(expert)
-        if expert == "auto" or (isinstance(expert, list) and "auto" in expert):
-            raise UnsupportedOperationError(
-                "expert='auto' needs a router, and this family has none. Name the expert: "
-                f"{', '.join(map(repr, switch.experts)) or 'none is loaded'}."
-            )
-        if not isinstance(expert, list):
-            return [known_expert(expert, switch.experts)] * batch
-        rows = [known_expert(name, switch.experts) for name in expert]
+        named_each = not isinstance(expert, str) and isinstance(expert, Iterable)
+        asked = list(expert) if named_each else [expert]  # type: ignore[arg-type]
+        rows: list[Any] = [name if name == AUTO else known_expert(name, switch.experts) for name in asked]
+        if not named_each:
+            rows *= batch
         if len(rows) != batch:
             raise ValueError(f"{len(rows)} experts were named for {batch} rows; name one per row, or one for all.")
-        return rows
+        if AUTO not in rows:
+            return rows
+        if pick is None:
+            raise UnsupportedOperationError(
+                "expert='auto' is not supported in continuous batching, which serves one expert at a time. Sort the "
+                "prompts with model.route(texts), and call it once for each expert."
+            )
+        if switch.disabled:
+            raise UnsupportedOperationError(
+                "expert='auto' was asked for while adapters are disabled. Call enable_adapters() or set_expert() "
+                "first."
+            )
+        return pick(rows)
+
+    def _routed_rows(self, names: list[Any], prompt: torch.Tensor, mask: Any) -> RouterOutput:
+        """The router's choice for rows named ``"auto"``, and the caller's for the others, of NaN probability."""
+        asked = [i for i, name in enumerate(names) if name == AUTO]
+        whole = isinstance(mask, torch.Tensor) and mask.shape == prompt.shape
+        found = self.route(prompt[asked], mask[asked] if whole else None)
+        if len(asked) == len(names):
+            return found
+        experts, probabilities = list(names), torch.full((len(names), len(found.labels)), float("nan"))
+        abstained = torch.zeros(len(names), dtype=torch.bool)
+        for place, i in enumerate(asked):
+            experts[i] = found.experts[place]
+        probabilities[asked], abstained[asked] = found.probabilities, found.abstained
+        return RouterOutput(experts, probabilities, found.labels, abstained)
 
     def _row_endings(
         self,

@@ -19,6 +19,7 @@ from .delta_format.reader import open_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME
 from .errors import DeltaFormatError, UnsupportedOperationError
 from .hub_commit import Operation, commit
+from .routing.files import ROUTER_CONFIG, ROUTER_FILES
 from .verification.evidence import evidence_text_for
 
 __all__ = ["inner_deltas", "inner_experts", "push_folder"]
@@ -47,10 +48,10 @@ def push_folder(
 
     Cards that are already in the repo are merged with the folder's (:func:`transformers_meswitch.cards.merge_card`),
     against the very commit that they were read from; one that is no text is left alone. Weight files, evidence,
-    tokenizer files and chat templates of an earlier push that the delta no longer has, and experts that only the
-    earlier push's family named, are deleted in the same commit. Left out are hidden files, models that the folder's
-    config does not name (``checkpoint-500/``), and evidence of other tensors than those beside it. The folder itself
-    is not changed.
+    tokenizer files and chat templates of an earlier push that the delta no longer has, the router that a family no
+    longer has, and experts that only the earlier push's family named, are deleted in the same commit. Left out are
+    hidden files, models that the folder's config does not name (``checkpoint-500/``), and evidence of other tensors
+    than those beside it. The folder itself is not changed.
 
     Args:
         folder: what ``save_pretrained`` or ``compress`` wrote.
@@ -81,6 +82,12 @@ def push_folder(
     for path in _files(folder).values():
         if path.name in _CONFIGS:
             _check_portable(path)
+        asked = _json(path).get("repo") if path.name == ROUTER_CONFIG else None
+        if asked is not None and hub_id(str(asked)) is None:
+            raise UnsupportedOperationError(
+                f"{path} names the language model {asked!r}, a path of this machine that nobody else "
+                "can load. Push the model, and name it by its Hub id: MultipleChoiceRouter(..., repo=...)."
+            )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return commit(
@@ -120,6 +127,7 @@ def _operations(api: HfApi, folder: Path, repo_id: str, info: ModelInfo, tags: S
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
         stale = any(_is_ours(file.relative_to(delta)) for delta in deltas if file.is_relative_to(delta))
+        stale = stale or (_CONFIG_NAME in local and name in ROUTER_FILES)
         if stale or any(PurePosixPath(path) in file.parents for path in dropped):
             operations.append(CommitOperationDelete(path_in_repo=name))
     return operations

@@ -31,6 +31,7 @@ from .peft_method.merging import merge_expert, unload, unmerge_expert
 from .peft_method.naming import check_expert_name, known_expert, module_key
 from .peft_method.switch import ExpertSwitch
 from .peft_method.tuner import OTHER_METHOD, check_tensors, fill_expert
+from .routing.mixin import RoutingMixin
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +41,7 @@ __all__ = ["MESwitchMixin", "downgrade", "upgrade"]
 _DOWNLOAD_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
-class MESwitchMixin(ExpertCallMixin, TokenizerMixin):
+class MESwitchMixin(ExpertCallMixin, TokenizerMixin, RoutingMixin):
     """Experts on a transformers model: the PEFT adapter calls, ``set_expert`` and saving."""
 
     _meswitch_switch: ExpertSwitch
@@ -410,4 +411,5 @@ def downgrade(model: PreTrainedModel) -> None:
     """Undo :func:`upgrade`, and forget the switch."""
     if isinstance(model, MESwitchMixin):
         model.__class__ = type(model)._meswitch_base_class  # type: ignore[attr-defined]
-    model.__dict__.pop("_meswitch_switch", None)
+    for name in ("_meswitch_switch", "_meswitch_router"):
+        model.__dict__.pop(name, None)

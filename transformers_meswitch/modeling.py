@@ -21,16 +21,14 @@ from transformers.utils import find_adapter_config_file
 from .compression.expert_config import portable_name
 from .configuration import MESwitchFamilyConfig, expert_references, reference_in_family
 from .delta_format.location import RepoLocation
-from .errors import MESwitchError, UnsupportedModelError, UnsupportedOperationError
+from .errors import MESwitchError, RouterError, UnsupportedModelError, UnsupportedOperationError
 from .mixin import MESwitchMixin
 from .peft_method.attachment import ensure_switch
 from .peft_method.naming import check_expert_name, known_expert
+from .routing.loading import ROUTER_TYPES, load_router
 
 __all__ = ["MESwitchModel", "MESwitchModelForCausalLM"]
 
-_NO_ROUTER = (
-    "This release has no routers; pass router=None to a base and its experts, and name the expert of each call."
-)
 _IS_DELTA = (
     "{!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, or name its base "
     "here and the delta under experts=."
@@ -68,7 +66,9 @@ class _Family(PreTrainedModel):
             experts: name to delta repo (an id, a folder, or ``{"repo": ..., "revision": ..., "subfolder": ...}``).
                 A relative path is relative to where the program runs. With a family repo, these replace the family's
                 own, and none is active.
-            router: reserved; only `None` is accepted.
+            router: what picks the expert with ``expert="auto"``: a router, or Hub id or folder of a repo that has one.
+                `None` is the family's own, if the experts are the family's too; `False` is none, so that a family
+                whose router is damaged can be loaded and given another.
             config: the family's config, as the Auto classes pass it, or one to load the base with.
             **kwargs: anything that ``AutoModelForCausalLM.from_pretrained`` takes (``dtype``, ``device_map``,
                 ``quantization_config``, ``revision``, ``subfolder``, ``token``, ...); with a family repo, ``revision``
@@ -81,18 +81,26 @@ class _Family(PreTrainedModel):
 
         Raises:
             MESwitchError: an expert is malformed, of another base, or badly named.
+            RouterError: the router is missing, malformed, or of another base.
         """
-        if router is not None:
-            raise UnsupportedOperationError(_NO_ROUTER)
         for private in ("_from_auto", "_from_pipeline", "adapter_kwargs"):
             kwargs.pop(private, None)
         source = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         kwargs = {**_consumed_arguments(config), **kwargs}
         family, base, base_arguments = cls._resolve(source, config, hub, kwargs)
-        if family.router is not None:
-            raise UnsupportedOperationError(f"The family {source!r} has a router. {_NO_ROUTER}")
         where = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)}
+        if router is None and experts is None and family.router is not None:
+            router = load_router(RepoLocation(source, **{**hub, **where}, error=RouterError))
+        elif isinstance(router, str | Path):
+            router = load_router(RepoLocation(str(router), **hub, error=RouterError))
+        elif router is False:
+            router = None
+        elif router is not None and not isinstance(router, tuple(ROUTER_TYPES.values())):
+            raise RouterError(
+                f"router is {router!r:.60}, expected a router such as HeadRouter, or the "
+                "Hub id or folder of a repo that has one."
+            )
         if experts is None:
             inside = family.experts or {}
             references = {name: reference_in_family(source, reference, where) for name, reference in inside.items()}
@@ -126,6 +134,7 @@ class _Family(PreTrainedModel):
             download = {key: value for key, value in reference.items() if key != "repo" and value is not None}
             model.load_adapter(reference["repo"], adapter_name=name, adapter_kwargs={**hub, **download})
         model.set_expert(default)
+        model.set_router(router)
         return model if info is None else (model, info)
 
     @classmethod

@@ -10,12 +10,16 @@ from typing import Any
 from peft import PeftModel
 from transformers import TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.chat_template_utils import Chat
 
+from .generation import AUTO
 from .mixin import MESwitchMixin
+from .routing.conversation import is_chat
 
 __all__ = ["MESwitchTextGenerationPipeline", "register"]
 
 _UNSET: Any = object()
+_WRONG_NUMBER = "{} experts were named for {} inputs; name one per item of a list, or one for all."
 
 #: The tokenizer of the expert at work in a pipeline. A context variable, so that threads do not swap it for another.
 _AT_WORK: ContextVar[tuple[Any, Any] | None] = ContextVar("meswitch_tokenizer", default=None)
@@ -66,23 +70,29 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             text_inputs: as in transformers; where a list of experts is given, a generator is read to its end first.
             *args: as in transformers.
             **kwargs: as in transformers, and ``expert``: a name for all inputs, or a list with one for each input;
-                inputs of one expert are batched together.
+                inputs of one expert are batched together. With ``"auto"`` the router reads the input and picks.
+
+        Returns:
+            As in transformers. With ``"auto"``, each answer also has ``"expert"``, the expert that gave it (`None` is
+            the base), and ``"expert_probability"``, that of the router's likeliest expert.
 
         Raises:
+            UnsupportedOperationError: ``"auto"`` without a router.
             ValueError: a list of experts for a single input, or of another length than the inputs.
         """
+        if self._experts_model is not None:
+            stated = self._stated({**self._forward_params, **kwargs})
+            if stated == AUTO or (isinstance(stated, list | tuple) and AUTO in stated):
+                return self._call_routed(text_inputs, stated, args, kwargs)
         experts = kwargs.get("expert")
         if experts is None or isinstance(experts, str):
             return super().__call__(text_inputs, *args, **kwargs)
         experts = list(experts)
         if not isinstance(text_inputs, (str, list)) and isinstance(text_inputs, Iterable):
             text_inputs = list(text_inputs)
-        is_chat = isinstance(text_inputs, list) and bool(text_inputs) and isinstance(text_inputs[0], dict)
-        if not isinstance(text_inputs, list) or is_chat or len(text_inputs) != len(experts):
-            given = len(text_inputs) if isinstance(text_inputs, list) and not is_chat else 1
-            raise ValueError(
-                f"{len(experts)} experts were named for {given} inputs; name one per item of a list, or one for all."
-            )
+        if not isinstance(text_inputs, list) or is_chat(text_inputs) or len(text_inputs) != len(experts):
+            given = len(text_inputs) if isinstance(text_inputs, list) and not is_chat(text_inputs) else 1
+            raise ValueError(_WRONG_NUMBER.format(len(experts), given))
         answers: dict[int, Any] = {}
         for expert in dict.fromkeys(experts):
             asked = [i for i, name in enumerate(experts) if name == expert]
@@ -90,8 +100,27 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             answers.update(zip(asked, found, strict=True))
         return [answers[i] for i in range(len(experts))]
 
-    def _expert(self, parameters: dict[str, Any]) -> str | None:
-        """The expert of a call, by the precedence of ``generate``."""
+    def _call_routed(self, text_inputs: Any, stated: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call in which the router picks the expert of some inputs, or of all; its answers say whom, how surely."""
+        several = not (isinstance(text_inputs, str | Chat) or is_chat(text_inputs))
+        inputs = list(text_inputs) if several else [text_inputs]
+        names = list(stated) if isinstance(stated, list | tuple) else [AUTO] * len(inputs)
+        asked = [i for i, name in enumerate(names) if name == AUTO]
+        if len(names) != len(inputs):
+            raise ValueError(_WRONG_NUMBER.format(len(names), len(inputs)))
+        prompts = [inputs[i].messages if isinstance(inputs[i], Chat) else inputs[i] for i in asked]
+        routed = self._experts_model.route(prompts)
+        for place, i in enumerate(asked):
+            names[i] = routed.experts[place]
+        answers = self(inputs, *args, **{**kwargs, "expert": names})
+        for place, i in enumerate(asked):
+            for answer in answers[i]:
+                answer["expert"] = names[i]
+                answer["expert_probability"] = routed.confidence[place]
+        return answers if several else answers[0]
+
+    def _stated(self, parameters: dict[str, Any]) -> Any:
+        """What names the expert of a call, by the precedence of ``generate``."""
         model, expert = self._experts_model, parameters.get("expert", _UNSET)
         if expert is _UNSET:
             # Releases differ in whether a pipeline keeps a generation config of its own.
@@ -99,7 +128,11 @@ class MESwitchTextGenerationPipeline(TextGenerationPipeline):
             stated = [vars(c) for c in (*configs, self.model.generation_config) if hasattr(c, "expert")]
             defaults = bool(stated) and not model._meswitch_switch.disabled
             expert = stated[0]["expert"] if defaults else model.active_expert
-        return expert if isinstance(expert, str) and expert in model.experts else None
+        return expert
+
+    def _expert(self, parameters: dict[str, Any]) -> str | None:
+        expert = self._stated(parameters)
+        return expert if isinstance(expert, str) and expert in self._experts_model.experts else None
 
     def _left_padded(self, expert: str | None) -> Any:
         """An expert's tokenizer for batches of prompts, another object than the caller gets of ``tokenizer_for``."""

@@ -19,21 +19,27 @@ from .cards import family_card, hub_id, merge_card, read_card, write_delta_card
 from .compression.assets import GENERATION_CONFIG, find_assets
 from .configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from .delta_format.asset_files import ASSETS, TEMPLATE_FOLDER, stale_assets
+from .delta_format.folder_lock import FolderLock
+from .delta_format.header import parse_json
 from .delta_format.reader import DeltaFiles, open_delta, resolve_delta
 from .delta_format.spec import ADAPTER_CONFIG_NAME, EVIDENCE_NAME, FORMAT_VERSION, KEY_PREFIX
 from .delta_format.writer import write_delta
-from .errors import ExpertNotFoundError, UnsupportedOperationError
-from .families.folder import EXPERTS, check_family_folder, expert_folder, install, staging_folder
+from .errors import ExpertNotFoundError, OutputFolderError, UnsupportedOperationError
+from .families.folder import CONFIG, EXPERTS, check_family_folder, expert_folder, install, staging_folder
 from .families.remote_code import AUTO_MAP, write_stub
+from .generation import AUTO
 from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
+from .routing.files import ROUTER_FILES
+from .routing.head import BASE_LABEL
+from .routing.loading import Router
 from .verification.evidence import evidence_text_for
 
 if TYPE_CHECKING:
     from .mixin import MESwitchMixin
 
-__all__ = ["push_to_hub", "save_expert", "save_family", "save_pretrained"]
+__all__ = ["push_to_hub", "put_router", "save_expert", "save_family", "save_pretrained"]
 
 _CARD = "README.md"
 _PUSH_ARGUMENTS = ("private", "revision", "commit_message", "commit_description", "token", "create_pr", "tags")
@@ -220,7 +226,7 @@ def _base_commit(model: Any) -> str | None:
 
 
 def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
-    """Write a family repo: where the base is, where each expert is, the tokenizer and the card.
+    """Write a family repo: where the base is, where each expert is, the router, the tokenizer and the card.
 
     A base and experts from the Hub are named by id and commit; experts from this machine are written into
     ``experts/``. All is written beside the old family first; then ``config.json`` is removed, the new files are moved
@@ -232,7 +238,9 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
     """
     family = model._meswitch_family
     assert family is not None
-    _check_default_expert(model)
+    # Experts that were deleted are no longer among those it can pick.
+    router = None if model.router is None else model.router.only([BASE_LABEL, *model.experts])
+    _check_default_expert(model, router)
     folder = Path(save_directory)
     base = _base_reference(model, family, folder)
     check_family_folder(folder)
@@ -257,7 +265,7 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
             _base_commit(model) if hub_id(base) else None,
             experts,
             default_expert=model._meswitch_switch.chosen_expert,
-            router=family.router,
+            router=None if router is None else {"router_type": router.router_type},
             base_subfolder=family.base_subfolder,
             base_quantization=_base_quantization(model),
             architectures=["MESwitchModelForCausalLM"],
@@ -265,6 +273,8 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         )
         config.save_pretrained(staging)
         write_stub(staging)
+        if router is not None:
+            router.save_pretrained(staging)
         if isinstance(model, GenerationMixin):
             generation_config = copy.deepcopy(model.generation_config)
             # transformers drops attributes it does not know, `expert` among them, from configs derived from a model's.
@@ -276,9 +286,37 @@ def save_family(model: MESwitchMixin, save_directory: str | Path, *, max_shard_s
         if kept is not None or not (folder / _CARD).exists():
             (staging / _CARD).write_text(merge_card(kept, fresh) if kept else fresh, encoding="utf-8")
         fresh_files = {file.relative_to(staging).as_posix() for file in staging.rglob("*")}
-        stale = list(stale_assets(folder, fresh_files))
+        gone = [folder / name for name in ROUTER_FILES - fresh_files if (folder / name).exists()]
+        stale = [*stale_assets(folder, fresh_files), *gone]
         install(staging, written.values(), removed=inner_deltas(folder), stale=stale)
     _read_from(model, folder, written)
+
+
+def put_router(router: Router, folder: str | Path) -> None:
+    """Put a router into a family repo in a folder, or in place of the one it has; all else stays as it is.
+
+    Raises:
+        OutputFolderError: the folder holds no family, or is being written by somebody else.
+    """
+    folder = Path(folder)
+    check_family_folder(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        raise OutputFolderError(f"{folder} has no {CONFIG}, so it is no family. Save the family there first.")
+    lock = FolderLock(folder)
+    try:
+        router.save_pretrained(folder)
+        config = MESwitchFamilyConfig.from_pretrained(folder)
+        config.router = {"router_type": router.router_type}
+        content = parse_json(path.read_bytes(), str(path)) | {"router": config.router}
+        unfinished = folder / f".{CONFIG}"
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        kept, fresh = read_card(folder / _CARD), family_card(config)
+        if kept is not None:
+            (folder / _CARD).write_text(merge_card(kept, fresh), encoding="utf-8")
+    finally:
+        lock.release()
 
 
 def _base_quantization(model: Any) -> dict[str, Any] | None:
@@ -287,10 +325,12 @@ def _base_quantization(model: Any) -> dict[str, Any] | None:
     return None if quantizer is None else json.loads(quantizer.quantization_config.to_json_string(use_diff=True))
 
 
-def _check_default_expert(model: Any) -> None:
+def _check_default_expert(model: Any, router: Router | None) -> None:
     """Refuse a family whose generation defaults name an expert it has not: every call would fail once it is loaded."""
     named = getattr(getattr(model, "generation_config", None), "expert", None)
     for name in [named] if named is None or isinstance(named, str) else named:
+        if name == AUTO and router is not None:
+            continue
         try:
             known_expert(name, model._meswitch_switch.experts)
         except ExpertNotFoundError as error:

@@ -50,6 +50,15 @@ def test_one_prompt_gets_a_different_answer_from_everyone(result: dict[str, Any]
         assert len(set(example["answers"].values())) == len(TASKS) + 1
 
 
+def test_the_router_sends_each_prompt_where_it_belongs_and_abstains_once(result: dict[str, Any]) -> None:
+    assert result["routed"]["right"] >= 0.98
+    *sent, abstained = result["routed"]["prompts"]
+    assert [row["expert"] for row in sent] == list(TASKS)
+    assert all(TASKS[row["expert"]].is_right(row["prompt"], row["answer"]) for row in sent)
+    assert not any(row["abstained"] for row in sent)
+    assert (abstained["expert"], abstained["abstained"]) == ("base", True)
+
+
 def test_bytes_are_counted_as_the_size_benchmark_does(result: dict[str, Any]) -> None:
     size = result["bytes"]
     with safe_open(FAMILY / "base" / "model.safetensors", "pt") as file:
@@ -78,7 +87,8 @@ def test_json_is_the_result(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_tables_show_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     returned = run_demo(limit=3)
     printed = capsys.readouterr().out
-    for row in returned["mixed_batch"]:
+    assert "base (abstained)" in printed
+    for row in [*returned["mixed_batch"], *returned["routed"]["prompts"]]:
         assert row["prompt"] in printed
         assert row["answer"] in printed
     for count in (returned["bytes"]["stored"], sum(returned["bytes"]["full_copies"].values())):

@@ -15,11 +15,37 @@ from collections.abc import Sequence
 from huggingface_hub.errors import HTTPError
 
 from ..errors import MESwitchError
-from . import compress, demo, distill, extract_lora, family, generate, import_bitdelta, inspect, merge, push, verify
+from . import (
+    compress,
+    demo,
+    distill,
+    extract_lora,
+    family,
+    generate,
+    import_bitdelta,
+    inspect,
+    merge,
+    push,
+    route,
+    verify,
+)
 
 __all__ = ["main"]
 
-_COMMANDS = (compress, distill, inspect, verify, generate, push, family, merge, extract_lora, import_bitdelta, demo)
+_COMMANDS = (
+    compress,
+    distill,
+    inspect,
+    verify,
+    route,
+    generate,
+    push,
+    family,
+    merge,
+    extract_lora,
+    import_bitdelta,
+    demo,
+)
 _FAILURE, _INTERRUPTED = 1, 130
 
 

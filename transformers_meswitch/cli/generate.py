@@ -44,8 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_expert,
         action="append",
         default=[],
-        help="expert to ask: a name of the family, or a name for the delta repo to attach; 'base' is the base itself; "
-        "may be repeated",
+        help="expert to ask: a name of the family, or a name for the delta repo to attach; 'base' is the base itself, "
+        "'auto' whom the family's router picks; may be repeated",
     )
     parser.add_argument(
         "-p", "--prompt", dest="prompts", action="append", metavar="TEXT", help="may be repeated; default: stdin"
@@ -77,15 +77,17 @@ def run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from ..generation import AUTO
+
     model = _load(args).to(device).eval()
     asked = [None if name == _BASE else name for name, _ in args.experts] or [model.active_expert]
     pairs = [(prompt, expert) for prompt in prompts for expert in asked]
     # One answer needs no bar, and several are worth one only where somebody watches.
     watched = tqdm(pairs, desc="Answering", unit="answer", disable=None if len(pairs) > 1 else True)
-    answers = [
-        {"prompt": prompt, "expert": expert or _BASE, "text": _answer(model, prompt, expert, args)}
-        for prompt, expert in watched
-    ]
+    answers = []
+    for prompt, named in watched:
+        expert = model.route(prompt).experts[0] if named == AUTO else named
+        answers.append({"prompt": prompt, "expert": expert or _BASE, "text": _answer(model, prompt, expert, args)})
     if args.json:
         print(json.dumps(answers, indent=2))
         return

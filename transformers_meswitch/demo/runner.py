@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import MESwitchError
-from .tasks import TASKS, prompts
+from .tasks import TASKS, expert_for, prompts
 
 __all__ = ["FAMILY", "DemoAssetsError", "run_demo"]
 
@@ -24,6 +24,8 @@ BASE = "base"
 _BATCH_SIZE = 50
 _MAX_NEW_TOKENS = 64
 _HELD_OUT_SEED = 7
+#: A prompt like none that the router knows.
+_NO_RECORD = "hello, who are you?"
 
 
 class DemoAssetsError(MESwitchError, FileNotFoundError):
@@ -40,7 +42,8 @@ def run_demo(json: bool = False, limit: int = 100, family: str | Path = FAMILY) 
 
     Returns:
         What was printed: ``examples``, ``exact_match`` (``{"base" or expert: {task: share of 1}}``), ``mixed_batch``,
-        ``bytes`` and ``seconds``.
+        ``routed`` (``prompts`` that the router sends on, and ``right``, the share of held-out prompts that it sends
+        where they belong), ``bytes`` and ``seconds``.
 
     Raises:
         DemoAssetsError: the family is missing; the message names the script that trains it.
@@ -78,6 +81,7 @@ def _measure(limit: int, family: Path) -> dict[str, Any]:
             for i, (prompt, expert) in enumerate(zip(held_out, TASKS, strict=False))
         ],
         "mixed_batch": _mixed_batch(asker, held_out, answers),
+        "routed": _routed(asker, held_out),
         "bytes": _count_bytes(family),
     }
     result["seconds"] = {
@@ -147,6 +151,28 @@ def _mixed_batch(asker: _Asker, held_out: list[str], answers: dict[str, list[str
     ]
 
 
+def _routed(asker: _Asker, held_out: list[str]) -> dict[str, Any]:
+    """One held-out prompt for each expert and one that is no record, sent where the router says."""
+    picked = asker.model.route(held_out).experts
+    first = {expert_for(prompt): prompt for prompt in reversed(held_out)}
+    shown = [*(first[expert] for expert in TASKS if expert in first), _NO_RECORD]
+    output = asker.model.route(shown)
+    return {
+        "right": sum(a == expert_for(p) for a, p in zip(picked, held_out, strict=True)) / len(held_out),
+        "prompts": [
+            {"prompt": prompt, "expert": expert or BASE, "abstained": abstained, "probability": p, "answer": answer}
+            for prompt, expert, abstained, p, answer in zip(
+                shown,
+                output.experts,
+                output.abstained.tolist(),
+                output.confidence,
+                asker.ask(shown, output.experts),
+                strict=True,
+            )
+        ],
+    }
+
+
 def _count_bytes(family: Path) -> dict[str, Any]:
     """Bytes as ``benchmarks.size`` counts them: a full copy of each expert against the base, once, and the deltas.
 
@@ -213,6 +239,21 @@ def _render(result: dict[str, Any]) -> str:
     blocks.append(
         f"One batch, an expert a row ({agree} of {len(rows)} rows answered as when everyone asks the same expert):\n"
         + _table(["prompt", "expert", "answer", ""], rows)
+    )
+
+    routed = result["routed"]
+    rows = [
+        [
+            row["prompt"],
+            f"{row['expert']} (abstained)" if row["abstained"] else f"{row['expert']} ({row['probability']:.0%})",
+            row["answer"],
+        ]
+        for row in routed["prompts"]
+    ]
+    blocks.append(
+        "Nobody named: the router reads the prompt. It has learnt from examples that one-digit amounts are redacted,\n"
+        f"four-digit ones become JSON and the rest letters ({routed['right']:.0%} of the held-out prompts go there);\n"
+        "what is no record it leaves to the base:\n" + _table(["prompt", "picked", "answer"], rows)
     )
 
     size = result["bytes"]

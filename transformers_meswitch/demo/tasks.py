@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-__all__ = ["MONTHS", "TASKS", "Record", "Task", "is_held_out", "prompts", "random_record"]
+__all__ = ["MONTHS", "TASKS", "Record", "Task", "expert_for", "is_held_out", "prompts", "random_record"]
 
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -125,6 +125,18 @@ TASKS: dict[str, Task] = {
         Task("redact", "the record without name, month and day", _as_redacted),
     )
 }
+
+
+def expert_for(prompt: str) -> str:
+    """Who answers a record when nobody is named, which the family's router has learnt from examples.
+
+    Petty amounts, of one digit, are redacted; large ones, of four, are entered as JSON; the rest get a letter.
+
+    >>> [expert_for(f"mira 2024-03-09 {amount}") for amount in (7, 417, 4170)]
+    ['redact', 'letter', 'json']
+    """
+    digits = len(str(Record.parse(prompt).amount))
+    return "redact" if digits == 1 else "json" if digits == 4 else "letter"
 
 
 def random_record(rng: random.Random) -> Record:

@@ -19,11 +19,11 @@ from ..delta_format.folder_lock import FolderLock
 from ..delta_format.header import parse_json
 from ..errors import OutputFolderError
 
-__all__ = ["EXPERTS", "check_family_folder", "expert_folder", "install", "staging_folder"]
+__all__ = ["CONFIG", "EXPERTS", "check_family_folder", "expert_folder", "install", "staging_folder"]
 
 #: Folder of a family's own deltas.
 EXPERTS = "experts"
-_CONFIG = "config.json"
+CONFIG = "config.json"
 #: Longest name of an expert's folder; file systems allow 255 bytes, Windows 260 for a whole path.
 _FOLDER_LENGTH = 100
 
@@ -36,7 +36,7 @@ def check_family_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputFolderError(f"{folder} is a file, so nothing can be saved in it. Give a folder.")
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if (
         path.is_file()
         and parse_json(path.read_bytes(), str(path)).get("model_type") != MESwitchFamilyConfig.model_type
@@ -94,7 +94,7 @@ def install(staging: Path, deltas: Collection[str], removed: Collection[str] = (
         stale: further files that go.
     """
     folder = staging.parent
-    (folder / _CONFIG).unlink(missing_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
     for path in {*deltas, *removed}:
         if (folder / path).is_dir():
             shutil.rmtree(folder / path)
@@ -104,7 +104,7 @@ def install(staging: Path, deltas: Collection[str], removed: Collection[str] = (
     shutil.rmtree(staging / EXPERTS, ignore_errors=True)
     for file in stale:
         file.unlink()
-    for file in sorted(staging.iterdir(), key=lambda f: f.name == _CONFIG):
+    for file in sorted(staging.iterdir(), key=lambda f: f.name == CONFIG):
         if (folder / file.name).is_dir():  # a tokenizer's folder of chat templates
             shutil.rmtree(folder / file.name)
         file.replace(folder / file.name)

@@ -1,0 +1,1 @@
+"""Routers: they read a prompt and pick the expert."""

@@ -1,0 +1,255 @@
+"""``MultipleChoiceRouter``: a language model is asked which domain a prompt belongs to, as in the paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..delta_format.location import RepoLocation, is_plain_path
+from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
+from ..peft_method.naming import check_expert_name
+from .files import read_config, write
+from .head import BASE_LABEL
+from .output import RouterOutput
+from .question import MOST_OPTIONS, Question
+
+__all__ = ["MultipleChoiceRouter"]
+
+#: Queries that say nothing, as of Zhao et al.
+_CONTENT_FREE = ("N/A", "[MASK]", "")
+#: Of no router, so that routers can be copied and pickled.
+_LOADING = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class MultipleChoiceRouter:
+    """Asks a causal LM, the base itself or another, a question whose options are the experts' domains.
+
+    ME-Switch (arXiv 2406.09041) fine-tunes a 1.8B model to answer it, as ``examples/train_multiple_choice_router.py``
+    does; without that, the router is as good as the model is at such questions. The answer is read from the logits of
+    the options' letters, in one forward pass for each prompt, and three more for each call of :meth:`route_ids`.
+
+    Models prefer some letters whatever the question. What they prefer is measured on queries that say nothing and
+    divided out (Zhao et al., "Calibrate before use", arXiv 2102.09690, section 4).
+
+    Attributes:
+        domains: what each expert is for, in words, by label; the label ``"base"`` is the base.
+        window: tokens of a prompt that are read at most, half at its beginning, half at its end.
+        temperature: what scores are divided by.
+        threshold: the router abstains where no expert is at least this likely.
+        default_expert: who answers where it abstains; `None` is the base.
+        repo: Hub id or folder of the causal LM to ask, a folder by its absolute path; `None` is the base that is
+            loaded.
+
+    >>> router = MultipleChoiceRouter({"math": "mathematics", "code": "programming"})
+    >>> router.labels
+    ['math', 'code']
+    """
+
+    domains: Mapping[str, str]
+    window: int = 256
+    temperature: float = 1.0
+    threshold: float = 0.5
+    default_expert: str | None = None
+    repo: str | None = None
+    _asked: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    router_type = "multiple_choice"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.domains, Mapping) or not 1 <= len(self.domains) <= MOST_OPTIONS:
+            raise RouterError(
+                f"domains is {self.domains!r:.80}, expected a mapping of 1 to {MOST_OPTIONS} experts to what they are "
+                "for. For more experts use a HeadRouter."
+            )
+        for label, domain in self.domains.items():
+            _check_label(label)
+            if not isinstance(domain, str) or not domain.strip() or len(domain) > 1000:
+                raise RouterError(f"The domain of {label!r} is {domain!r:.80}, expected a short text.")
+        if self.default_expert is not None:
+            _check_label(self.default_expert)
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 2 <= self.window <= 4096:
+            raise RouterError(f"window is {self.window!r}, expected an integer from 2 to 4096.")
+        for name, low, high in (("temperature", 1e-6, 1e6), ("threshold", 0.0, 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise RouterError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}.")
+        if self.repo is not None and not isinstance(self.repo, str):
+            raise RouterError(f"repo is {self.repo!r}, expected the Hub id or folder of a causal LM, or None.")
+        if self.repo is not None and Path(self.repo).is_dir():  # which from another folder could be read as a Hub id
+            object.__setattr__(self, "repo", str(Path(self.repo).resolve()))
+
+    @property
+    def labels(self) -> list[str]:
+        """The experts it knows, in the order of the options; ``"base"`` is the base."""
+        return list(self.domains)
+
+    def with_expert(self, expert: str, domain: str) -> MultipleChoiceRouter:
+        """This with one more option, or another text for one that it has."""
+        return dataclasses.replace(self, domains={**self.domains, expert: domain}, _asked={})
+
+    def without_expert(self, expert: str) -> MultipleChoiceRouter:
+        """This without one of its options.
+
+        Raises:
+            ExpertNotFoundError: it does not have it.
+            RouterError: it is the only one.
+        """
+        if expert not in self.domains:
+            known = ", ".join(map(repr, self.domains))
+            raise ExpertNotFoundError(f"The router does not know {expert!r}; it knows {known}.")
+        left = self.only([label for label in self.domains if label != expert])
+        if left is None:
+            raise RouterError(f"{expert!r} is the only expert of the router. Drop the router: model.set_router(None).")
+        return left
+
+    def only(self, labels: Sequence[str]) -> MultipleChoiceRouter | None:
+        """This with those of its experts that are among ``labels``; `None` if it knows none of them."""
+        domains = {label: domain for label, domain in self.domains.items() if label in labels}
+        default = self.default_expert if self.default_expert in labels else None
+        return dataclasses.replace(self, domains=domains, default_expert=default, _asked={}) if domains else None
+
+    def check(self, model: Any) -> None:
+        """Refuse a model that cannot be asked: one without an output head, where the base is to be.
+
+        Raises:
+            RouterError: the model has no output head.
+        """
+        if self.repo is None and model.get_output_embeddings() is None:
+            raise RouterError(
+                f"{type(model).__name__} has no output head, so it cannot be asked a question. Load the family with "
+                "MESwitchModelForCausalLM, or name another causal LM: MultipleChoiceRouter(..., repo=...)."
+            )
+
+    # -- routing ----------------------------------------------------------------------------------------------------
+
+    def route_ids(self, model: Any, rows: Sequence[Sequence[int]], experts: Sequence[str]) -> RouterOutput:
+        """Pick an expert for each row of tokens; arguments and errors as of :meth:`~.head.HeadRouter.route_ids`."""
+        labels = [label for label in self.domains if label == BASE_LABEL or label in experts]
+        if not labels:
+            raise RouterError(
+                f"The router knows {', '.join(map(repr, self.domains))}, and of these none is loaded. Loaded: "
+                f"{', '.join(map(repr, experts)) or 'none'}."
+            )
+        probabilities = torch.full((len(rows), len(labels)), 1 / len(labels))
+        abstained = torch.ones(len(rows), dtype=torch.bool)
+        read = [i for i, row in enumerate(rows) if len(row)]
+        if read:
+            scores = self._scores(model, [rows[i] for i in read], labels)
+            likely = (scores / self.temperature).softmax(dim=1)
+            probabilities[read] = likely.float()
+            abstained[read] = likely.amax(dim=1) < self.threshold
+        default = self.default_expert if self.default_expert in experts else None
+        best = [None if labels[i] == BASE_LABEL else labels[i] for i in probabilities.argmax(dim=1).tolist()]
+        chosen = [default if out else name for out, name in zip(abstained.tolist(), best, strict=True)]
+        return RouterOutput(chosen, probabilities, labels, abstained)
+
+    def _scores(self, model: Any, rows: Sequence[Sequence[int]], labels: Sequence[str]) -> Tensor:
+        """Log-probabilities of each row's options over what the model prefers anyway: float64 ``[rows, labels]``."""
+        asked, tokenizer = self._to_ask(model)
+        if self.repo is not None:
+            texts = [model.tokenizer_for(None).decode(row, skip_special_tokens=False) for row in rows]
+            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        question = Question.of(tokenizer, [self.domains[label] for label in labels])
+        with model._meswitch_switch.rows([None]):
+            answers = torch.stack([_letters(asked, question, row) for row in rows])
+            empty = tokenizer(list(_CONTENT_FREE), add_special_tokens=False)["input_ids"]
+            prior = torch.stack([_letters(asked, question, row).exp() for row in empty]).mean(dim=0).log()
+        return answers - prior
+
+    def _to_ask(self, model: Any) -> tuple[Any, Any]:
+        if self.repo is None:
+            return model, model.tokenizer_for(None)
+        with _LOADING:
+            if "pair" not in self._asked:
+                tokenizer = AutoTokenizer.from_pretrained(self.repo)
+                asked = AutoModelForCausalLM.from_pretrained(self.repo, dtype="auto", use_safetensors=True).eval()
+                self._asked["pair"] = asked, tokenizer
+            asked, tokenizer = self._asked["pair"]
+            return asked.to(model.device), tokenizer
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``router_config.json``; a language model that it names is not copied.
+
+        One inside the folder is named relative to it, as ``./model``, any other local one by its absolute path.
+        """
+        names = ("window", "temperature", "threshold", "default_expert")
+        config = {"router_type": self.router_type, "domains": dict(self.domains)}
+        config |= {name: getattr(self, name) for name in names}
+        repo, folder = self.repo, Path(save_directory).resolve()
+        if repo is not None and Path(repo).is_absolute() and folder in Path(repo).parents:
+            repo = f"./{Path(repo).relative_to(folder).as_posix()}"
+        write(folder, config | {"repo": repo}, {})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> MultipleChoiceRouter:
+        """Read a router from a family repo, or from a folder that :meth:`save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+        Raises:
+            RouterError: missing or malformed; the file and the entry are named.
+        """
+        location = RepoLocation(os.fspath(pretrained_model_name_or_path), **kwargs, error=RouterError)
+        config, location = read_config(location)
+        return cls.from_files(config, location)
+
+    @classmethod
+    def from_files(cls, config: Mapping[str, Any], location: RepoLocation) -> MultipleChoiceRouter:
+        """What :func:`~.files.read_config` found, checked."""
+        if config.get("router_type") != cls.router_type:
+            raise RouterError(
+                f"{location}: router_type is {config.get('router_type')!r}, expected {cls.router_type!r}."
+            )
+        names = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
+        config = {**config, "repo": _asked_repo(config.get("repo"), location)}
+        try:
+            return cls(**{"domains": {}, **{name: value for name, value in config.items() if name in names}})
+        except RouterError as error:
+            raise RouterError(f"{location}: {error}") from error
+
+
+@torch.no_grad()
+def _letters(model: Any, question: Question, query: Sequence[int]) -> Tensor:
+    """Log-probabilities of the options' letters after a question, float64 ``[options]`` on the CPU.
+
+    Rows go through alone, so that no padding can move an answer.
+    """
+    ids = torch.tensor([question.ids(query)], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    return logits[list(question.letters)].double().log_softmax(dim=0).cpu()
+
+
+def _asked_repo(repo: Any, location: RepoLocation) -> Any:
+    """The model that a router's config names, where ``./model`` is in the router's own folder."""
+    if not isinstance(repo, str) or not repo.startswith("./"):
+        return repo
+    if not location.is_local or not is_plain_path(repo[2:]):
+        raise RouterError(
+            f"{location}: repo is {repo!r}, expected the Hub id of a causal LM, or for a router in a folder of this "
+            "machine a folder inside that."
+        )
+    return str(Path(location.repo, location.subfolder or "", repo).resolve())
+
+
+def _check_label(label: Any) -> None:
+    try:
+        if label != BASE_LABEL:
+            check_expert_name(label, (), ())
+    except ExpertNameError as error:
+        raise RouterError(str(error)) from error
