@@ -225,6 +225,7 @@ def family_card(config: MESwitchFamilyConfig, *, license: str | None = None) -> 
         default_expert=config.default_expert,
         base_quantization=json.dumps(config.base_quantization) if config.base_quantization else None,
         has_router=config.router is not None,
+        has_stub=bool(getattr(config, "auto_map", None)),
     )
 
 
