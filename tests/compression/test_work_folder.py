@@ -365,13 +365,18 @@ def start(pair, out, limit=0, **more):
 def test_a_process_killed_again_and_again_ends_with_the_same_bytes(pair, tmp_path):
     assert start(pair, tmp_path / "whole").wait() == 0
     out, partial = tmp_path / "delta", tmp_path / "delta.partial"
+
+    def finished() -> int:
+        try:
+            return len(list(partial.glob("*.safetensors")))
+        except FileNotFoundError:  # not there yet, or gone since it is no longer needed
+            return 0
+
     kills = 0
     while True:
         process = start(pair, out)
-        before = len(list(partial.glob("*.safetensors"))) if partial.exists() else 0
-        while process.poll() is None and (
-            not partial.exists() or len(list(partial.glob("*.safetensors"))) < before + 5
-        ):
+        before = finished()
+        while process.poll() is None and finished() < before + 5:
             pass
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:

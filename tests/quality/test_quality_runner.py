@@ -298,4 +298,5 @@ def test_everything_runs_through_on_a_tiny_base(tmp_path):
     main([*report, "--plot", str(tmp_path / "accuracy.png")])
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     text = (tmp_path / "report.md").read_text()
-    assert text.count("| ours-2bit |") == 3 + 3
+    # Of each expert, of all, of each strength; and of those of the first seed, all and light.
+    assert text.count("| ours-2bit |") == 3 + 3 + 2
