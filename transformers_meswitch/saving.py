@@ -32,8 +32,8 @@ from .hub import inner_deltas, push_folder
 from .inspection import full_copy_bytes
 from .peft_method.naming import known_expert
 from .routing.files import ROUTER_FILES
-from .routing.head import BASE_LABEL
 from .routing.loading import Router
+from .routing.output import BASE_LABEL
 from .verification.evidence import evidence_text_for
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..plain_table import plain_table
 from .device import usable_device
 
 if TYPE_CHECKING:
@@ -130,10 +130,14 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(_table(["expert", "prompts"], [[label, f"{len(own):,}"] for label, own in sorted(prompts.items())]))
+    print(
+        plain_table(
+            ["expert", "prompts"], [[label, f"{len(own):,}"] for label, own in sorted(prompts.items())], right=True
+        )
+    )
     print()
     rows = [[str(s.layer), f"{s.accuracy:.2%}", f"{s.loss:.4f}"] for s in scores[0]]
-    print(_table(["layer", "accuracy", "loss"], rows))
+    print(plain_table(["layer", "accuracy", "loss"], rows, right=True))
     print(
         f"\n{where}: layer {router.layer}, abstains below {router.threshold:.2f}; {best.accuracy:.2%} right on "
         f"prompts unlike those it was fitted to; {size:,} bytes ({seconds:.1f} s)"
@@ -164,7 +168,7 @@ def _render(evaluation: Evaluation) -> str:
         for label, counts in zip(evaluation.labels, evaluation.confusion.tolist(), strict=True)
     ]
     return (
-        f"{_table(header, rows)}\n\n"
+        f"{plain_table(header, rows, right=True)}\n\n"
         f"{int(evaluation.confusion.sum()):,} prompts: {evaluation.accuracy:.2%} right; "
         f"{evaluation.coverage:.2%} routed, of which {evaluation.routed_accuracy:.2%} right; "
         f"calibration error {evaluation.calibration_error:.2%}"
@@ -178,7 +182,7 @@ def _explain(args: argparse.Namespace) -> None:
         print(json.dumps(explained, indent=2))
         return
     rows = [[label, f"{p:.2%}"] for label, p in explained["probabilities"].items()]
-    print(_table(["expert", "probability"], rows))
+    print(plain_table(["expert", "probability"], rows, right=True))
     print(f"\n{_verdict(explained)}")
 
 
@@ -214,16 +218,3 @@ def _verdict(explained: dict[str, Any]) -> str:
     unsure = probability < explained["threshold"]
     why = f"{label} is likeliest, at {probability:.0%}" if unsure else "it is like no prompt that the router knows"
     return f"{explained['expert']}, as the router abstains: {why}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of plain text, all but the first to the right."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

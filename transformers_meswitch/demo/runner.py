@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import MESwitchError
+from ..plain_table import plain_table
 from .tasks import TASKS, expert_for, prompts
 
 __all__ = ["FAMILY", "DemoAssetsError", "run_demo"]
@@ -198,20 +199,6 @@ def _count_bytes(family: Path) -> dict[str, Any]:
     }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> str:
-    """Columns of plain text; ``right`` aligns all but the first to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.rjust(w) if right and i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  " + "  ".join(padded).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
-
-
 def _render(result: dict[str, Any]) -> str:
     """The whole printout."""
     blocks = ["One base, three experts. Every prompt is a record; the expert asked decides what becomes of it:"]
@@ -223,12 +210,14 @@ def _render(result: dict[str, Any]) -> str:
             [("> " if who == asked else "  ") + who, answer, "right" if TASKS[asked].is_right(prompt, answer) else ""]
             for who, answer in example["answers"].items()
         ]
-        blocks.append(f"Prompt: {prompt}    expert asked: {asked}\n" + _table(["who", "answer", asked], rows))
+        blocks.append(
+            f"Prompt: {prompt}    expert asked: {asked}\n" + plain_table(["who", "answer", asked], rows, indent="  ")
+        )
 
     scores = [[who, *(f"{share:.0%}" for share in by_task.values())] for who, by_task in result["exact_match"].items()]
     blocks.append(
         f"Exact match on {result['held_out_prompts']} held-out prompts (deltas of 2 bits):\n"
-        + _table(["who \\ task", *TASKS], scores, right=True)
+        + plain_table(["who \\ task", *TASKS], scores, right=True, indent="  ")
     )
 
     rows = [
@@ -238,7 +227,7 @@ def _render(result: dict[str, Any]) -> str:
     agree = sum(row["same_as_unmixed"] for row in result["mixed_batch"])
     blocks.append(
         f"One batch, an expert a row ({agree} of {len(rows)} rows answered as when everyone asks the same expert):\n"
-        + _table(["prompt", "expert", "answer", ""], rows)
+        + plain_table(["prompt", "expert", "answer", ""], rows, indent="  ")
     )
 
     routed = result["routed"]
@@ -253,7 +242,7 @@ def _render(result: dict[str, Any]) -> str:
     blocks.append(
         "Nobody named: the router reads the prompt. It has learnt from examples that one-digit amounts are redacted,\n"
         f"four-digit ones become JSON and the rest letters ({routed['right']:.0%} of the held-out prompts go there);\n"
-        "what is no record it leaves to the base:\n" + _table(["prompt", "picked", "answer"], rows)
+        "what is no record it leaves to the base:\n" + plain_table(["prompt", "picked", "answer"], rows, indent="  ")
     )
 
     size = result["bytes"]
@@ -264,7 +253,7 @@ def _render(result: dict[str, Any]) -> str:
     blocks.append(
         f"Bytes kept, {size['ratio']:.2f} times fewer than a full copy of each expert in 16 bit "
         f"(with tokenizers and cards the family is {size['all_files']:,} bytes):\n"
-        + _table(["", "base + deltas", "full copies"], kept, right=True)
+        + plain_table(["", "base + deltas", "full copies"], kept, right=True, indent="  ")
     )
     seconds = result["seconds"]
     blocks.append(f"{seconds['total']:.1f} s in all, of which loading {seconds['load']:.1f} s.")

@@ -10,16 +10,17 @@ from torch import nn
 from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, delta_linear, fused_linear
 
 from .. import ops
-from .deltas import LinearDelta
+from .deltas import LinearDelta, QuantizedRowsDelta
 from .live_choice import is_replayed
 from .slots import ROOM
 
-__all__ = ["MAX_ROWS", "KernelPath", "is_plain_linear", "wants_gradients"]
+__all__ = ["DTYPES", "MAX_ROWS", "KernelPath", "align_codes", "are_for_kernels", "is_plain_linear", "wants_gradients"]
 
 #: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
 #: more, making the delta dense once and multiplying on tensor cores is quicker.
 MAX_ROWS = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: What the kernels multiply.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class KernelPath:
@@ -64,9 +65,7 @@ class KernelPath:
         # What is compiled or captured does not know of a larger table; so many experts are rare.
         while slot >= self._table.slots:
             self._table = self._table.resized(2 * self._table.slots)
-        aligned = align_rows(delta.codes.data)
-        if aligned.data_ptr() != delta.codes.data_ptr():
-            delta.codes = nn.Parameter(aligned, requires_grad=False)
+        align_codes(delta)
         bias = None
         if delta.record.bias:
             own = delta.bias.detach().float()
@@ -85,15 +84,7 @@ class KernelPath:
 
         Where Python is not asked again, also many rows, since nothing else sees another choice of experts.
         """
-        table = self._table
-        return (
-            table is not None
-            and x.device == table.rows.device
-            and x.dtype in _DTYPES
-            and (x.numel() <= MAX_ROWS * self._in or is_replayed())
-            and not torch.is_autocast_enabled(x.device.type)
-            and not wants_gradients(x, base)
-        )
+        return self._table is not None and are_for_kernels(x, self._table.rows.device, base)
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -120,6 +111,32 @@ class KernelPath:
         if y.dtype != x.dtype:
             return y + delta_linear(flat, None, rows, groups, out_features=self._out).view(y.shape).to(y.dtype)
         return delta_linear(flat, y.reshape(-1, self._out), rows, groups, out_features=self._out).view(y.shape)
+
+
+def align_codes(delta: LinearDelta | QuantizedRowsDelta) -> None:
+    """Replace codes whose rows the kernels could not read by the same values in padded memory."""
+    aligned = align_rows(delta.codes.data)
+    if aligned.data_ptr() != delta.codes.data_ptr():
+        delta.codes = nn.Parameter(aligned, requires_grad=False)
+
+
+def are_for_kernels(x: torch.Tensor, device: torch.device, base: nn.Module) -> bool:
+    """Whether the kernels are for an input: few rows, of a dtype and device of theirs, and no gradients.
+
+    Where Python is not asked again, also many rows, since nothing else sees another choice of experts.
+
+    Args:
+        x: ``[..., in]``.
+        device: where the layer's table is.
+        base: the base's module.
+    """
+    return (
+        x.device == device
+        and x.dtype in DTYPES
+        and (x.numel() <= MAX_ROWS * x.shape[-1] or is_replayed())
+        and not torch.is_autocast_enabled(x.device.type)
+        and not wants_gradients(x, base)
+    )
 
 
 def wants_gradients(x: torch.Tensor, base: nn.Module) -> bool:

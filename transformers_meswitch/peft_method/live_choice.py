@@ -20,7 +20,7 @@ def is_replayed() -> bool:
 
     While ``torch.compile`` traces a model, or a CUDA graph captures one.
     """
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 class LiveChoice:

@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from meswitch_kernels import DeltaLeaves, RowGroups, RowsLeaves, RowsTable, align_rows, head_rows, map_rows
+from meswitch_kernels import DeltaLeaves, RowGroups, RowsLeaves, RowsTable, head_rows, map_rows
 from meswitch_kernels.rows_leaves import OWN_DTYPES
 
 from ..compression.rows import coded_index
 from .deltas import AnyRowsDelta, QuantizedRowsDelta
-from .kernel_path import MAX_ROWS
-from .live_choice import is_replayed
+from .kernel_path import DTYPES, align_codes, are_for_kernels
 from .slots import ROOM
 
 __all__ = ["RowsPath", "correct_logits", "rows_leaves"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows_leaves(delta: AnyRowsDelta, known: int, dtype: torch.dtype) -> RowsLeaves:
@@ -37,9 +34,7 @@ def rows_leaves(delta: AnyRowsDelta, known: int, dtype: torch.dtype) -> RowsLeav
         own = own.to(dtype if dtype in OWN_DTYPES else torch.float32)
     coded, coded_ids = None, None
     if isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows:
-        aligned = align_rows(delta.codes.data)
-        if aligned.data_ptr() != delta.codes.data_ptr():
-            delta.codes = nn.Parameter(aligned, requires_grad=False)
+        align_codes(delta)
         leaves = {name: leaf.detach() for name, leaf in delta.named_parameters(recurse=False)}
         coded_ids = coded_index(delta.record, leaves)
         coded = DeltaLeaves(
@@ -128,21 +123,13 @@ class RowsPath:
             self._table is not None
             and not self._absent
             and ids.device == weight.device == self._table.rows.device
-            and weight.dtype in _DTYPES
+            and weight.dtype in DTYPES
             and not (torch.is_grad_enabled() and weight.requires_grad)
         )
 
     def takes(self, x: torch.Tensor, base: nn.Module) -> bool:
         """Whether the kernels are for this input of a head; as :meth:`~.kernel_path.KernelPath.takes`."""
-        return (
-            self._table is not None
-            and not self._absent
-            and x.device == self._table.rows.device
-            and x.dtype in _DTYPES
-            and (x.numel() <= MAX_ROWS * self._width or is_replayed())
-            and not torch.is_autocast_enabled(x.device.type)
-            and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters())))
-        )
+        return self._table is not None and not self._absent and are_for_kernels(x, self._table.rows.device, base)
 
 
 def correct_logits(

@@ -16,7 +16,16 @@ from ..delta_format.header import parse_json
 from ..delta_format.location import RepoLocation
 from ..errors import RouterError
 
-__all__ = ["FORMAT_VERSION", "ROUTER_CONFIG", "ROUTER_FILES", "ROUTER_TENSORS", "read_config", "read_tensors", "write"]
+__all__ = [
+    "FORMAT_VERSION",
+    "ROUTER_CONFIG",
+    "ROUTER_FILES",
+    "ROUTER_TENSORS",
+    "check_type",
+    "read_config",
+    "read_tensors",
+    "write",
+]
 
 ROUTER_CONFIG, ROUTER_TENSORS = "router_config.json", "router.safetensors"
 ROUTER_FILES = frozenset((ROUTER_CONFIG, ROUTER_TENSORS))
@@ -64,6 +73,16 @@ def read_config(location: RepoLocation) -> tuple[dict[str, Any], RepoLocation]:
             "Upgrade transformers-meswitch."
         )
     return config, location.pinned(path)
+
+
+def check_type(config: Mapping[str, Any], expected: str, location: RepoLocation) -> None:
+    """Refuse the config of a router of another kind.
+
+    Raises:
+        RouterError: it is.
+    """
+    if config.get("router_type") != expected:
+        raise RouterError(f"{location}: router_type is {config.get('router_type')!r}, expected {expected!r}.")
 
 
 def read_tensors(location: RepoLocation) -> dict[str, Tensor]:

@@ -18,19 +18,17 @@ from ..delta_format.location import RepoLocation
 from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
 from ..peft_method.naming import check_expert_name
 from .discriminant import Discriminant
-from .files import read_config, read_tensors, write
+from .files import check_type, read_config, read_tensors, write
 from .head_fit import LayerScore, check_prompts, fit_head
 from .hidden_states import check_layers, early_layers, pooled_hidden_states
-from .output import RouterOutput
+from .output import BASE_LABEL, RouterOutput, picked
 from .projection import project
 from .statistics import ClassStatistics
 from .texts import Prompt, routed_text
 from .window import window_ids
 
-__all__ = ["BASE_LABEL", "HeadRouter"]
+__all__ = ["HeadRouter"]
 
-#: The label of prompts that the base answers itself.
-BASE_LABEL = "base"
 _BATCH = 64
 _FEWEST_ADDED = 2
 _LARGEST_WINDOW = 4096
@@ -238,9 +236,7 @@ class HeadRouter:
             probabilities[read] = likely.float()
             abstained[read] = unsure | (head.distances(points) > self.distance_limit)
         default = self.default_expert if self.default_expert in experts else None
-        best = [None if labels[i] == BASE_LABEL else labels[i] for i in probabilities.argmax(dim=1).tolist()]
-        chosen = [default if out else name for out, name in zip(abstained.tolist(), best, strict=True)]
-        return RouterOutput(chosen, probabilities, list(labels), abstained)
+        return picked(probabilities, labels, abstained, default)
 
     def _points(self, pooled: Tensor) -> Tensor:
         """Float32 ``[rows, width]`` to float64 ``[rows, rank]``."""
@@ -278,10 +274,7 @@ class HeadRouter:
     @classmethod
     def from_files(cls, config: Mapping[str, Any], location: RepoLocation) -> HeadRouter:
         """What :func:`~.files.read_config` found, with its tensors, checked."""
-        if config.get("router_type") != cls.router_type:
-            raise RouterError(
-                f"{location}: router_type is {config.get('router_type')!r}, expected {cls.router_type!r}."
-            )
+        check_type(config, cls.router_type, location)
         labels = config.get("labels")
         if not isinstance(labels, list) or not labels or len(set(map(str, labels))) < len(labels):
             raise RouterError(f"{location}: labels is {labels!r}, expected a list of distinct experts.")

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..delta_format.location import RepoLocation, is_plain_path
 from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
 from ..peft_method.naming import check_expert_name
-from .files import read_config, write
-from .head import BASE_LABEL
-from .output import RouterOutput
+from .files import check_type, read_config, write
+from .output import BASE_LABEL, RouterOutput, picked
 from .question import MOST_OPTIONS, Question
 
 __all__ = ["MultipleChoiceRouter"]
@@ -149,9 +148,7 @@ class MultipleChoiceRouter:
             probabilities[read] = likely.float()
             abstained[read] = likely.amax(dim=1) < self.threshold
         default = self.default_expert if self.default_expert in experts else None
-        best = [None if labels[i] == BASE_LABEL else labels[i] for i in probabilities.argmax(dim=1).tolist()]
-        chosen = [default if out else name for out, name in zip(abstained.tolist(), best, strict=True)]
-        return RouterOutput(chosen, probabilities, labels, abstained)
+        return picked(probabilities, labels, abstained, default)
 
     def _scores(self, model: Any, rows: Sequence[Sequence[int]], labels: Sequence[str]) -> Tensor:
         """Log-probabilities of each row's options over what the model prefers anyway: float64 ``[rows, labels]``."""
@@ -212,10 +209,7 @@ class MultipleChoiceRouter:
     @classmethod
     def from_files(cls, config: Mapping[str, Any], location: RepoLocation) -> MultipleChoiceRouter:
         """What :func:`~.files.read_config` found, checked."""
-        if config.get("router_type") != cls.router_type:
-            raise RouterError(
-                f"{location}: router_type is {config.get('router_type')!r}, expected {cls.router_type!r}."
-            )
+        check_type(config, cls.router_type, location)
         names = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
         config = {**config, "repo": _asked_repo(config.get("repo"), location)}
         try:

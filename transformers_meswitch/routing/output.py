@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import ModelOutput
 
-__all__ = ["RouterOutput"]
+__all__ = ["BASE_LABEL", "RouterOutput", "picked"]
+
+#: The label of prompts that the base answers itself.
+BASE_LABEL = "base"
 
 
 @dataclass
@@ -37,3 +41,19 @@ class RouterOutput(ModelOutput):
     def confidence(self) -> list[float]:
         """The probability of each prompt's likeliest label; an abstention is one that is too low."""
         return [round(p, 6) for p in self.probabilities.amax(dim=1).tolist()]
+
+
+def picked(
+    probabilities: torch.Tensor, labels: Sequence[str], abstained: torch.Tensor, default: str | None
+) -> RouterOutput:
+    """The likeliest expert of each prompt, or the default where the router abstains.
+
+    Args:
+        probabilities: float ``[prompts, labels]``.
+        labels: what the columns stand for.
+        abstained: bool ``[prompts]``.
+        default: the expert that answers then; `None` is the base.
+    """
+    best = [None if labels[i] == BASE_LABEL else labels[i] for i in probabilities.argmax(dim=1).tolist()]
+    chosen = [default if out else name for out, name in zip(abstained.tolist(), best, strict=True)]
+    return RouterOutput(chosen, probabilities, list(labels), abstained)

@@ -12,7 +12,7 @@ from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import COLUMNS, ExpertTable
 from .op import add_op_namespace_prefix, has_kernel
 from .reference import add_delta_reference
-from .table_views import leaves_of_slot
+from .table_views import check_addressable, leaves_of_slot
 
 _add_with_triton: Callable[..., None] | None = None
 if importlib.util.find_spec("triton") is not None:
@@ -136,10 +136,7 @@ def _add_delta(
         bias = None if bias is None else bias.contiguous()
         _add_with_triton(out, weight, bias_out, bias, table, slot, programs)
         return
-    if weight.device.type != "cpu":
-        raise NotImplementedError(
-            f"There are no kernels for {weight.device}, and the addresses in a table mean nothing here."
-        )
+    check_addressable(weight.device)
     number = 0 if slot is None else int(slot)
     leaves = None if number < 0 else leaves_of_slot(table, number, *weight.shape)
     add_delta_reference(weight, leaves, out, bias, bias_out)

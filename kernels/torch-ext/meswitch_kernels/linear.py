@@ -14,7 +14,7 @@ from .expert_table import COLUMNS
 from .op import add_op_namespace_prefix, has_kernel, has_ptx
 from .reference import delta_linear_reference
 from .row_groups import RowGroups
-from .table_views import leaves_of_slot
+from .table_views import check_addressable, leaves_of_slot
 
 _prepare_with_triton: Callable[..., Any] | None = None
 _add_with_triton: Callable[..., None] | None = None
@@ -223,10 +223,7 @@ def _run(
 def _by_reference(
     x: torch.Tensor, base_out: torch.Tensor | None, table: torch.Tensor, groups: RowGroups, out_features: int
 ) -> torch.Tensor:
-    if x.device.type != "cpu":
-        raise NotImplementedError(
-            f"There are no kernels for {x.device}, and the addresses in a table mean nothing here."
-        )
+    check_addressable(x.device)
     slots = range(table.shape[0])
     experts = [leaves_of_slot(table, slot, out_features, x.shape[1]) for slot in slots]
     expert_index = torch.empty_like(groups.slot)

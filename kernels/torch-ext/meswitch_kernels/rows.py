@@ -14,7 +14,7 @@ from .op import add_op_namespace_prefix, has_kernel, has_ptx
 from .row_groups import RowGroups
 from .rows_reference import embed_rows_reference, head_rows_reference
 from .rows_table import ROWS_COLUMNS
-from .table_views import rows_of_slot
+from .table_views import check_addressable, rows_of_slot
 
 _prepare_with_triton: Callable[..., Any] | None = None
 _embed_with_triton: Callable[..., None] | None = None
@@ -240,10 +240,7 @@ def _(
 
 
 def _experts_on_the_host(coded_table: torch.Tensor, rows_table: torch.Tensor, width: int) -> list[Any]:
-    if rows_table.device.type != "cpu":
-        raise NotImplementedError(
-            f"There are no kernels for {rows_table.device}, and the addresses in a table mean nothing here."
-        )
+    check_addressable(rows_table.device)
     return [rows_of_slot(coded_table, rows_table, slot, width) for slot in range(rows_table.shape[0])]
 
 

@@ -12,7 +12,19 @@ from .expert_table import COLUMNS
 from .rows_leaves import BASE_ROW, OWN_DTYPES, RowsLeaves
 from .rows_table import ROWS_COLUMNS
 
-__all__ = ["leaves_of_slot", "rows_of_slot"]
+__all__ = ["check_addressable", "leaves_of_slot", "rows_of_slot"]
+
+
+def check_addressable(device: torch.device) -> None:
+    """Refuse a device whose addresses mean nothing here.
+
+    Raises:
+        NotImplementedError: it is not the CPU; kernels would have had to read its tables.
+    """
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"There are no kernels for {device}, and the addresses in a table mean nothing here."
+        )
 
 
 def leaves_of_slot(rows: torch.Tensor, slot: int, out_features: int, in_features: int) -> DeltaLeaves | None:
