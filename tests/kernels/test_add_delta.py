@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import meswitch_kernels
 from meswitch_kernels import DeltaLeaves, ExpertTable, add_delta, add_delta_reference, has_kernel, merged_weight
@@ -334,7 +335,7 @@ def test_compiled_once_for_all_experts(device: str) -> None:
     out, width = 9, 70
     layer = Layer.make([random_leaves(out, width, bits, salient=bits) for bits in (1, 2, 3)], out, width, device)
     weight = random_weight(out, width, torch.float32, device)
-    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    frames = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=frames)
     def step(weight: torch.Tensor, slot: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import meswitch_kernels
@@ -312,7 +313,7 @@ def test_compiled_once_for_all_experts(device: str) -> None:
     out, width = 9, 70
     layer = Layer.make(mixed_experts(out, width), out, width, device)
     x, weight, bias = random_inputs(16, out, width, torch.float32, device)
-    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    frames = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=frames)
     def step(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
