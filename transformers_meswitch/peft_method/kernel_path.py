@@ -12,12 +12,13 @@ from meswitch_kernels import DeltaLeaves, ExpertTable, RowGroups, align_rows, de
 from .. import ops
 from .deltas import LinearDelta, QuantizedRowsDelta
 from .live_choice import is_replayed
+from .prefill_path import PrefillPath
 from .slots import ROOM
 
 __all__ = ["DTYPES", "MAX_ROWS", "KernelPath", "align_codes", "are_for_kernels", "is_plain_linear", "wants_gradients"]
 
 #: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
-#: more, making the delta dense once and multiplying on tensor cores is quicker.
+#: more, writing an expert's weight once and multiplying on tensor cores is quicker.
 MAX_ROWS = 16
 #: What the kernels multiply.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +39,12 @@ class KernelPath:
         self._out, self._in = out_features, in_features
         self._table: ExpertTable | None = None
         self._slots: dict[str, int] = {}
+        self._biased: set[str] = set()
+        self._prefill: PrefillPath | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin empty: the table holds addresses of this layer's tensors."""
-        return {**self.__dict__, "_table": None, "_slots": {}}
+        return {**self.__dict__, "_table": None, "_slots": {}, "_biased": set(), "_prefill": None}
 
     def place(self, expert: str, slot: int, delta: LinearDelta, base_bias: torch.Tensor | None) -> None:
         """Show the kernels an expert's tensors, if there are kernels for their device.
@@ -55,12 +58,13 @@ class KernelPath:
             base_bias: ``[out]``, the base's bias, if the layer has one.
         """
         device = delta.codes.device
+        self._retire_prefill()
         if not ops.runs_kernels(device):
             self._table = None
             return
         if self._table is None or self._table.rows.device != device:
             # The layer was moved, and all of its experts will be placed anew.
-            self._slots = {}
+            self._slots, self._biased = {}, set()
             self._table = ExpertTable(ROOM, self._out, self._in, device)
         # What is compiled or captured does not know of a larger table; so many experts are rare.
         while slot >= self._table.slots:
@@ -70,12 +74,15 @@ class KernelPath:
         if delta.record.bias:
             own = delta.bias.detach().float()
             bias = own if base_bias is None else own - base_bias.detach().float()
+            self._biased.add(expert)
         self._table.set(slot, DeltaLeaves(bits=delta.record.bits, bias=bias, **delta.coded_leaves()))
         self._slots[expert] = slot
 
     def clear(self, expert: str) -> None:
         """Forget an expert, if it was placed."""
         slot = self._slots.pop(expert, None)
+        self._biased.discard(expert)
+        self._retire_prefill()
         if slot is not None and self._table is not None:
             self._table.clear(slot)
 
@@ -85,6 +92,31 @@ class KernelPath:
         Where Python is not asked again, also many rows, since nothing else sees another choice of experts.
         """
         return self._table is not None and are_for_kernels(x, self._table.rows.device, base)
+
+    def prefill(self, x: torch.Tensor, base: nn.Module) -> PrefillPath | None:
+        """The layer as scratch memory knows it, or `None` where the input is not for that.
+
+        It is for any number of rows, of the dtype and on the device of a plain linear, without gradients.
+        """
+        if (
+            self._table is None
+            or x.ndim < 2
+            or x.dtype not in DTYPES
+            or not is_plain_linear(base, x)
+            or x.device != self._table.rows.device
+            or torch.is_autocast_enabled(x.device.type)
+            or wants_gradients(x, base)
+            or is_replayed()
+        ):
+            return None
+        if self._prefill is None or self._prefill.base is not base or not self._prefill.is_current():
+            self._prefill = PrefillPath(base, self._table.rows, dict(self._slots), bool(self._biased))
+        return self._prefill
+
+    def _retire_prefill(self) -> None:
+        if self._prefill is not None:
+            self._prefill.retired = True
+            self._prefill = None
 
     @property
     def rows(self) -> torch.Tensor | None:

@@ -264,6 +264,7 @@ class LinearLayer(MESwitchLayer):
             self.kernel_table = self._kernels.rows
             if self.kernel_table is not None:
                 self.switch.live_on(self.kernel_table.device)
+                self.switch.scratch_on(self.kernel_table.device)
 
     def drop_cache(self) -> None:
         """As of every wrapped layer."""
@@ -293,8 +294,11 @@ class LinearLayer(MESwitchLayer):
             assert self.kernel_table is not None
             return self._kernels.multiply(x, self.base_layer, self.kernel_table, by_expert)
         groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
-        if self.merged_adapters:
+        if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(x, *args, **kwargs)
+        prefill = None if args or kwargs else self._kernels.prefill(x, self.base_layer)
+        if prefill is not None:
+            return prefill.multiply(x, groups, self.switch.scratch_on(x.device))
         alone = self.delta_of(groups[0][0]) if groups[0][1] is None else None
         if isinstance(alone, LinearDelta) and self._dense.takes(x, self.base_layer) and not (args or kwargs):
             return self._with_bias(self._dense.multiply(x, self.base_layer, alone), alone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from ..delta_format.reader import DeltaFiles
 from ..errors import ExpertNotFoundError, UnsupportedOperationError
 from .live_choice import LiveChoice, is_replayed
 from .naming import known_expert
+from .prefill_path import PrefillScratch
 from .slots import Slots
 
 __all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup"]
@@ -144,6 +145,7 @@ class ExpertSwitch:
         tokenizers: those loaded so far, by expert (`None` is the base) and by how they were asked for.
         slots: the numbers by which the kernels know the loaded experts.
         live: the choice as tensors, by device on which kernels run.
+        scratch: memory for experts' whole weights, by device on which kernels run.
         widest_vocabulary: what :attr:`vocab_capacity` was at most: the width of logits that are compiled or captured,
             which deleting an expert must not change.
         replayed_batch: rows of the model's call, while one is compiled or captured.
@@ -164,6 +166,7 @@ class ExpertSwitch:
     tokenizers: dict[str | None, dict[str, Any]] = field(default_factory=dict, repr=False)
     slots: Slots = field(default_factory=Slots)
     live: dict[torch.device, LiveChoice] = field(default_factory=dict, repr=False)
+    scratch: dict[torch.device, PrefillScratch] = field(default_factory=dict, repr=False)
     widest_vocabulary: int = 0
     replayed_batch: int | None = None
     _sticky: dict[str | None, _RowChoice] = field(default_factory=dict, repr=False)
@@ -178,7 +181,7 @@ class ExpertSwitch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies have layers of their own, which say where they are."""
-        return {**self.__dict__, "live": {}}
+        return {**self.__dict__, "live": {}, "scratch": {}}
 
     def live_on(self, device: torch.device) -> LiveChoice:
         """The choice as tensors of a device."""
@@ -186,6 +189,12 @@ class ExpertSwitch:
             self.live[device] = LiveChoice(device)
             self._write_live()
         return self.live[device]
+
+    def scratch_on(self, device: torch.device) -> PrefillScratch:
+        """Memory for experts' whole weights on a device."""
+        if device not in self.scratch:
+            self.scratch[device] = PrefillScratch(device)
+        return self.scratch[device]
 
     def _write_live(self) -> None:
         # The base stands in for an expert that is deleted while it is chosen; the block that chose it will raise.
@@ -314,18 +323,21 @@ class ExpertSwitch:
 
     @contextmanager
     def batch_of(self, batch: int | None) -> Iterator[None]:
-        """State how many rows the model's call inside the block has, for layers that see one row for all of them."""
+        """The model's call is inside the block, with so many rows, for layers that see one row for all of them."""
         choice = self._choice
-        if choice is None:
-            yield
-            return
-        if batch is not None:
-            choice.check_batch(batch)
-        before, choice.batch = choice.batch, batch
-        try:
-            yield
-        finally:
-            choice.batch = before
+        with ExitStack() as scratch:
+            for memory in self.scratch.values():
+                scratch.enter_context(memory.call())
+            if choice is None:
+                yield
+                return
+            if batch is not None:
+                choice.check_batch(batch)
+            before, choice.batch = choice.batch, batch
+            try:
+                yield
+            finally:
+                choice.batch = before
 
     @property
     def rows_apart(self) -> int:
