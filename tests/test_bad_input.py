@@ -29,7 +29,7 @@ from transformers_meswitch.errors import (
     FormatVersionError,
     MESwitchError,
 )
-from transformers_meswitch.peft_method import attachment, deltas, layers
+from transformers_meswitch.peft_method import attachment, deltas, layer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -404,7 +404,7 @@ def test_running_out_of_memory_on_the_way_changes_nothing(
 
         return call
 
-    for owner, name in ((layers, "make_delta"), (deltas.StoredDelta, "assign")):
+    for owner, name in ((layer, "make_delta"), (deltas.StoredDelta, "assign")):
         made[0] = 0
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing(getattr(owner, name)))

@@ -26,7 +26,7 @@ from transformers_meswitch.errors import (
     UnsupportedOperationError,
 )
 from transformers_meswitch.peft_method.injection import wrapped_layers
-from transformers_meswitch.peft_method.layers import MESwitchLayer
+from transformers_meswitch.peft_method.layer import MESwitchLayer
 
 ODD_NAMES = ("qwen2.5-math", "日本語", "a b")
 

@@ -13,7 +13,7 @@ from tests.model_state import ATOL, prompt
 from transformers_meswitch import MESwitchModelForCausalLM, ops
 from transformers_meswitch.delta_format.spec import LinearRecord
 from transformers_meswitch.peft_method import dense_cache
-from transformers_meswitch.peft_method.layers import LinearLayer
+from transformers_meswitch.peft_method.linear_layer import LinearLayer
 from transformers_meswitch.peft_method.switch import ExpertInfo, ExpertSwitch
 
 

@@ -15,7 +15,7 @@ from tests.triton_interpreter import check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM, ops
 from transformers_meswitch.peft_method import kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
-from transformers_meswitch.peft_method.layers import LinearLayer
+from transformers_meswitch.peft_method.linear_layer import LinearLayer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(

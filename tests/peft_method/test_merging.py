@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
 from tests.model_state import ATOL, ModelState, generated, prompt
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError
-from transformers_meswitch.peft_method.layers import LinearLayer
+from transformers_meswitch.peft_method.linear_layer import LinearLayer
 
 
 def base_parameters(model: Any) -> dict[str, tuple[torch.Tensor, int]]:

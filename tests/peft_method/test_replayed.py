@@ -14,8 +14,8 @@ from tests.triton_interpreter import check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM, ops
 from transformers_meswitch.errors import UnsupportedOperationError
 from transformers_meswitch.peft_method.injection import wrapped_layers
-from transformers_meswitch.peft_method.layers import ValuesLayer
 from transformers_meswitch.peft_method.live_choice import LiveChoice
+from transformers_meswitch.peft_method.values_layer import ValuesLayer
 from transformers_meswitch.peft_method.values_stack import run_with_rows, takes_rows
 
 

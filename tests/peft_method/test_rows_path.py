@@ -18,7 +18,7 @@ from tests.models.architectures import VOCABULARY, build
 from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, needs_kernels
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
-from transformers_meswitch.peft_method import layers
+from transformers_meswitch.peft_method import rows_layers
 
 CHOICES: list[list[str | None]] = [["math"], ["code"], ["code", None, "math", "code"], [None, None]]
 #: Of the largest logit.
@@ -70,13 +70,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What went through the kernels."""
     calls: list[str] = []
     for name in ("embed_rows", "correct_logits"):
-        original = getattr(layers, name)
+        original = getattr(rows_layers, name)
 
         def noted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             calls.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(layers, name, noted)
+        monkeypatch.setattr(rows_layers, name, noted)
     return calls
 
 

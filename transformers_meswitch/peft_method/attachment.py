@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ..configuration import MESwitchExpertConfig
 from .injection import base_vocab_size, expert_info, switch_of, wrapped_layers
-from .layers import HeadLayer
+from .rows_layers import HeadLayer
 from .switch import ExpertSwitch
 
 __all__ = [

@@ -27,7 +27,7 @@ from ..errors import (
     UnsupportedOperationError,
 )
 from ..module_kinds import is_linear, linear_sizes
-from .layers import MESwitchLayer
+from .layer import MESwitchLayer
 from .naming import check_expert_name
 from .switch import ExpertInfo, ExpertSwitch
 

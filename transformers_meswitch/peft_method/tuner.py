@@ -20,9 +20,11 @@ from ..delta_format.validate import check_config, check_headers, check_values, t
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert
 from .injection import check_base, plan_injection, switch_of, wrapped_layers
-from .layers import HeadLayer, MESwitchLayer, RowsLayer, wrap
+from .layer import MESwitchLayer
+from .layer_kinds import wrap
 from .merging import merge_expert, unload
 from .naming import module_key
+from .rows_layers import HeadLayer, RowsLayer
 from .wrapper import follow_switch
 
 __all__ = ["OTHER_METHOD", "MESwitchModel", "check_tensors", "fill_expert", "register"]

@@ -1,0 +1,113 @@
+"""A wrapped linear layer: the base's product, and for each expert in the batch its delta's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..module_kinds import is_conv1d, linear_sizes
+from .deltas import LinearDelta
+from .dense_cache import DenseCache
+from .kernel_path import KernelPath
+from .layer import MESwitchLayer
+from .naming import module_key
+from .switch import ExpertSwitch
+
+__all__ = ["LinearLayer"]
+
+
+class LinearLayer(MESwitchLayer):
+    """A linear (``nn.Linear``, ``Conv1D``, bitsandbytes 4/8-bit): ``y = base(x) + x Δ̂ᵀ`` per row's expert."""
+
+    kernel_table: torch.Tensor | None
+
+    def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
+        super().__init__(base_layer, switch)
+        self.out_features, self.in_features = linear_sizes(base_layer)
+        self._kernels = KernelPath(self.out_features, self.in_features)
+        self._dense = DenseCache()
+        # A buffer, so that compiled code takes it for something that stays where it is.
+        self.register_buffer("kernel_table", None, persistent=False)
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there are kernels for the layer."""
+        return self.kernel_table is not None
+
+    def settle(self, expert: str) -> None:
+        """Show the kernels where the expert's tensors are, unless something stands in for a delta here."""
+        delta = self.delta_of(expert)
+        if delta is not None and all(isinstance(found, LinearDelta) for found in self.meswitch_delta.values()):
+            base_bias = getattr(self.get_base_layer(), "bias", None)
+            self._kernels.place(expert, self.switch.slots.of(expert), delta, base_bias)
+            self.kernel_table = self._kernels.rows
+            if self.kernel_table is not None:
+                self.switch.live_on(self.kernel_table.device)
+                self.switch.scratch_on(self.kernel_table.device)
+
+    def drop_cache(self) -> None:
+        """As of every wrapped layer."""
+        self._dense.clear()
+
+    def stand_in(self, expert: str, delta: nn.Module) -> None:
+        """Let another module answer for an expert's delta: called as one, with a ``record`` and maybe a ``bias``.
+
+        What kernels and the cache know of the layer's experts is forgotten, and the module is called instead.
+        """
+        self.meswitch_delta[module_key(expert)] = delta
+        self._kernels = KernelPath(self.out_features, self.in_features)
+        self.kernel_table = None
+        self.drop_cache()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of every wrapped layer; the kernels forget the expert, too."""
+        self._kernels.clear(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
+        if self._kernels.takes(x, self.base_layer) and not (self.merged_adapters or args or kwargs):
+            by_expert = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
+            if by_expert is None:
+                return self.base_layer(x)
+            assert self.kernel_table is not None
+            return self._kernels.multiply(x, self.base_layer, self.kernel_table, by_expert)
+        groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
+        if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
+            return self.base_layer(x, *args, **kwargs)
+        prefill = None if args or kwargs else self._kernels.prefill(x, self.base_layer)
+        if prefill is not None:
+            return prefill.multiply(x, groups, self.switch.scratch_on(x.device))
+        alone = self.delta_of(groups[0][0]) if groups[0][1] is None else None
+        if isinstance(alone, LinearDelta) and self._dense.takes(x, self.base_layer) and not (args or kwargs):
+            return self._with_bias(self._dense.multiply(x, self.base_layer, alone), alone)
+        y = self.base_layer(x, *args, **kwargs)
+        for expert, rows in groups:
+            delta = self.delta_of(expert)
+            if delta is None:
+                continue
+            part = self._with_bias(delta(x if rows is None else x[rows]), delta).to(y.dtype)
+            y = y + part if rows is None else y.index_add(0, rows, part)
+        return y
+
+    def _with_bias(self, y: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
+        """Output ``[..., out]`` of a delta, and of the base or not, with the difference of biases."""
+        if not delta.record.bias:
+            return y
+        own = delta.bias.float()
+        base = getattr(self.get_base_layer(), "bias", None)
+        return y + (own if base is None else own - base.float()).to(y.dtype)
+
+    def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
+        """Weight ``W + Δ̂``, added in float32, and the expert's own bias."""
+        base, delta = self.get_base_layer(), self.stored_delta(expert)
+        assert isinstance(delta, LinearDelta)
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        merged_weight = delta.merged_into(weight.T).T if is_conv1d(base) else delta.merged_into(weight)
+        merged = {"weight": merged_weight.contiguous()}
+        if delta.record.bias:
+            merged["bias"] = delta.bias.to(weight.dtype)
+        return merged
