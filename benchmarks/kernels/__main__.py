@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --section distinct --section bits
+    python -m benchmarks.kernels --section distinct --bitdelta BitDelta/bitdelta/binary_gemm_kernel.py
     python -m benchmarks.kernels tune --kind fused --rows 1
     python -m benchmarks.kernels tune-merge
 
@@ -26,6 +27,7 @@ import torch
 from benchmarks.kernels.cases import SECTIONS, Case, Layers, error, measure
 from benchmarks.kernels.dense_cases import DENSE_SECTIONS
 from benchmarks.kernels.merge_tuning import tune_merge
+from benchmarks.kernels.peers import peer_rows
 from benchmarks.kernels.timing import read_bandwidth
 from benchmarks.kernels.tuning import add_arguments, tune
 from benchmarks.provenance import device_name, provenance, write_result
@@ -34,7 +36,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 _PEERS = ("linear", "dense")
 
 
-def measure_sections(sections: Iterable[str], bandwidth: float) -> list[dict[str, Any]]:
+def measure_sections(sections: Iterable[str], bandwidth: float, bitdelta: Path | None) -> list[dict[str, Any]]:
     """One row a case; cases over the same layers share them."""
     rows = []
     for section in sections:
@@ -47,6 +49,7 @@ def measure_sections(sections: Iterable[str], bandwidth: float) -> list[dict[str
             rows += [measure_case(section, case, layers, bandwidth) for case in group]
             del layers
             torch.cuda.empty_cache()
+        rows += peer_rows(section, bitdelta, bandwidth)
     return rows
 
 
@@ -120,6 +123,9 @@ def main() -> None:
         "--section", choices=sorted([*SECTIONS, *DENSE_SECTIONS]), action="append", help="default: all of them"
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels_<device>.json")
+    parser.add_argument(
+        "--bitdelta", type=Path, help="bitdelta/binary_gemm_kernel.py of a checkout of BitDelta, to measure beside"
+    )
     commands = parser.add_subparsers(dest="command")
     add_arguments(commands.add_parser("tune", help="find sizes of blocks of the decode kernels"))
     commands.add_parser("tune-merge", help="find sizes of blocks of merging")
@@ -132,7 +138,7 @@ def main() -> None:
         tune_merge()
         return
     bandwidth = read_bandwidth()
-    rows = measure_sections(args.section or [*SECTIONS, *DENSE_SECTIONS], bandwidth)
+    rows = measure_sections(args.section or [*SECTIONS, *DENSE_SECTIONS], bandwidth, args.bitdelta)
     add_ratios(rows)
     device = device_name("cuda")
     result = {
