@@ -1,7 +1,7 @@
 """Accuracy of a family whose router picks the expert against the same family told by hand which expert to use.
 
     python -m benchmarks.quality run --work-dir work --methods none \\
-        --experts math-light code-light json-light instruct-light
+        --experts math-light,code-light,json-light,instruct-light
     python -m benchmarks.routing.end_to_end --base work/base --work-dir work --data work/data --device cuda
 
 The experts are those of ``benchmarks/quality``, compressed by the package with its default settings. The router is
