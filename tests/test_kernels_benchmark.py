@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.kernels import tuning
 from benchmarks.kernels.__main__ import add_ratios, default_output, render
 from benchmarks.kernels.cases import SECTIONS, Case, _zipf
 from benchmarks.kernels.dense_cases import WrittenLinear, _chain, _check_chain
 from meswitch_kernels import add_delta_reference
+from meswitch_kernels.configurations import Configuration
 
 
 def test_bytes_are_those_of_the_delta_format() -> None:
@@ -75,3 +79,34 @@ def test_table() -> None:
         "| p | ahead |  | 30.0 |  |  |  |  |",
     ]
     assert default_output("NVIDIA H100 80GB HBM3").name == "kernels_nvidia-h100-80gb-hbm3.json"
+
+
+class _NoCompilers:
+    """Compiles nothing; sizes with more than 64 output channels do not compile."""
+
+    def map(self, _: Any, cases: list[Case], candidates: list[Configuration]) -> list[str | None]:
+        assert len(cases) == len(candidates)
+        return ["too large" if candidate.block_out > 64 else None for candidate in candidates]
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_the_search_finds_the_best_sizes(
+    rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a time that has its minimum where two knobs meet, out of reach of either alone."""
+
+    def time(case: Case, layers: Any, sizes: Configuration) -> float:
+        assert sizes.block_out <= 64
+        return 10 + abs(sizes.block_out - 64) + abs(sizes.warps - 8) + (sizes.warps != 8 or sizes.unroll != 4)
+
+    monkeypatch.setattr(tuning, "_time", time)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "configuration", lambda *_: Configuration())
+    tuning._tune_case(Case((4096, 4096), (0,) * rows, 2, "fused", "int8"), None, 4, _NoCompilers())
+    printed = capsys.readouterr().out
+    assert f"{Configuration(block_out=64, warps=8, unroll=4)!r},  # 10.0 µs, was 63.0" in printed
+    assert "too large" in printed
+    sizes = {
+        candidate.block_out for candidate in tuning._neighbours(Case((1, 1), (0,) * rows, 2, "fused"), Configuration())
+    }
+    assert (4 in sizes) == (rows == 1)

@@ -22,7 +22,7 @@ from meswitch_kernels import (
     group_rows,
 )
 
-__all__ = ["SECTIONS", "Case", "Layers", "error", "measure", "random_leaves"]
+__all__ = ["SECTIONS", "Case", "Layers", "call_once", "error", "measure", "random_leaves"]
 
 #: ``delta`` over the base's output; ``fused`` with its matmul; ``both``: the base's ``F.linear``, then the delta.
 #: Peers: ``linear``, the base alone, and ``dense``, the base, each expert's dense delta written and multiplied.
@@ -134,15 +134,17 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 class Layers:
-    """Copies of a random layer with random deltas, as many as it takes to leave the cache."""
+    """Copies of a random layer with random deltas, by default as many as it takes to leave the cache."""
 
-    def __init__(self, shape: tuple[int, int], experts: int, bits: int, with_base: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, int], experts: int, bits: int, with_base: bool, copies: int | None = None
+    ) -> None:
         out, width = shape
         self.experts: list[list[DeltaLeaves]] = []
         self.tables: list[ExpertTable] = []
         self.weights: list[torch.Tensor] = []
         case = Case(shape, tuple(range(experts)), bits, "linear" if with_base else "delta")
-        for _ in range(copies_beyond_cache(2 * out * width if with_base else case.delta_bytes)):
+        for _ in range(copies or copies_beyond_cache(2 * out * width if with_base else case.delta_bytes)):
             leaves = [random_leaves(out, width, bits) for _ in range(experts)]
             table = ExpertTable(experts, out, width, "cuda")
             for slot, expert in enumerate(leaves):
@@ -197,6 +199,17 @@ def _dense_delta(expert: DeltaLeaves, width: int, dtype: torch.dtype) -> torch.T
 
 def measure(case: Case, layers: Layers) -> float:
     """Microseconds of device time of one call."""
+    return device_microseconds(_calls(case, layers))
+
+
+def call_once(case: Case, layers: Layers) -> None:
+    """Run a case on the first copy and wait for it."""
+    _calls(case, layers)[0]()
+    torch.cuda.synchronize()
+
+
+def _calls(case: Case, layers: Layers) -> list[Callable[[], torch.Tensor]]:
+    """A call a copy, on the same activations."""
     x, base_out, groups = _inputs(case)
     out = case.shape[0]
 
@@ -212,7 +225,7 @@ def measure(case: Case, layers: Layers) -> float:
         y = F.linear(x, layers.weights[copy]) if case.launch == "both" else base_out
         return delta_linear(x, y, rows, groups, out_features=out, numerics=case.numerics)
 
-    return device_microseconds([lambda copy=copy: call(copy) for copy in range(len(layers.tables))])
+    return [lambda copy=copy: call(copy) for copy in range(len(layers.tables))]
 
 
 def error(case: Case, layers: Layers) -> float:
