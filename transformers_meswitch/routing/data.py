@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..text_rows import read_rows
 from .conversation import is_chat
 from .texts import Prompt
 
-__all__ = ["prompts_of", "read_prompts"]
+__all__ = ["distinct", "prompts_of", "read_prompts"]
 
 #: Fields of a row that may hold its prompt, the first that is there.
 _PROMPT = ("prompt", "text", "messages")
@@ -31,14 +31,23 @@ def read_prompts(sources: Sequence[str]) -> dict[str, list[Prompt]]:
     Raises:
         RouterError: a file, row or data set that cannot be read, ``datasets`` missing; the line is named.
     """
-    found: dict[str, dict[str, Prompt]] = {}
+    found: dict[str, list[Prompt]] = {}
     for source in sources:
         expert, separator, where = source.partition("=")
         if not separator or os.path.exists(source):  # a path may have an equals sign
             expert, where = "", source
         for label, prompt in prompts_of(where, expert):
-            found.setdefault(label, {}).setdefault(json.dumps(prompt, default=str), prompt)
-    return {label: list(prompts.values()) for label, prompts in found.items()}
+            found.setdefault(label, []).append(prompt)
+    return {label: distinct(prompts) for label, prompts in found.items()}
+
+
+def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Each prompt once, in the order in which they come.
+
+    >>> distinct(["a", "b", "a"])
+    ['a', 'b']
+    """
+    return list({json.dumps(prompt, default=str): prompt for prompt in prompts}.values())
 
 
 def prompts_of(where: str, expert: str = "") -> Iterator[tuple[str, Prompt]]:
