@@ -147,6 +147,14 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "few.jsonl").write_text('{"expert": "json", "prompt": "a"}')
     assert "at least 5" in said(capsys, "train", folder / "family", "--data", tmp_path / "few.jsonl", status=1)
     said(capsys, "eval", folder / "family", status=2)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "no prompts" in said(capsys, "eval", FAMILY, "--data", tmp_path / "empty.jsonl", status=1)
+
+
+def test_lines_of_any_encoding_are_routed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nmira 2024-03-09 4\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert said(capsys, "try", FAMILY).splitlines()[1] == "redact (100%)"
 
 
 def test_generate_with_auto(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -15,6 +16,8 @@ from .device import usable_device
 if TYPE_CHECKING:
     from ..routing.evaluation import Evaluation
     from ..routing.head_fit import LayerScore
+    from ..routing.output import RouterOutput
+    from ..routing.texts import Prompt
 
 _EXAMPLE = """examples:
   meswitch route train ./family
@@ -24,6 +27,8 @@ _EXAMPLE = """examples:
   meswitch route explain ./family "What is 17 times 23?"
   meswitch route try ./family
 """
+#: Prompts between two updates of the progress bar.
+_AT_ONCE = 64
 _DATA = (
     "a .jsonl file or the id of a data set whose rows have 'expert' and 'prompt' (or 'text', or 'messages'); or "
     "EXPERT=WHERE, prompts of one expert, where a .txt file with a prompt a line will do too; 'base' is the base; may "
@@ -168,11 +173,25 @@ def _evaluate(args: argparse.Namespace) -> None:
         require_matplotlib()
     prompts = read_prompts(args.data)
     model = _load(args, args.router)
-    output = model.route([prompt for own in prompts.values() for prompt in own])
+    output = _routed(model, [prompt for own in prompts.values() for prompt in own])
     evaluation = evaluate(output, [label for label, own in prompts.items() for _ in own])
     if args.plot is not None:
         router_figure(evaluation).savefig(args.plot)
     print(json.dumps(evaluation.to_dict(), indent=2) if args.json else _render(evaluation))
+
+
+def _routed(model: Any, prompts: list[Prompt]) -> RouterOutput:
+    """``model.route`` with a progress bar where somebody watches."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    from ..routing.output import joined
+
+    parts = []
+    with tqdm(total=len(prompts), desc="Routing", unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, max(len(prompts), 1), _AT_ONCE):  # without prompts, evaluate() says so
+            parts.append(model.route(prompts[start : start + _AT_ONCE]))
+            bar.update(len(parts[-1].experts))
+    return joined(parts)
 
 
 def _render(evaluation: Evaluation) -> str:
@@ -203,6 +222,8 @@ def _explain(args: argparse.Namespace) -> None:
 def _try(args: argparse.Namespace) -> None:
     model = _load(args, args.router)
     asks = sys.stdin.isatty() and not args.json
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line in another encoding ends nothing
     while True:
         if asks:
             print("> ", end="", flush=True)

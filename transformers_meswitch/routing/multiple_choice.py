@@ -22,7 +22,7 @@ from .files import write
 from .letters import letter_logs, letter_prior
 from .output import BASE_LABEL
 from .question import MOST_OPTIONS, Question
-from .window import token_window
+from .window import window_ids
 
 __all__ = ["MultipleChoiceRouter"]
 
@@ -119,8 +119,7 @@ class MultipleChoiceRouter(BaseRouter):
         asked, tokenizer = self._to_ask(model)
         if self.repo is not None:
             texts = [model.tokenizer_for(None).decode(row, skip_special_tokens=False) for row in rows]
-            # Another tokenizer may need more tokens for the same text.
-            rows = [token_window(ids, self.window) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            rows = window_ids(tokenizer, texts, self.window)  # other tokens, and perhaps more of them
         question = Question.of(tokenizer, [self.domains[label] for label in labels])
         with model._meswitch_switch.rows([None]):
             answers = torch.stack([letter_logs(asked, question, row) for row in rows])
