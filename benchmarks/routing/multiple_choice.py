@@ -1,6 +1,6 @@
 """The paper's router before and after fine-tuning (ME-Switch, Figure 5): a language model is asked for the domain.
 
-    python -m benchmarks.routing.multiple_choice --base SMOLLM2
+    python -m benchmarks.routing.multiple_choice --base SMOLLM2 --asked 100
     python -m benchmarks.routing.multiple_choice --base SMOLLM2 --device cuda --steps 400 --batch-size 32
 
 SmolLM2 is fine-tuned by ``examples/train_multiple_choice_router.py`` on the training prompts, once for four and once
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--asked", type=int, metavar="N", help="only the first N test prompts of each domain")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
