@@ -64,10 +64,67 @@ def padded(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": (torch.arange(length) < lengths.unsqueeze(1)).long()}
 
 
+def device() -> str:
+    """Where to compute unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fine_tune(
+    model: str,
+    router: MultipleChoiceRouter,
+    texts: Mapping[str, Sequence[str]],
+    output: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    where: str | None = None,
+) -> MultipleChoiceRouter:
+    """Train a model on a router's question; the router of the model, which is in ``output / "model"``.
+
+    Args:
+        model: causal LM, Hub id or folder.
+        router: with the domains and the window.
+        texts: prompts of each of its experts.
+        output: folder for the router.
+        steps: optimiser steps, each of ``batch_size`` questions.
+        batch_size: see there.
+        lr: highest learning rate, reached after a tenth of the steps.
+        seed: of the order of prompts and options.
+        where: ``"cpu"`` or ``"cuda"``; by default an accelerator if there is one.
+    """
+    set_seed(seed)
+    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+        use_cpu=(where or device()) == "cpu",
+    )
+    questions = Questions(tokenizer, router, texts, seed)
+    Trainer(trained, settings, train_dataset=questions, data_collator=padded).train()
+    folder = output / "model"
+    trained.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = MultipleChoiceRouter(dict(router.domains), window=router.window, repo=str(folder))
+    found.save_pretrained(output)
+    return found
+
+
 def measured(model: str, router: MultipleChoiceRouter, texts: Mapping[str, Sequence[str]]) -> Evaluation:
     """How well a model answers the question of a router."""
     asked = MESwitchModelForCausalLM.from_pretrained(model, experts={})
-    asked.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    asked.to(device()).eval()
     own = {
         label: [ids for ids in window_ids(asked.tokenizer_for(None), prompts, router.window) if ids]
         for label, prompts in texts.items()
@@ -92,7 +149,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    set_seed(args.seed)
     domains = dict(text.split("=", 1) for text in args.domain)
     router = MultipleChoiceRouter(domains, window=args.window)
     prompts = {label: list(map(routed_text, own)) for label, own in read_prompts(args.data).items()}
@@ -102,29 +158,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"argument --domain: none for {', '.join(unknown)}")
 
     result = {"before": measured(args.model, router, test).to_dict()} if test else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    settings = TrainingArguments(
-        output_dir=str(args.output / "trainer"),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 10,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=args.seed,
-    )
-    questions = Questions(tokenizer, router, prompts, args.seed)
-    Trainer(model, settings, train_dataset=questions, data_collator=padded).train()
-    folder = args.output / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    MultipleChoiceRouter(domains, window=args.window, repo=str(folder)).save_pretrained(args.output)
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
+    fine_tune(args.model, router, prompts, args.output, **settings)
     if test:
-        result["after"] = measured(str(folder), router, test).to_dict()
+        result["after"] = measured(str(args.output / "model"), router, test).to_dict()
         for when, found in result.items():
             print(f"{when}: {found['accuracy']:.2%} of {found['prompts']} prompts right")
         (args.output / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")

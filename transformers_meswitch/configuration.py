@@ -265,6 +265,8 @@ class MESwitchExpertConfig(PeftConfig):
         pad_token_id: the expert's padding token.
         expert_model_name_or_path: Hub id of the fine-tune the delta was made from.
         saliency: how salient channels were chosen, ``"reconstruction"`` or ``"weight"``.
+        calibration: where the text that the delta was calibrated on can be read again:
+            see :func:`~.compression.calibration_record.calibration_record`.
         distilled: how step sizes were trained on the expert's logits, see :func:`transformers_meswitch.distill`:
             ``steps``, ``text``, and KL from the expert on held-out text, ``kl_before`` and ``kl_after``.
         imported_from: method that made the delta, where it was not this package: ``"BitDelta"``.
@@ -283,6 +285,7 @@ class MESwitchExpertConfig(PeftConfig):
     pad_token_id: int | None = None
     expert_model_name_or_path: str | None = None
     saliency: str | None = None
+    calibration: dict[str, Any] | None = None
     distilled: dict[str, Any] | None = None
     imported_from: str | None = None
     #: PEFT reads this from every tuner's config; the modules table replaces it.
@@ -308,9 +311,9 @@ class MESwitchExpertConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; a delta that was not distilled, or not imported, has nothing to say of it."""
+        """As PEFT's; a delta that was not calibrated, distilled or imported has nothing to say of it."""
         content = super().to_dict()
-        for key in ("distilled", "imported_from"):
+        for key in ("calibration", "distilled", "imported_from"):
             if content.get(key) is None:
                 content.pop(key, None)
         return content

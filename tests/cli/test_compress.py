@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -44,6 +45,8 @@ def test_options_reach_the_delta(repos, tmp_path, capsys):
     assert records["model.layers.1.mlp.up_proj"].bits == 2
     assert all(record.column_step for record in records.values())
     assert open_delta(output).config.saliency == "reconstruction"
+    digest = hashlib.sha256(calibration.read_bytes()).hexdigest()
+    assert open_delta(output).config.calibration == {"source": "text.txt", "samples": 8, "sha256": digest}
 
 
 @pytest.mark.parametrize(("arguments", "bits"), [([], 3), (["--embedding-bits", "1"], 1)])

@@ -14,6 +14,7 @@ import pytest
 from transformers_meswitch import HeadRouter, MESwitchFamilyConfig, MESwitchModelForCausalLM
 from transformers_meswitch.cards import family_card
 from transformers_meswitch.cli import main
+from transformers_meswitch.compression.calibration_record import calibration_record
 from transformers_meswitch.demo.runner import FAMILY
 from transformers_meswitch.demo.tasks import expert_for, prompts
 from transformers_meswitch.errors import RouterError
@@ -111,13 +112,49 @@ def test_a_damaged_router_is_replaced(
     assert MESwitchModelForCausalLM.from_pretrained(family).router.labels == ["json", "letter", "redact"]
 
 
+def test_without_data_from_what_the_experts_were_calibrated_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = tmp_path / "family"
+    shutil.copytree(folder / "family", family)
+    monkeypatch.chdir(tmp_path)
+    refused = said(capsys, "train", family, status=1)
+    for name in ("json", "letter", "redact"):
+        assert f"{name!r}: its delta does not say what it was calibrated on" in refused
+    assert "--data json=WHERE --data letter=WHERE --data redact=WHERE" in refused
+
+    own: dict[str, list[str]] = {}
+    for prompt in islice(prompts(False, seed=1), 200):
+        own.setdefault(expert_for(prompt), []).append(prompt)
+    for name, records in own.items():
+        Path(f"{name}.txt").write_text("\n".join(records))
+        path = family / "experts" / name / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"calibration": calibration_record(f"{name}.txt", len(records) - 1)}
+        path.write_text(json.dumps(config))
+    result = json.loads(said(capsys, "train", family, "--json"))
+    assert result["calibration"] == {name: f"{name}.txt" for name in ("json", "letter", "redact")}
+    assert result["prompts"] == {name: len(set(records[:-1])) for name, records in own.items()}
+    assert "letter.txt\n" in said(capsys, "train", family)
+    assert said(capsys, "explain", family, "mira 2024-03-09 4170").endswith("\njson (100%)\n")
+    Path("json.txt").write_text("other")
+    assert "'json': calibrated on json.txt, but" in said(capsys, "train", family, status=1)
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", folder / "train.jsonl"]
     assert "Give --output DIR" in said(capsys, "train", "me/family", *data, status=1)
     assert "needs a router" in said(capsys, "explain", folder / "family", "x", status=1)
     (tmp_path / "few.jsonl").write_text('{"expert": "json", "prompt": "a"}')
     assert "at least 5" in said(capsys, "train", folder / "family", "--data", tmp_path / "few.jsonl", status=1)
-    said(capsys, "train", folder / "family", status=2)
+    said(capsys, "eval", folder / "family", status=2)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "no prompts" in said(capsys, "eval", FAMILY, "--data", tmp_path / "empty.jsonl", status=1)
+
+
+def test_lines_of_any_encoding_are_routed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nmira 2024-03-09 4\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert said(capsys, "try", FAMILY).splitlines()[1] == "redact (100%)"
 
 
 def test_generate_with_auto(capsys: pytest.CaptureFixture[str]) -> None:

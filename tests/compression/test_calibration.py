@@ -37,11 +37,11 @@ def test_jsonl_file(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{broken', "line 2 is not JSON"),
-        ("a.jsonl", '{"question": "a"}', "line 1 is .*expected an object"),
-        ("a.jsonl", '["a"]', "line 1 is .*expected an object"),
+        ("a.jsonl", '{"text": "a"}\n{broken', "Line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '{"question": "a"}', "Line 1 of .*a.jsonl is .*expected an object"),
+        ("a.jsonl", '["a"]', "Line 1 of .*a.jsonl is .*expected an object"),
         ("a.jsonl", '{"messages": []}', "has no chat template"),
-        ("a.csv", "a", "neither .txt nor .jsonl"),
+        ("a.csv", "a", "neither a .txt nor a .jsonl file"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, tokenizer, name, content, message):

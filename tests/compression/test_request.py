@@ -48,7 +48,7 @@ def test_a_good_output_is_left_as_it_was(tmp_path):
 def test_calibration_files(tmp_path):
     (tmp_path / "text.csv").write_text("a,b")
     (tmp_path / "folder.txt").mkdir()
-    refused("text.csv is neither .txt nor .jsonl", tmp_path / "delta", tmp_path / "text.csv")
+    refused("text.csv is neither a .txt nor a .jsonl file", tmp_path / "delta", tmp_path / "text.csv")
     refused(r"absent.jsonl cannot be read", tmp_path / "delta", str(tmp_path / "absent.jsonl"))
     refused(r"folder.txt cannot be read", tmp_path / "delta", tmp_path / "folder.txt")
     (tmp_path / "text.txt").write_text("a")

@@ -202,6 +202,13 @@ def test_config_gives_the_records():
         ({"distilled": True}, "distilled is True, expected dict or null"),
         ({"distilled": {"steps": "9", "text": "a", "kl_before": 1, "kl_after": 0.5}}, r"distilled\['steps'\] is '9'"),
         ({"distilled": {"steps": 9, "text": "a", "kl_before": 1.0}}, r"distilled\['kl_after'\] is None"),
+        ({"calibration": "default"}, "calibration is 'default', expected dict or null"),
+        ({"calibration": {"samples": 9}}, r"calibration\['source'\] is None, expected str"),
+        ({"calibration": {"source": "default", "samples": True}}, r"calibration\['samples'\] is True, expected int"),
+        (
+            {"calibration": {"source": "a.txt", "samples": 9, "sha256": 0}},
+            r"calibration\['sha256'\] is 0, expected str",
+        ),
         ({"imported_from": 1}, "imported_from is 1, expected str or null"),
     ],
 )

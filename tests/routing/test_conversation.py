@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.fixtures_models import character_tokenizer
 from transformers_meswitch.demo.runner import FAMILY
 from transformers_meswitch.routing.conversation import template_marks, turns_in_ids, turns_in_text, user_turns
 from transformers_meswitch.routing.texts import routed_text, routed_turns
-from transformers_meswitch.routing.window import token_window, window_ids
+from transformers_meswitch.routing.window import control_ids, token_window, window_ids
 
 CHAT = [
     {"role": "system", "content": "Answer like json."},
@@ -134,6 +135,25 @@ def test_long_texts_are_not_tokenised_whole() -> None:
     found = window_ids(count, [text], 8)
     assert "".join(map(chr, found[0])) == "starxend"
     assert read == 2 * 8 * 16
+
+
+class Words:
+    """A tokenizer of words, of which some structure a prompt and one stands for all that it does not know."""
+
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id = 1, 2, 2, 0
+    all_special_ids = (0, 1, 2)
+    added_tokens_decoder = {3: types.SimpleNamespace(special=True), 4: types.SimpleNamespace(special=False)}  # noqa: RUF012
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+def test_control_tokens_are_left_out_and_unknown_words_are_not() -> None:
+    tokenizer = Words()
+    assert control_ids(tokenizer) == {1, 2, 3}
+    assert window_ids(tokenizer, ["1 0 5 2 3 4 6", "1 2"], 8) == [[0, 5, 4, 6], []]
+    tokenizer.unk_token_id = 2  # as of models whose one special token is all of these
+    assert control_ids(tokenizer) == {0, 1, 2, 3}
 
 
 def test_texts_that_are_no_unicode() -> None:

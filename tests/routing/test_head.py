@@ -77,6 +77,18 @@ def test_an_expert_is_added_without_the_others_prompts(
     assert router.labels == ["json", "letter", "redact"]  # is as it was
 
 
+def test_rows_given_as_they_are_are_read_no_further_than_the_window(family: Any, router: HeadRouter) -> None:
+    long = list(range(40, 90)) * 600
+    lengths: list[int] = []
+    family.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    output = router.route_ids(family, [long], router.labels)
+    assert lengths == [router.window]
+    window = long[: router.window // 2] + long[-router.window // 2 :]
+    assert torch.equal(output.probabilities, router.route_ids(family, [window], router.labels).probabilities)
+
+
 def test_an_expert_that_is_not_loaded_is_never_picked(family: Any, router: HeadRouter) -> None:
     family.delete_adapter("json")
     output = family.route(HELD_OUT)

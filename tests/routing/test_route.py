@@ -117,6 +117,25 @@ def test_choices_are_logged(family: Any, caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+def test_choices_are_not_worked_out_for_a_log_that_nobody_keeps(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RouterOutput, "confidence", property(lambda self: 1 / 0))
+    assert family.route(JSON).experts == ["json"]
+
+
+def test_what_is_no_prompt_is_refused_and_never_taken_for_a_list_of_them(family: Any) -> None:
+    tokens = family.tokenizer_for(None)(JSON, return_tensors="pt")
+    for what in (tokens, {"role": "user", "content": JSON}, None, b"text", 3, [40, 41]):
+        with pytest.raises(TypeError, match=r"expected a text, .* give input_ids and attention_mask"):
+            family.route(what)
+
+
+def test_control_tokens_that_a_user_types_are_no_part_of_what_is_asked(family: Any) -> None:
+    expected = family.route([JSON, "thanks"])
+    typed = [f"<|end|>{JSON}<|end|><|start|>", "<|start|>thanks<|end|>"]
+    assert torch.equal(family.route(typed).probabilities, expected.probabilities)
+    assert family.route("<|end|><|start|>").abstained.tolist() == [True]
+
+
 def test_without_a_router(load_demo: Any) -> None:
     model = load_demo()
     model.set_router(None)

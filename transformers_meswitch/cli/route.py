@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -15,14 +16,19 @@ from .device import usable_device
 if TYPE_CHECKING:
     from ..routing.evaluation import Evaluation
     from ..routing.head_fit import LayerScore
+    from ..routing.output import RouterOutput
+    from ..routing.texts import Prompt
 
 _EXAMPLE = """examples:
+  meswitch route train ./family
   meswitch route train ./family --data prompts.jsonl
   meswitch route train ./family --data math=math.txt --data code=code.jsonl --data base=chat.txt
   meswitch route eval ./family --data held-out.jsonl --plot router.png
   meswitch route explain ./family "What is 17 times 23?"
   meswitch route try ./family
 """
+#: Prompts between two updates of the progress bar.
+_AT_ONCE = 64
 _DATA = (
     "a .jsonl file or the id of a data set whose rows have 'expert' and 'prompt' (or 'text', or 'messages'); or "
     "EXPERT=WHERE, prompts of one expert, where a .txt file with a prompt a line will do too; 'base' is the base; may "
@@ -42,7 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     train = _action(actions, "train", "fit a router to prompts of each expert", _train)
-    train.add_argument("--data", action="append", required=True, metavar="[EXPERT=]WHERE", help=_DATA)
+    train.add_argument(
+        "--data",
+        action="append",
+        metavar="[EXPERT=]WHERE",
+        help=f"{_DATA}; default: what each expert was calibrated on, if its delta names a set of its own",
+    )
     train.add_argument("-o", "--output", metavar="DIR", help="folder for the router; default: into FAMILY, a folder")
     train.add_argument("--layer", type=int, metavar="N", help="read the base after N layers; default: by validation")
     train.add_argument(
@@ -87,14 +98,21 @@ def _load(args: argparse.Namespace, router: Any = None) -> Any:
 
 def _train(args: argparse.Namespace) -> None:
     from ..errors import OutputFolderError
+    from ..routing.calibration_sets import calibration_sets
     from ..routing.data import read_prompts
     from ..routing.head import HeadRouter
     from ..saving import put_router
 
     if args.output is None and not Path(args.family).is_dir():
         raise OutputFolderError(f"{args.family} is no folder, so the router cannot be put there. Give --output DIR.")
-    prompts = read_prompts(args.data)
+    prompts = None if args.data is None else read_prompts(args.data)
     model = _load(args, router=False)  # one that is damaged is to be replaced
+    sources: dict[str, str] = {}
+    if prompts is None:
+        records = {name: model.peft_config[name].calibration for name in model.experts}
+        sets = calibration_sets(records, Path())
+        sources = {name: str(one) for name, one in sets.items()}
+        prompts = {name: one.prompts() for name, one in sets.items()}
     scores: list[tuple[LayerScore, ...]] = []
     started = time.perf_counter()
     router = HeadRouter.train(
@@ -119,6 +137,7 @@ def _train(args: argparse.Namespace) -> None:
         "output": str(where),
         "labels": router.labels,
         "prompts": {label: len(own) for label, own in prompts.items()},
+        "calibration": sources or None,
         "layer": router.layer,
         "layers": [vars(score) for score in scores[0]],
         "temperature": router.temperature,
@@ -130,11 +149,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(
-        plain_table(
-            ["expert", "prompts"], [[label, f"{len(own):,}"] for label, own in sorted(prompts.items())], right=True
-        )
-    )
+    header = ["expert", "prompts", *(["calibrated on"] if sources else [])]
+    counts = [
+        [label, f"{len(own):,}", *([sources[label]] if sources else [])] for label, own in sorted(prompts.items())
+    ]
+    print(plain_table(header, counts, right=True))
     print()
     rows = [[str(s.layer), f"{s.accuracy:.2%}", f"{s.loss:.4f}"] for s in scores[0]]
     print(plain_table(["layer", "accuracy", "loss"], rows, right=True))
@@ -154,11 +173,25 @@ def _evaluate(args: argparse.Namespace) -> None:
         require_matplotlib()
     prompts = read_prompts(args.data)
     model = _load(args, args.router)
-    output = model.route([prompt for own in prompts.values() for prompt in own])
+    output = _routed(model, [prompt for own in prompts.values() for prompt in own])
     evaluation = evaluate(output, [label for label, own in prompts.items() for _ in own])
     if args.plot is not None:
         router_figure(evaluation).savefig(args.plot)
     print(json.dumps(evaluation.to_dict(), indent=2) if args.json else _render(evaluation))
+
+
+def _routed(model: Any, prompts: list[Prompt]) -> RouterOutput:
+    """``model.route`` with a progress bar where somebody watches."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    from ..routing.output import joined
+
+    parts = []
+    with tqdm(total=len(prompts), desc="Routing", unit="prompt", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, max(len(prompts), 1), _AT_ONCE):  # without prompts, evaluate() says so
+            parts.append(model.route(prompts[start : start + _AT_ONCE]))
+            bar.update(len(parts[-1].experts))
+    return joined(parts)
 
 
 def _render(evaluation: Evaluation) -> str:
@@ -189,6 +222,8 @@ def _explain(args: argparse.Namespace) -> None:
 def _try(args: argparse.Namespace) -> None:
     model = _load(args, args.router)
     asks = sys.stdin.isatty() and not args.json
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line in another encoding ends nothing
     while True:
         if asks:
             print("> ", end="", flush=True)

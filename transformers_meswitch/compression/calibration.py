@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CompressionError
+from ..text_rows import is_text_file, read_rows
 from .default_calibration import default_chats
 
 __all__ = ["DEFAULT", "Calibration", "describe", "read_samples"]
@@ -46,25 +46,7 @@ def read_samples(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
                 raise CompressionError(f"calibration[{i}] is {type(text).__name__}, expected a string.")
             yield text
         return
-    path = Path(calibration)
-    if path.suffix not in (".txt", ".jsonl"):
-        yield from (_text(row, tokenizer, f"row of {calibration}") for row in _dataset(os.fspath(calibration)))
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CompressionError(f"The calibration file {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield line
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CompressionError(f"{path}, line {number} is not JSON: {error}") from error
-        yield _text(row, tokenizer, f"{path}, line {number}")
+    yield from (_text(row, tokenizer, place) for row, place in read_rows(calibration, CompressionError))
 
 
 def describe(calibration: Calibration) -> str:
@@ -77,8 +59,7 @@ def describe(calibration: Calibration) -> str:
         return "the built-in set"
     if not isinstance(calibration, str | os.PathLike):
         return "texts of the caller"
-    path = Path(calibration)
-    return path.name if path.suffix in (".txt", ".jsonl") else os.fspath(calibration)
+    return Path(calibration).name if is_text_file(calibration) else os.fspath(calibration)
 
 
 def _rendered(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,19 +67,6 @@ def _rendered(chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))
     return "\n\n".join(turn["content"] for turn in chat)
-
-
-def _dataset(name: str) -> Iterable[dict[str, Any]]:
-    if Path(name).exists():
-        raise CompressionError(f"The calibration file {name} is neither .txt nor .jsonl.")
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise CompressionError(
-            f"calibration={name!r} is not a .txt or .jsonl file, so it is taken for the id of a data set, which needs "
-            "the datasets package: pip install datasets"
-        ) from error
-    return load_dataset(name, split="train", streaming=True)
 
 
 def _text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -113,7 +81,10 @@ def _text(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
             row = {"messages": prompt + completion}
         if isinstance(row.get("messages"), list):
             if not tokenizer.chat_template:
-                raise CompressionError(f"{where} is a chat, but the expert's tokenizer has no chat template.")
+                raise CompressionError(
+                    f"{where} is a chat, but the expert's tokenizer has no chat template. Give 'text', or save the "
+                    "template with the expert."
+                )
             return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
     raise CompressionError(
         f'{where} is {str(row)[:80]!r}, expected an object with "text", "messages", or "prompt" and "completion".'

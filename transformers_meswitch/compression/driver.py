@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ def compress_expert(
     drifts: Drifts | None = None,
     budget: Budget | None = None,
     full_fingerprint: bool = False,
+    calibration: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> MESwitchExpertConfig:
@@ -96,6 +97,7 @@ def compress_expert(
         drifts: see :func:`compress_modules`.
         budget: what the config's budget is spent with, whose candidates go where ``finished`` is.
         full_fingerprint: whether to fingerprint every byte of the base.
+        calibration: where the calibration text can be read again, for the record.
         device: see :func:`compress_modules`.
         progress: whether to show a progress bar.
 
@@ -133,6 +135,7 @@ def compress_expert(
             vocab_size=expert_parameters.shapes(input_embedding(model))["weight"][0],
             tied=expert_parameters.tied,
             calibrated=second_moments is not None,
+            calibration=calibration,
         )
 
     if budget is not None:

@@ -40,6 +40,7 @@ def expert_config(
     vocab_size: int,
     tied: bool,
     calibrated: bool,
+    calibration: dict[str, Any] | None = None,
 ) -> MESwitchExpertConfig:
     """Describe a finished delta.
 
@@ -56,6 +57,7 @@ def expert_config(
         vocab_size: rows of the expert's input embedding.
         tied: whether the expert's output head is its input embedding.
         calibrated: whether salient channels were chosen with calibration text.
+        calibration: where that can be read again, see :func:`~.calibration_record.calibration_record`.
 
     Raises:
         CheckpointError: a token that is no id.
@@ -85,6 +87,7 @@ def expert_config(
         pad_token_id=pad[0] if pad else None,
         expert_model_name_or_path=hub_id(os.fspath(expert)),
         saliency="reconstruction" if calibrated else "weight",
+        calibration=calibration,
     )
 
 

@@ -30,6 +30,7 @@ from .architecture import check_same_computation
 from .assets import GENERATION_CONFIG, find_assets, generation_config_of, license_of
 from .batches import CalibrationBatches, hold_out, spread, tokenize
 from .calibration import DEFAULT, Calibration, describe, read_samples
+from .calibration_record import calibration_record
 from .candidates import CandidateFits
 from .delta_parameters import DeltaParameters
 from .driver import Budget, compress_expert
@@ -134,12 +135,13 @@ def compress(
 
     generation_config = generation_config_of(expert_location, model_config)
     license = license_of(expert_location, base_source.location)  # before the work, which a failure here would lose
-    text = fitted_on = drifts = used = divergence = None
+    text = fitted_on = drifts = used = divergence = record = None
     moments: SecondMoments | None = None
     run: dict[str, Any] = {"device": where, "progress": progress}
     if calibration is not None:
         vocab_size = expert_parameters.shapes(input_embedding(model))["weight"][0]
         text = calibration_text(expert_source, calibration, vocab_size, max_calibration_tokens)
+        record = calibration_record(calibration, text.samples)
         used = f"{describe(calibration)}: {text.samples:,} samples, {text.tokens:,} tokens"
         # On a CPU, half precision is slower than float32, where it is not missing.
         run["dtype"] = torch.float32 if where.type == "cpu" else model_config.dtype or torch.float32
@@ -218,6 +220,7 @@ def compress(
             drifts=drifts,
             budget=budget,
             full_fingerprint=full_fingerprint,
+            calibration=record,
             device=where,
             progress=progress,
         )

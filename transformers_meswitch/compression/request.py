@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ..configuration import MESwitchConfig
 from ..errors import CompressionError
+from ..text_rows import check_rows
 from .calibration import DEFAULT, Calibration
 from .expert_config import portable_name
 
@@ -59,7 +59,7 @@ def check_request(
         )
     _check_writable(output)
     if isinstance(calibration, str | os.PathLike) and calibration != DEFAULT:
-        _check_calibration(Path(calibration))
+        check_rows(calibration, CompressionError)
 
 
 def check_layer_bits(config: MESwitchConfig, quantised: Iterable[str]) -> None:
@@ -98,18 +98,3 @@ def _check_writable(output: Path) -> None:
     finally:
         for folder in reversed(made):
             folder.rmdir()
-
-
-def _check_calibration(path: Path) -> None:
-    if path.suffix in (".txt", ".jsonl"):
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise CompressionError(f"The calibration file {path} cannot be read: {error}") from error
-    elif path.exists():
-        raise CompressionError(f"The calibration file {path} is neither .txt nor .jsonl.")
-    elif importlib.util.find_spec("datasets") is None:
-        raise CompressionError(
-            f"calibration={os.fspath(path)!r} is not a .txt or .jsonl file, so it is taken for the id of a data set, "
-            "which needs the datasets package: pip install datasets"
-        )

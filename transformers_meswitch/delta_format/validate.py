@@ -58,6 +58,7 @@ _FIELDS: dict[str, type] = {
     "pad_token_id": int,
     "expert_model_name_or_path": str,
     "saliency": str,
+    "calibration": dict,
     "distilled": dict,
     "imported_from": str,
     "task_type": str,
@@ -69,6 +70,8 @@ _DISTILLED: dict[str, tuple[type, ...]] = {
     "kl_before": (float, int),
     "kl_after": (float, int),
 }
+#: Types of the fields of ``calibration``; the last is only there of a file.
+_CALIBRATION: dict[str, tuple[type, ...]] = {"source": (str,), "samples": (int,), "sha256": (str, type(None))}
 _WAY_OUT = "The delta repo is damaged or was edited; download it or compress the expert again."
 
 
@@ -130,12 +133,14 @@ def check_config(config: Mapping[str, Any] | MESwitchExpertConfig) -> dict[str, 
     eos = fields.get("eos_token_id")
     if isinstance(eos, list) and not all(_is(token, int) and token >= 0 for token in eos):
         problems.append(f"eos_token_id is {eos!r}, expected a list of token ids")
-    distilled = fields.get("distilled")
-    if isinstance(distilled, dict):
-        for name, kinds in _DISTILLED.items():
-            value = distilled.get(name)
+    for field, types in (("distilled", _DISTILLED), ("calibration", _CALIBRATION)):
+        entry = fields.get(field)
+        if not isinstance(entry, dict):
+            continue
+        for name, kinds in types.items():
+            value = entry.get(name)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                problems.append(f"distilled[{name!r}] is {value!r}, expected {kinds[0].__name__}")
+                problems.append(f"{field}[{name!r}] is {value!r}, expected {kinds[0].__name__}")
     modules = fields.get("modules")
     if not isinstance(modules, Mapping) or not modules:
         problems.append(f"modules is {modules!r}, expected an object with at least one module")

@@ -17,11 +17,12 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from ..delta_format.location import RepoLocation
 from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
 from ..peft_method.naming import check_expert_name
+from .base import BaseRouter, check_integer, check_number, listed
 from .discriminant import Discriminant
-from .files import check_type, read_config, read_tensors, write
+from .files import read_tensors, write
 from .head_fit import LayerScore, check_prompts, fit_head
 from .hidden_states import check_layers, early_layers, pooled_hidden_states
-from .output import BASE_LABEL, RouterOutput, picked
+from .output import BASE_LABEL
 from .projection import project
 from .statistics import ClassStatistics
 from .texts import Prompt, routed_text
@@ -39,7 +40,7 @@ _MOST_PROMPTS = 2**40
 
 
 @dataclass(frozen=True, eq=False)
-class HeadRouter:
+class HeadRouter(BaseRouter):
     """Linear discriminant analysis on mean hidden states of the base after a few of its layers.
 
     The head is worked out from each expert's count, mean and scatter of its prompts, which is all that is kept of
@@ -116,8 +117,8 @@ class HeadRouter:
             ExpertNotFoundError: an expert that is not loaded.
             UnsupportedModelError: the base has no such layer.
         """
-        _check_number("threshold", 0.5 if threshold is None else threshold, 0.0, 1.0)
-        _check_integer("window", window, 2, _LARGEST_WINDOW)
+        check_number("threshold", 0.5 if threshold is None else threshold, 0.0, 1.0)
+        check_integer("window", window, 2, _LARGEST_WINDOW)
         _check_loaded([*prompts, *([] if default_expert is None else [default_expert])], model)
         layers = early_layers(model) if layers is None else list(layers)
         check_layers(model, layers)
@@ -161,20 +162,6 @@ class HeadRouter:
         added = ClassStatistics.of({expert: self._points(_pooled(model, rows, [self.layer])[:, 0])})
         return dataclasses.replace(self, statistics=self.statistics.joined(added), _heads={})
 
-    def without_expert(self, expert: str) -> HeadRouter:
-        """This without one of its experts.
-
-        Raises:
-            ExpertNotFoundError: it does not know the expert.
-            RouterError: it is the only one.
-        """
-        if expert not in self.labels:
-            raise ExpertNotFoundError(f"The router does not know {expert!r}; it knows {_listed(self.labels)}.")
-        left = self.only([label for label in self.labels if label != expert])
-        if left is None:
-            raise RouterError(f"{expert!r} is the only expert of the router. Drop the router: model.set_router(None).")
-        return left
-
     def only(self, labels: Sequence[str]) -> HeadRouter | None:
         """This with those of its experts that are among ``labels``; `None` if it knows none of them."""
         statistics = self.statistics.only(labels)
@@ -206,37 +193,14 @@ class HeadRouter:
             )
         check_layers(model, [self.layer])
 
-    def route_ids(self, model: Any, rows: Sequence[Sequence[int]], experts: Sequence[str]) -> RouterOutput:
-        """Pick an expert for each row of tokens.
-
-        Args:
-            model: whose base is read.
-            rows: token ids by the base's tokenizer, of which no more than the window is read; an empty row is an
-                abstention.
-            experts: those that are there to choose from; labels beyond them are left out as if never fitted.
-
-        Raises:
-            RouterError: it knows none of the experts.
-        """
-        labels = tuple(label for label in self.labels if label == BASE_LABEL or label in experts)
-        if not labels:
-            raise RouterError(
-                f"The router knows {_listed(self.labels)}, and of these none is loaded. Loaded: {_listed(experts)}."
-            )
+    def judge(self, model: Any, rows: Sequence[Sequence[int]], labels: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """As of every router; what is far from all prompts it was fitted to is like nothing it knows."""
         if labels not in self._heads:
             self._heads[labels] = Discriminant.of(self.statistics.only(labels), self.shrinkage)
         head = self._heads[labels]
-        read = [i for i, row in enumerate(rows) if len(row)]
-        probabilities = torch.full((len(rows), len(labels)), 1 / len(labels))
-        abstained = torch.ones(len(rows), dtype=torch.bool)
-        if read:
-            points = self._points(_pooled(model, [rows[i] for i in read], [self.layer])[:, 0])
-            likely = (head.scores(points) / self.temperature).softmax(dim=1)
-            unsure = likely.amax(dim=1) < self.threshold
-            probabilities[read] = likely.float()
-            abstained[read] = unsure | (head.distances(points) > self.distance_limit)
-        default = self.default_expert if self.default_expert in experts else None
-        return picked(probabilities, labels, abstained, default)
+        points = self._points(_pooled(model, rows, [self.layer])[:, 0])
+        likely = (head.scores(points) / self.temperature).softmax(dim=1)
+        return likely, head.distances(points) > self.distance_limit
 
     def _points(self, pooled: Tensor) -> Tensor:
         """Float32 ``[rows, width]`` to float64 ``[rows, rank]``."""
@@ -257,24 +221,8 @@ class HeadRouter:
         write(Path(save_directory), config, {"counts": s.counts, "means": s.means, "scatters": s.scatters})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> HeadRouter:
-        """Read a router from a family repo, or from a folder that :meth:`save_pretrained` wrote.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder.
-            **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
-
-        Raises:
-            RouterError: missing or malformed; the file and the entry are named.
-        """
-        location = RepoLocation(os.fspath(pretrained_model_name_or_path), **kwargs, error=RouterError)
-        config, location = read_config(location)
-        return cls.from_files(config, location)
-
-    @classmethod
     def from_files(cls, config: Mapping[str, Any], location: RepoLocation) -> HeadRouter:
         """What :func:`~.files.read_config` found, with its tensors, checked."""
-        check_type(config, cls.router_type, location)
         labels = config.get("labels")
         if not isinstance(labels, list) or not labels or len(set(map(str, labels))) < len(labels):
             raise RouterError(f"{location}: labels is {labels!r}, expected a list of distinct experts.")
@@ -288,9 +236,9 @@ class HeadRouter:
             except ExpertNameError as error:
                 raise RouterError(f"{location}: {error}") from error
         for name, (least, most) in _INTEGERS.items():
-            _check_integer(name, config.get(name), least, most, f"{location}: ")
+            check_integer(name, config.get(name), least, most, f"{location}: ")
         for name, (low, high) in _NUMBERS.items():
-            _check_number(name, config.get(name), low, high, f"{location}: ")
+            check_number(name, config.get(name), low, high, f"{location}: ")
         digest = config.get("base_digest")
         if digest is not None and not isinstance(digest, str):
             raise RouterError(f"{location}: base_digest is {digest!r}, expected a text or null.")
@@ -353,21 +301,11 @@ def _checked_statistics(
     return statistics
 
 
-def _check_integer(name: str, value: Any, least: int, most: int, where: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise RouterError(f"{where}{name} is {value!r}, expected an integer from {least} to {most}.")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, where: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RouterError(f"{where}{name} is {value!r}, expected a number from {low:g} to {high:g}.")
-
-
 def _check_loaded(labels: Sequence[str], model: Any) -> None:
     for label in labels:
         if label != BASE_LABEL and label not in model.experts:
             raise ExpertNotFoundError(
-                f"No expert named {label!r} is loaded. Loaded: {_listed(model.experts)}; 'base' is the base."
+                f"No expert named {label!r} is loaded. Loaded: {listed(model.experts)}; 'base' is the base."
             )
 
 
@@ -377,10 +315,6 @@ def _base_digest(model: Any) -> str | None:
     prints = [print_ for config in configs if (print_ := getattr(config, "base_fingerprint", None)) is not None]
     digests = {str(print_["digest"]) for print_ in prints if "digest" in print_}
     return digests.pop() if len(digests) == 1 else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
 
 
 def _rows(model: Any, prompts: Sequence[Prompt], window: int) -> list[list[int]]:

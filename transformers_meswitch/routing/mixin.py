@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .conversation import is_chat, template_marks, turns_in_ids
 from .loading import Router
 from .output import RouterOutput
 from .texts import Prompt, routed_turns
-from .window import token_window, window_ids
+from .window import control_ids, token_window, window_ids
 
 __all__ = ["RoutingMixin"]
 
@@ -70,7 +70,8 @@ class RoutingMixin:
 
         Raises:
             RouterError: the router knows none of the loaded experts.
-            TypeError: a prompt that is neither a text nor a conversation.
+            TypeError: a prompt that is neither a text nor a conversation; a mapping, such as a tokenizer returns, of
+                which ``input_ids`` and ``attention_mask`` are to be given.
             UnsupportedOperationError: there is no router; an expert is merged into the base, which the router reads.
         """
         router = self._meswitch_router
@@ -82,19 +83,14 @@ class RoutingMixin:
             vocab_size = self._meswitch_switch.base_vocab_size
             conversations = _rows_of_ids(tokenizer, prompts, attention_mask, router.window, vocab_size)
         else:
-            asked: Iterable[Any] = [prompts] if isinstance(prompts, str) or is_chat(prompts) else prompts
+            # A mapping, such as what a tokenizer returns, would be taken for a list of its keys.
+            several = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping)
+            asked: Iterable[Any] = prompts if several and not is_chat(prompts) else [prompts]
             turns = [routed_turns(prompt)[-_TURNS:] for prompt in asked]
             conversations = _windows(tokenizer, turns, router.window)
         output = self._route_turns(router, conversations)
-        for row, (expert, abstained) in enumerate(zip(output.experts, output.abstained.tolist(), strict=True)):
-            logger.info(
-                "Row %d goes to %s: %s",
-                row,
-                "the base" if expert is None else f"expert {expert!r}",
-                f"the router abstained (likeliest {output.confidence[row]:.3f})"
-                if abstained
-                else f"probability {output.confidence[row]:.3f}",
-            )
+        if logger.isEnabledFor(logging.INFO):
+            _log(output)
         return output
 
     def _route_turns(self, router: Router, conversations: Sequence[Sequence[list[int]]]) -> RouterOutput:
@@ -117,6 +113,18 @@ class RoutingMixin:
         return output
 
 
+def _log(output: RouterOutput) -> None:
+    rows = zip(output.experts, output.abstained.tolist(), output.confidence, strict=True)
+    for row, (expert, abstained, confidence) in enumerate(rows):
+        logger.info(
+            "Row %d goes to %s: %s %.3f",
+            row,
+            "the base" if expert is None else f"expert {expert!r}",
+            "the router abstained, likeliest" if abstained else "probability",
+            confidence,
+        )
+
+
 def _windows(tokenizer: Any, conversations: Sequence[Sequence[str]], window: int) -> list[list[list[int]]]:
     """Token windows of each turn of each conversation, tokenised in one call."""
     rows = iter(window_ids(tokenizer, [turn for turns in conversations for turn in turns], window))
@@ -132,12 +140,12 @@ def _rows_of_ids(
             f"A router reads int64 token ids [rows, length], not {ids.dtype} {tuple(ids.shape)}. Give input_ids, or "
             "route the texts and name the experts that come out."
         )
-    marks, special = template_marks(tokenizer), set(tokenizer.all_special_ids)
+    marks, control = template_marks(tokenizer), control_ids(tokenizer)
     keep = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.to(ids.device)
     found = []
     for row, real in zip(ids.tolist(), (keep != 0).tolist(), strict=True):
         known = [token for token, is_real in zip(row, real, strict=True) if is_real and 0 <= token < vocab_size]
         turns = [] if marks is None else turns_in_ids(tokenizer, known, marks)[-_TURNS:]
-        bare = token_window([token for token in known if token not in special], window)
+        bare = token_window([token for token in known if token not in control], window)
         found.append(window_ids(tokenizer, turns, window) if turns else [bare])
     return found

@@ -15,30 +15,31 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..delta_format.location import RepoLocation, is_plain_path
-from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
+from ..errors import ExpertNameError, RouterError
 from ..peft_method.naming import check_expert_name
-from .files import check_type, read_config, write
-from .output import BASE_LABEL, RouterOutput, picked
+from .base import BaseRouter, check_integer, check_number
+from .files import write
+from .letters import letter_logs, letter_prior
+from .output import BASE_LABEL
 from .question import MOST_OPTIONS, Question
+from .window import window_ids
 
 __all__ = ["MultipleChoiceRouter"]
 
-#: Queries that say nothing, as of Zhao et al.
-_CONTENT_FREE = ("N/A", "[MASK]", "")
 #: Of no router, so that routers can be copied and pickled.
 _LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
-class MultipleChoiceRouter:
+class MultipleChoiceRouter(BaseRouter):
     """Asks a causal LM, the base itself or another, a question whose options are the experts' domains.
 
     ME-Switch (arXiv 2406.09041) fine-tunes a 1.8B model to answer it, as ``examples/train_multiple_choice_router.py``
     does; without that, the router is as good as the model is at such questions. The answer is read from the logits of
-    the options' letters, in one forward pass for each prompt, and three more for each call of :meth:`route_ids`.
+    the options' letters, in one forward pass for each prompt.
 
     Models prefer some letters whatever the question. What they prefer is measured on queries that say nothing and
-    divided out (Zhao et al., "Calibrate before use", arXiv 2102.09690, section 4).
+    divided out, see :mod:`.letters`.
 
     Attributes:
         domains: what each expert is for, in words, by label; the label ``"base"`` is the base.
@@ -76,12 +77,9 @@ class MultipleChoiceRouter:
                 raise RouterError(f"The domain of {label!r} is {domain!r:.80}, expected a short text.")
         if self.default_expert is not None:
             _check_label(self.default_expert)
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 2 <= self.window <= 4096:
-            raise RouterError(f"window is {self.window!r}, expected an integer from 2 to 4096.")
-        for name, low, high in (("temperature", 1e-6, 1e6), ("threshold", 0.0, 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise RouterError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}.")
+        check_integer("window", self.window, 2, 4096)
+        check_number("temperature", self.temperature, 1e-6, 1e6)
+        check_number("threshold", self.threshold, 0.0, 1.0)
         if self.repo is not None and not isinstance(self.repo, str):
             raise RouterError(f"repo is {self.repo!r}, expected the Hub id or folder of a causal LM, or None.")
         if self.repo is not None and Path(self.repo).is_dir():  # which from another folder could be read as a Hub id
@@ -95,21 +93,6 @@ class MultipleChoiceRouter:
     def with_expert(self, expert: str, domain: str) -> MultipleChoiceRouter:
         """This with one more option, or another text for one that it has."""
         return dataclasses.replace(self, domains={**self.domains, expert: domain}, _asked={})
-
-    def without_expert(self, expert: str) -> MultipleChoiceRouter:
-        """This without one of its options.
-
-        Raises:
-            ExpertNotFoundError: it does not have it.
-            RouterError: it is the only one.
-        """
-        if expert not in self.domains:
-            known = ", ".join(map(repr, self.domains))
-            raise ExpertNotFoundError(f"The router does not know {expert!r}; it knows {known}.")
-        left = self.only([label for label in self.domains if label != expert])
-        if left is None:
-            raise RouterError(f"{expert!r} is the only expert of the router. Drop the router: model.set_router(None).")
-        return left
 
     def only(self, labels: Sequence[str]) -> MultipleChoiceRouter | None:
         """This with those of its experts that are among ``labels``; `None` if it knows none of them."""
@@ -131,37 +114,17 @@ class MultipleChoiceRouter:
 
     # -- routing ----------------------------------------------------------------------------------------------------
 
-    def route_ids(self, model: Any, rows: Sequence[Sequence[int]], experts: Sequence[str]) -> RouterOutput:
-        """Pick an expert for each row of tokens; arguments and errors as of :meth:`~.head.HeadRouter.route_ids`."""
-        labels = [label for label in self.domains if label == BASE_LABEL or label in experts]
-        if not labels:
-            raise RouterError(
-                f"The router knows {', '.join(map(repr, self.domains))}, and of these none is loaded. Loaded: "
-                f"{', '.join(map(repr, experts)) or 'none'}."
-            )
-        probabilities = torch.full((len(rows), len(labels)), 1 / len(labels))
-        abstained = torch.ones(len(rows), dtype=torch.bool)
-        read = [i for i, row in enumerate(rows) if len(row)]
-        if read:
-            scores = self._scores(model, [rows[i] for i in read], labels)
-            likely = (scores / self.temperature).softmax(dim=1)
-            probabilities[read] = likely.float()
-            abstained[read] = likely.amax(dim=1) < self.threshold
-        default = self.default_expert if self.default_expert in experts else None
-        return picked(probabilities, labels, abstained, default)
-
-    def _scores(self, model: Any, rows: Sequence[Sequence[int]], labels: Sequence[str]) -> Tensor:
-        """Log-probabilities of each row's options over what the model prefers anyway: float64 ``[rows, labels]``."""
+    def judge(self, model: Any, rows: Sequence[Sequence[int]], labels: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """As of every router; there is nothing that it can tell to be strange."""
         asked, tokenizer = self._to_ask(model)
         if self.repo is not None:
             texts = [model.tokenizer_for(None).decode(row, skip_special_tokens=False) for row in rows]
-            rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            rows = window_ids(tokenizer, texts, self.window)  # other tokens, and perhaps more of them
         question = Question.of(tokenizer, [self.domains[label] for label in labels])
         with model._meswitch_switch.rows([None]):
-            answers = torch.stack([_letters(asked, question, row) for row in rows])
-            empty = tokenizer(list(_CONTENT_FREE), add_special_tokens=False)["input_ids"]
-            prior = torch.stack([_letters(asked, question, row).exp() for row in empty]).mean(dim=0).log()
-        return answers - prior
+            answers = torch.stack([letter_logs(asked, question, row) for row in rows])
+            scores = answers - letter_prior(asked, tokenizer, question)
+        return (scores / self.temperature).softmax(dim=1), torch.zeros(len(rows), dtype=torch.bool)
 
     def _to_ask(self, model: Any) -> tuple[Any, Any]:
         if self.repo is None:
@@ -190,43 +153,14 @@ class MultipleChoiceRouter:
         write(folder, config | {"repo": repo}, {})
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> MultipleChoiceRouter:
-        """Read a router from a family repo, or from a folder that :meth:`save_pretrained` wrote.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder.
-            **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
-
-        Raises:
-            RouterError: missing or malformed; the file and the entry are named.
-        """
-        location = RepoLocation(os.fspath(pretrained_model_name_or_path), **kwargs, error=RouterError)
-        config, location = read_config(location)
-        return cls.from_files(config, location)
-
-    @classmethod
     def from_files(cls, config: Mapping[str, Any], location: RepoLocation) -> MultipleChoiceRouter:
         """What :func:`~.files.read_config` found, checked."""
-        check_type(config, cls.router_type, location)
         names = {f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")}
         config = {**config, "repo": _asked_repo(config.get("repo"), location)}
         try:
             return cls(**{"domains": {}, **{name: value for name, value in config.items() if name in names}})
         except RouterError as error:
             raise RouterError(f"{location}: {error}") from error
-
-
-@torch.no_grad()
-def _letters(model: Any, question: Question, query: Sequence[int]) -> Tensor:
-    """Log-probabilities of the options' letters after a question, float64 ``[options]`` on the CPU.
-
-    Rows go through alone, so that no padding can move an answer.
-    """
-    ids = torch.tensor([question.ids(query)], device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-    return logits[list(question.letters)].double().log_softmax(dim=0).cpu()
 
 
 def _asked_repo(repo: Any, location: RepoLocation) -> Any:

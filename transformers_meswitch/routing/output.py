@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-__all__ = ["BASE_LABEL", "RouterOutput", "picked"]
+__all__ = ["BASE_LABEL", "RouterOutput", "joined", "picked"]
 
 #: The label of prompts that the base answers itself.
 BASE_LABEL = "base"
@@ -41,6 +41,21 @@ class RouterOutput(ModelOutput):
     def confidence(self) -> list[float]:
         """The probability of each prompt's likeliest label; an abstention is one that is too low."""
         return [round(p, 6) for p in self.probabilities.amax(dim=1).tolist()]
+
+
+def joined(parts: Sequence[RouterOutput]) -> RouterOutput:
+    """What was said of some prompts after others, one part at least, all by the same router.
+
+    >>> one = RouterOutput(["math"], torch.tensor([[0.9, 0.1]]), ["math", "code"], torch.tensor([False]))
+    >>> joined([one, one]).experts
+    ['math', 'math']
+    """
+    return RouterOutput(
+        [expert for part in parts for expert in part.experts],
+        torch.cat([part.probabilities for part in parts]),
+        parts[0].labels,
+        torch.cat([part.abstained for part in parts]),
+    )
 
 
 def picked(

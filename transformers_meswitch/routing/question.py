@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+from ..errors import RouterError
+
 __all__ = ["MOST_OPTIONS", "Question"]
 
 MOST_OPTIONS = len(ascii_uppercase)
@@ -47,6 +49,9 @@ class Question:
         Args:
             tokenizer: that of the model to be asked.
             domains: what each option says, in order.
+
+        Raises:
+            RouterError: the tokenizer does not tell the options' letters apart.
         """
         letters = ascii_uppercase[: len(domains)]
         options = "\n".join(f"{letter}. {domain}" for letter, domain in zip(letters, domains, strict=True))
@@ -55,8 +60,15 @@ class Question:
             before = before[:-1]
         # How a letter is tokenised depends on what comes before it, so what all of them share belongs to the question.
         endings = [tokenizer(f"{_ENDING} {a}", add_special_tokens=False)["input_ids"] for a in ascii_uppercase]
-        shared = next(i for i, ids in enumerate(zip(*endings, strict=False)) if len(set(ids)) > 1)
-        return cls(tuple(before), tuple(endings[0][:shared]), tuple(ids[shared] for ids in endings[: len(letters)]))
+        shared = next((i for i, ids in enumerate(zip(*endings, strict=False)) if len(set(ids)) > 1), 0)
+        answers = tuple(ids[shared] for ids in endings[: len(letters)])
+        if len(set(answers)) < len(answers):
+            raise RouterError(
+                f"The tokenizer has no token of its own for each of the letters {', '.join(letters)}, so the model "
+                "cannot be asked a multiple-choice question. Name another causal LM, "
+                "MultipleChoiceRouter(..., repo=...), or use a HeadRouter."
+            )
+        return cls(tuple(before), tuple(endings[0][:shared]), answers)
 
     def ids(self, query: Sequence[int]) -> list[int]:
         """The question about a query, given as token ids of the same tokenizer."""

@@ -28,7 +28,7 @@ def routed_turns(prompt: Prompt) -> list[str]:
         return user_turns(prompt)
     raise TypeError(
         f"A prompt is {type(prompt).__name__} {str(prompt)[:40]!r}; expected a text, or a list of messages such as "
-        "{'role': 'user', 'content': 'Hello'}."
+        "{'role': 'user', 'content': 'Hello'}; of what a tokenizer returns give input_ids and attention_mask."
     )
 
 

@@ -1,0 +1,188 @@
+"""The paper's router before and after fine-tuning (ME-Switch, Figure 5): a language model is asked for the domain.
+
+    python -m benchmarks.routing.multiple_choice --base SMOLLM2 --asked 100
+    python -m benchmarks.routing.multiple_choice --base SMOLLM2 --device cuda --steps 400 --batch-size 32
+
+SmolLM2 is fine-tuned by ``examples/train_multiple_choice_router.py`` on the training prompts, once for four and once
+for eight domains, and asked about the frozen test prompts before and after. Every prompt is asked twice, with the
+options in one order and in the reverse, which shows what is left of a liking for places. Each step is put into the
+result file as soon as it is known, and a step that is there with the same settings is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import device_name, provenance, write_result
+from transformers_meswitch import MESwitchModelForCausalLM, MultipleChoiceRouter, RouterOutput
+from transformers_meswitch.routing.evaluation import evaluate
+from transformers_meswitch.routing.letters import letter_prior
+from transformers_meswitch.routing.question import Question
+from transformers_meswitch.routing.window import window_ids
+
+from .__main__ import _DOMAINS as DOMAINS
+from .freeze import check_frozen
+from .sources import EIGHT, FOUR, hard_set, test_prompts, training_prompts
+
+__all__ = ["PART", "asked", "before_and_after", "without_tested"]
+
+#: Where it goes in the result file.
+PART = "multiple_choice"
+_SETS = {"four": FOUR, "eight": EIGHT}
+_SCRIPT = Path(__file__).parents[2] / "examples" / "train_multiple_choice_router.py"
+
+Prompts = Mapping[str, Sequence[str]]
+
+
+def without_tested(train: Prompts, test: Prompts) -> dict[str, list[str]]:
+    """Training prompts that the test does not happen to ask too."""
+    tested = {prompt for own in test.values() for prompt in own} | {row["prompt"] for row in hard_set()}
+    return {label: [prompt for prompt in own if prompt not in tested] for label, own in train.items()}
+
+
+def asked(model: Any, domains: Mapping[str, str], window: int, prompts: Prompts) -> dict[str, Any]:
+    """What a model makes of prompts whose domain is known.
+
+    Args:
+        model: a model with experts, whose base is asked.
+        domains: label to what the option says, in the order of the options.
+        window: tokens of a prompt that are read at most.
+        prompts: by label.
+
+    Returns:
+        The measures of :func:`~transformers_meswitch.routing.evaluation.evaluate`; ``accuracy_without_prior``, where
+        the letters that the model prefers anyway are not divided out; and with the options in reverse order
+        ``accuracy_reversed`` and ``same_reversed``, the share of prompts with the same answer.
+    """
+    tokenizer = model.tokenizer_for(None)
+    texts = [text for own in prompts.values() for text in own]
+    right = [label for label, own in prompts.items() for _ in own]
+    rows = window_ids(tokenizer, texts, window)
+    backwards = dict(reversed(domains.items()))
+    output, turned = (
+        MultipleChoiceRouter(options, window=window, threshold=0.0).route_ids(model, rows, list(options))
+        for options in (domains, backwards)
+    )
+    with model._meswitch_switch.rows([None]):
+        prior = letter_prior(model, tokenizer, Question.of(tokenizer, list(domains.values())))
+    plain = torch.softmax(output.probabilities.double().log() + prior, dim=1)
+    answers = [_likeliest(found) for found in (output, turned)]
+    return evaluate(output, right).to_dict() | {
+        "accuracy_without_prior": _share(_likeliest(RouterOutput([], plain, output.labels, None)), right),
+        "accuracy_reversed": _share(answers[1], right),
+        "same_reversed": _share(*answers),
+    }
+
+
+def _likeliest(output: RouterOutput) -> list[str]:
+    return [output.labels[i] for i in output.probabilities.argmax(dim=1).tolist()]
+
+
+def _share(found: Sequence[str], right: Sequence[str]) -> float:
+    return sum(a == b for a, b in zip(found, right, strict=True)) / len(right)
+
+
+def before_and_after(
+    base: str,
+    train: Prompts,
+    test: Prompts,
+    *,
+    settings: Mapping[str, Any],
+    device: str,
+    known: Mapping[str, Any],
+    put: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Ask a base, fine-tune it, and ask again.
+
+    Args:
+        base: Hub id or folder.
+        train: prompts by domain.
+        test: prompts of the same domains.
+        settings: ``window``, and ``steps``, ``batch_size``, ``lr`` and ``seed`` of the training.
+        device: ``"cpu"`` or ``"cuda"``.
+        known: what was found before, with the same settings; the steps in it are passed over.
+        put: takes what is known so far, after each step.
+    """
+    domains = {label: DOMAINS[label] for label in train}
+    result = dict(known)
+    if "before" not in result:
+        result["before"] = asked(_loaded(base, device), domains, settings["window"], test)
+        put(result)
+    if "after" not in result:
+        options = {name: value for name, value in settings.items() if name != "window"}
+        router = MultipleChoiceRouter(domains, window=settings["window"])
+        with tempfile.TemporaryDirectory() as folder:
+            tuned = runpy.run_path(str(_SCRIPT))["fine_tune"](
+                base, router, train, Path(folder), where=device, **options
+            )
+            result["after"] = asked(_loaded(tuned.repo, device), domains, settings["window"], test)
+        put(result)
+    return result
+
+
+def _loaded(name: str, device: str) -> Any:
+    return MESwitchModelForCausalLM.from_pretrained(name, experts={}, dtype=torch.float32).to(device).eval()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: folder or Hub id")
+    parser.add_argument("--sets", nargs="+", choices=list(_SETS), default=list(_SETS), help="both by default")
+    parser.add_argument("--asked", type=int, metavar="N", help="only the first N test prompts of each domain")
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/routing.json"))
+    args = parser.parse_args(argv)
+    check_frozen()
+    settings = {name: getattr(args, name) for name in ("window", "steps", "batch_size", "lr", "seed")}
+    for name in args.sets:
+        test = {label: own[: args.asked] for label, own in test_prompts(_SETS[name]).items()}
+        train = without_tested(training_prompts(_SETS[name]), test_prompts(_SETS[name]))
+        head = {
+            **provenance("benchmarks.routing.multiple_choice", device_name(args.device)),
+            "settings": settings,
+            "prompts": {label: {"train": len(train[label]), "test": len(test[label])} for label in test},
+        }
+        known = _known(args.output, name, head)
+
+        def put(found: dict[str, Any], name: str = name, head: dict[str, Any] = head) -> None:
+            # Read anew: other parts may have been put there meanwhile.
+            result = _read(args.output)
+            result.setdefault(PART, {})[name] = head | found
+            write_result(args.output, result)
+
+        found = before_and_after(args.base, train, test, settings=settings, device=args.device, known=known, put=put)
+        for when in ("before", "after"):
+            row = found[when]
+            print(
+                f"{name} domains {when}: {row['accuracy']:.2%} of {row['prompts']} right "
+                f"({row['accuracy_reversed']:.2%} with the options reversed, {row['same_reversed']:.2%} the same; "
+                f"{row['accuracy_without_prior']:.2%} with the letters' prior left in)"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _known(path: Path, name: str, head: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps that an earlier run with the same settings and prompts has finished."""
+    found = _read(path).get(PART, {}).get(name, {})
+    same = all(found.get(key) == head[key] for key in ("settings", "prompts", "device", "versions"))
+    return {when: found[when] for when in ("before", "after") if same and when in found}
+
+
+if __name__ == "__main__":
+    main()
