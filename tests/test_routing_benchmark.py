@@ -127,14 +127,12 @@ def test_dev_judges_what_it_was_not_trained_on() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def points(where: float) -> torch.Tensor:
-        return torch.randn(12, 1, 6, generator=generator) * 0.1 + where
+        return torch.randn(12, 6, generator=generator) * 0.1 + where
 
     table = {"a": [points(0.0) for _ in range(4)], "b": [points(5.0) for _ in range(4)]}
     table["b"][3] = points(0.0)
-    found = dev.kept_out({label: [(i, x, x) for i, x in enumerate(own)] for label, own in table.items()}, [1])
-    assert found["prompts"] == 96
-    assert len(found["chosen"]) == 4
-    assert found["accuracy"] == pytest.approx(84 / 96)
+    found = dev.kept_out({label: [(i, x, x) for i, x in enumerate(own)] for label, own in table.items()}, rank=6)
+    assert found == {"a": 1.0, "b": 0.75}
 
 
 SMALL = LlamaConfig(

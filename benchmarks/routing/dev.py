@@ -2,102 +2,96 @@
 
     python -m benchmarks.routing.dev --base SMOLLM2 --features FILE
 
-Prompts that are judged are as their source has them. What is printed is over all groups together, a prompt as much as
-another; beside the abstentions of a router it says nothing that it was trained on.
+Prompts that are judged are as their source has them. A row says what share of a domain's prompts has the right expert
+as its likeliest, over all groups together, and the mean over domains; the choice of layer, rank and frames is the
+table's, where a router chooses its layer itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.provenance import device_name, provenance, write_result
 from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.routing.discriminant import Discriminant
-from transformers_meswitch.routing.evaluation import evaluate
-from transformers_meswitch.routing.head_fit import RANK, HeadFit, fit_head
+from transformers_meswitch.routing.head_fit import RANK
 from transformers_meswitch.routing.hidden_states import early_layers
-from transformers_meswitch.routing.output import RouterOutput, picked
 from transformers_meswitch.routing.projection import project
+from transformers_meswitch.routing.statistics import ClassStatistics
 
 from . import head
 from .filling import framed
 from .sources import EIGHT, FOUR
-from .training import GROUPS, training_sources
+from .training import FRAMED, GROUPS, training_sources
 
-__all__ = ["asked", "kept_out"]
+__all__ = ["kept_out"]
 
-#: By domain, of each source: its group, its prompts as they are trained on, and as they are judged.
+#: By domain, of each source: its group, features ``[prompts, width]`` that are trained on, and those that are judged.
 Sources = Mapping[str, Sequence[tuple[int, Any, Any]]]
+_SHRINKAGE = 0.1
 
 
-def asked(fit: HeadFit, position: int, features: Tensor) -> RouterOutput:
-    """What a fitted head says of features ``[prompts, layers, width]``, its layer being at ``position``."""
-    points = project(features[:, position], fit.statistics.rank)
-    found = Discriminant.of(fit.statistics, fit.shrinkage)
-    likely = (found.scores(points) / fit.temperature).softmax(dim=1)
-    unsure = (likely.amax(dim=1) < fit.threshold) | (found.distances(points) > fit.distance_limit)
-    return picked(likely.float(), fit.statistics.labels, unsure, None)
-
-
-def kept_out(sources: Sources, layers: Sequence[int], rank: int = RANK) -> dict[str, Any]:
-    """How heads do on the groups that they were not trained on, all groups together.
-
-    Args:
-        sources: features ``[prompts, layers, width]``.
-        layers: their numbers.
-        rank: of the heads.
-    """
-    outputs, right, chosen = [], [], []
+def kept_out(sources: Sources, rank: int, shrinkage: float = _SHRINKAGE) -> dict[str, float]:
+    """By domain, the share of prompts that go right in the groups that the head was not trained on."""
+    points = {
+        domain: [(group, project(train, rank), project(judge, rank)) for group, train, judge in own]
+        for domain, own in sources.items()
+    }
+    right = dict.fromkeys(points, 0)
     for group in range(GROUPS):
-        trained = {
-            domain: torch.cat([train for other, train, _ in own if other != group]) for domain, own in sources.items()
-        }
-        fit = fit_head(trained, layers, rank=rank)
-        chosen.append([fit.layer, fit.shrinkage, round(fit.threshold, 3), round(fit.temperature, 2)])
-        for domain, own in sources.items():
-            judged = torch.cat([judge for other, _, judge in own if other == group])
-            outputs.append(asked(fit, list(layers).index(fit.layer), judged))
-            right += [domain] * len(judged)
-    whole = RouterOutput(
-        [expert for output in outputs for expert in output.experts],
-        torch.cat([output.probabilities for output in outputs]),
-        outputs[0].labels,
-        torch.cat([output.abstained for output in outputs]),
-    )
-    return {**evaluate(whole, right).to_dict(), "chosen": chosen}
-
-
-def _line(name: str, found: Mapping[str, Any]) -> str:
-    recall = " ".join(f"{label[:5]} {value:.0%}" for label, value in found["recall"].items())
-    return (
-        f"{name:28} {found['accuracy']:.2%} right, {found['coverage']:.1%} routed, of these "
-        f"{found['routed_accuracy']:.2%}, calibration error {found['calibration_error']:.2%} | {recall} | "
-        f"layer, shrinkage, threshold, temperature {found['chosen']}"
-    )
+        trained = {domain: torch.cat([x for g, x, _ in own if g != group]) for domain, own in points.items()}
+        statistics = ClassStatistics.of(trained)
+        fitted = Discriminant.of(statistics, shrinkage)
+        for domain, own in points.items():
+            judged = torch.cat([x for g, _, x in own if g == group])
+            chosen = fitted.scores(judged).argmax(dim=1)
+            right[domain] += int((chosen == statistics.labels.index(domain)).sum())
+    return {domain: right[domain] / sum(len(x) for _, _, x in own) for domain, own in points.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: folder or Hub id")
     parser.add_argument("--features", type=Path, help="file that keeps what the base has read")
+    parser.add_argument("--output", default="benchmarks/results/routing_dev.json")
     args = parser.parse_args()
     model = MESwitchModelForCausalLM.from_pretrained(args.base, experts={}, dtype=torch.float32).eval()
-    texts = training_sources(EIGHT)
-    for share in (0.0, 0.3):
-        known: dict[str, list[tuple[int, Any, Any]]] = {domain: [] for domain in texts}
+    texts, layers = training_sources(EIGHT), early_layers(model)
+    result = provenance("benchmarks.routing.dev", device_name("cpu")) | {"shrinkage": _SHRINKAGE, "rows": []}
+    for share in (0.0, FRAMED):
+        wanted = {}
         for domain, own in texts.items():
-            for group, prompts in own:
-                read = head.read(model, {"train": framed(prompts, share), "judge": prompts}, args.features)
-                known[domain].append((group, read["train"], read["judge"]))
-        for domains in (FOUR, EIGHT):
-            for rank in (64, RANK, 192):
-                found = kept_out({domain: known[domain] for domain in domains}, early_layers(model), rank)
-                print(_line(f"{len(domains)} domains, framed {share:.0%}, rank {rank}", found), flush=True)
+            for number, (_, prompts) in enumerate(own):
+                wanted[f"{domain} {number} train"] = framed(prompts, share)
+                wanted[f"{domain} {number} judge"] = prompts
+        known = head.read(model, wanted, args.features)
+        read = {
+            domain: [
+                (group, known[f"{domain} {number} train"], known[f"{domain} {number} judge"])
+                for number, (group, _) in enumerate(own)
+            ]
+            for domain, own in texts.items()
+        }
+        ranks = (128, RANK, model.config.hidden_size)
+        for domains, layer, rank in itertools.product((FOUR, EIGHT), layers[2::3], ranks):
+            at = layers.index(layer)
+            recall = kept_out(
+                {domain: [(g, x[:, at], y[:, at]) for g, x, y in read[domain]] for domain in domains},
+                rank,
+            )
+            mean = sum(recall.values()) / len(recall)
+            row = {"domains": len(domains), "framed": share, "layer": layer, "rank": rank, "mean": mean}
+            result["rows"].append(row | {"recall": recall})
+            listed = " ".join(f"{label[:5]} {value:.0%}" for label, value in recall.items())
+            name = f"{len(domains)} domains, framed {share:.0%}, layer {layer}, rank {rank}"
+            print(f"{name}: {mean:.2%} | {listed}", flush=True)
+        write_result(Path(args.output), result)
 
 
 if __name__ == "__main__":
