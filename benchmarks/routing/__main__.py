@@ -1,15 +1,21 @@
 """Accuracy, calibration, abstention, bytes and time of routers on frozen prompts of sources they were not trained on.
 
-python -m benchmarks.routing --base SMOLLM2 --encoder MINILM
+    python -m benchmarks.routing --base SMOLLM2 --encoder MINILM
+    python -m benchmarks.routing --base SMOLLM2 --parts cost
+    python -m benchmarks.routing --shape mistral-7b --device cuda --parts cost
+
+Each part is put into the result file as soon as it is known, beside the parts that are there already, and says itself
+when, where and by which command it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +26,11 @@ from transformers_meswitch import MESwitchModelForCausalLM, MultipleChoiceRouter
 from transformers_meswitch.routing.evaluation import evaluate
 
 from . import head
+from .cost import cost, shaped
 from .encoder import EncoderPeer
 from .freeze import check_frozen
-from .sources import EIGHT, FOUR, hard_set, many_domains, test_prompts, training_prompts
+from .sources import EIGHT, FOUR, hard_set, many_domains, test_prompts
+from .training import training_prompts
 
 _SETS = {"four": FOUR, "eight": EIGHT}
 _DOMAINS = {
@@ -38,8 +46,8 @@ _DOMAINS = {
 #: Prompts of a domain that the whole base is asked about, as each takes a forward pass of it.
 _ASKED = 40
 _MANY = 64
-_LONG = 2048
-_REPEATS = 5
+
+Prompts = Mapping[str, Sequence[str]]
 
 
 def _measured(output: RouterOutput, right: Sequence[str], hard: RouterOutput | None) -> dict[str, Any]:
@@ -66,31 +74,39 @@ def _flat(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     return [p for own in prompts.values() for p in own], [label for label, own in prompts.items() for _ in own]
 
 
-def _median_seconds(run: Callable[[], Any]) -> float:
-    run()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def _bytes(router: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         router.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
-def _head(model: Any, train: Mapping[str, Any], test: Mapping[str, Sequence[str]]) -> tuple[dict[str, Any], Any]:
-    result: dict[str, Any] = {}
+@cache
+def _test() -> dict[str, list[str]]:
+    check_frozen()
+    return test_prompts(EIGHT)
+
+
+@cache
+def _train() -> dict[str, list[str]]:
+    """What is trained on, without what a test happens to ask too."""
+    tested = {prompt for own in _test().values() for prompt in own} | {row["prompt"] for row in hard_set()}
+    return {label: [p for p in own if p not in tested] for label, own in training_prompts(EIGHT).items()}
+
+
+def _counts() -> dict[str, dict[str, int]]:
+    return {label: {"train": len(_train()[label]), "test": len(_test()[label])} for label in EIGHT}
+
+
+def _head(model: Any, features_file: Path | None) -> dict[str, Any]:
+    train, test = _train(), _test()
     start = time.perf_counter()
-    features = head.read(model, train)
-    result["reading_seconds"] = time.perf_counter() - start
-    routers = {}
+    features = head.read(model, train, features_file)
+    result: dict[str, Any] = {"prompts": _counts()}
+    if features_file is None:  # else most of it was read before
+        result["reading_seconds"] = time.perf_counter() - start
     for name, domains in _SETS.items():
         start = time.perf_counter()
-        router = routers[name] = head.fit(model, {label: features[label] for label in domains})
+        router = head.fit(model, {label: features[label] for label in domains})
         seconds = time.perf_counter() - start
         prompts, right = _flat({label: test[label] for label in domains})
         hard = head.ask(router, model, _hard_prompts(domains))
@@ -98,17 +114,18 @@ def _head(model: Any, train: Mapping[str, Any], test: Mapping[str, Sequence[str]
             "fit_seconds": seconds,
             "bytes": _bytes(router),
             "layer": router.layer,
+            "shrinkage": router.shrinkage,
             "threshold": router.threshold,
             "temperature": router.temperature,
         }
-    return result, routers["four"]
+    return result
 
 
-def _peer(folder: str, train: Mapping[str, Any], test: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _peer(folder: str) -> dict[str, Any]:
     peer = EncoderPeer(folder)
-    embedded = {label: peer.embed(own) for label, own in train.items()}
-    tested = {label: peer.embed(own) for label, own in test.items()}
-    result: dict[str, Any] = {"bytes": peer.bytes}
+    embedded = {label: peer.embed(own) for label, own in _train().items()}
+    tested = {label: peer.embed(own) for label, own in _test().items()}
+    result: dict[str, Any] = {"prompts": _counts(), "bytes": peer.bytes}
     for name, domains in _SETS.items():
         fitted = peer.fit({label: embedded[label] for label in domains})
         right = [label for label in domains for _ in tested[label]]
@@ -118,78 +135,93 @@ def _peer(folder: str, train: Mapping[str, Any], test: Mapping[str, Sequence[str
     return result
 
 
-def _zero_shot(model: Any, test: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _zero_shot(model: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, domains in _SETS.items():
         router = MultipleChoiceRouter({label: _DOMAINS[label] for label in domains}, threshold=0.0)
-        prompts, right = _flat({label: test[label][:_ASKED] for label in domains})
+        prompts, right = _flat({label: _test()[label][:_ASKED] for label in domains})
         rows = head.window_ids(model.tokenizer_for(None), prompts, router.window)
         result[name] = _measured(router.route_ids(model, rows, router.labels), right, None)
     return result
 
 
-def _many(model: Any) -> tuple[dict[str, Any], Any]:
+def _many(model: Any) -> dict[str, Any]:
     train, test = many_domains(_MANY)
     router = head.fit(model, head.read(model, train))
     prompts, right = _flat(test)
-    return _measured(head.ask(router, model, prompts), right, None) | {"bytes": _bytes(router)}, router
+    return _measured(head.ask(router, model, prompts), right, None) | {"bytes": _bytes(router)}
 
 
-def _cost(model: Any, few: Any, many: Any) -> dict[str, Any]:
-    ids = torch.randint(100, model.config.vocab_size, (1, _LONG), generator=torch.Generator().manual_seed(0))
-    row = [ids[0, : head.WINDOW].tolist()]
-    with torch.no_grad():
-        prefill = _median_seconds(lambda: model(ids, logits_to_keep=1))
-    times = {
-        name: _median_seconds(lambda router=router: router.route_ids(model, row, router.labels))
-        for name, router in (("four", few), ("many", many))
-    }
-    return {
-        "prompt_tokens": _LONG,
-        "prefill_seconds": prefill,
-        "route_seconds": times,
-        "layers": {"four": few.layer, "many": many.layer},
-        "share_of_prefill": times["four"] / prefill,
-    }
+@cache
+def _base(name: str) -> Any:
+    return MESwitchModelForCausalLM.from_pretrained(name, experts={}, dtype=torch.float32).eval()
+
+
+def _cost(args: argparse.Namespace) -> dict[str, Any]:
+    if args.shape is None:
+        return {f"base_{args.device}": cost(_base(args.base).to(args.device))}
+    return {f"{args.shape}_{args.device}": cost(shaped(args.shape, args.device))}
+
+
+#: By name, in the order of what they take; a part may add to what an earlier run of it found (``cost``: elsewhere).
+_PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "head": lambda args: _head(_base(args.base), args.features),
+    "encoder": lambda args: _peer(args.encoder),
+    "many": lambda args: _many(_base(args.base)),
+    "multiple_choice_zero_shot": lambda args: _zero_shot(_base(args.base)),
+    "cost": _cost,
+}
+
+
+def _put(result: dict[str, Any], part: str, found: dict[str, Any], measured: Mapping[str, Any]) -> None:
+    """Where and when goes with each part, and with each place that the cost was measured at."""
+    if part == "cost":
+        result.setdefault(part, {}).update({place: {**measured, **row} for place, row in found.items()})
+    else:
+        result[part] = {**measured, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: folder or Hub id")
-    parser.add_argument("--encoder", required=True, help="all-MiniLM-L6-v2: folder")
+    parser.add_argument("--base", help="SmolLM2-135M-Instruct: folder or Hub id")
+    parser.add_argument("--encoder", help="all-MiniLM-L6-v2: folder, for the part encoder")
+    parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS), help="all by default")
+    parser.add_argument("--shape", choices=["mistral-7b"], help="cost: a base of this shape with random weights")
+    parser.add_argument("--device", default="cpu", help="cost: where to measure")
+    parser.add_argument("--features", type=Path, help="file that keeps what the base has read of the training prompts")
     parser.add_argument("--output", default="benchmarks/results/routing.json")
     args = parser.parse_args()
-    check_frozen()
-    train, test = training_prompts(EIGHT), test_prompts(EIGHT)
-    model = MESwitchModelForCausalLM.from_pretrained(args.base, experts={}, dtype=torch.float32).eval()
-    result: dict[str, Any] = provenance("benchmarks.routing", device_name("cpu"))
-    result["prompts"] = {label: {"train": len(train[label]), "test": len(test[label])} for label in EIGHT}
-    # Each part is written as soon as it is known: on a small machine all of them take an hour.
-    result["head"], few = _head(model, train, test)
-    write_result(Path(args.output), result)
-    result["encoder"] = _peer(args.encoder, train, test)
-    write_result(Path(args.output), result)
-    result["many"], many = _many(model)
-    result["cost"] = _cost(model, few, many)
-    write_result(Path(args.output), result)
-    result["multiple_choice_zero_shot"] = _zero_shot(model, test)
-    write_result(Path(args.output), result)
+    if args.base is None and not (args.shape and args.parts == ["cost"]):
+        parser.error("--base is needed for all but --shape with --parts cost")
+    if args.encoder is None and "encoder" in args.parts:
+        parser.error("--encoder is needed for the part encoder; or name the others with --parts")
+    output = Path(args.output)
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    for part in args.parts:
+        device = args.device if part == "cost" else "cpu"
+        _put(result, part, _PARTS[part](args), provenance("benchmarks.routing", device_name(device)))
+        write_result(output, result)
     print(_table(result))
 
 
 def _table(result: Mapping[str, Any]) -> str:
+    """Of the parts that are known."""
     lines = ["router                 domains  accuracy  coverage  right of routed  calibration error  hard ok"]
     for name in ("head", "encoder", "multiple_choice_zero_shot"):
-        for domains in _SETS:
+        for domains in _SETS if name in result else ():
             row = result[name][domains]
             hard = f"{row['hard']['acceptable']:7.1%}" if "hard" in row else "      -"
             lines.append(
                 f"{name[:22]:22} {domains:>7}  {row['accuracy']:8.2%}  {row['coverage']:8.2%}  "
                 f"{row['routed_accuracy'] or 0:15.2%}  {row['calibration_error']:17.2%}  {hard}"
             )
-    many, cost = result["many"], result["cost"]
-    lines.append(f"{_MANY} simulated domains: {many['accuracy']:.2%}, {many['bytes']:,} bytes")
-    lines.append(f"{cost['share_of_prefill']:.1%} of the prefill of {_LONG} tokens")
+    if many := result.get("many"):
+        lines.append(f"{_MANY} simulated domains: {many['accuracy']:.2%}, {many['bytes']:,} bytes")
+    for place, row in result.get("cost", {}).items():
+        lines.append(
+            f"{place}: {row['share_of_prefill']:.1%} of the prefill of {row['prompt_tokens']} tokens "
+            f"({row['share_of_prefill_many']:.1%} with {_MANY} experts), layer {row['layer']}, window {row['window']}"
+        )
     return "\n".join(lines)
 
 

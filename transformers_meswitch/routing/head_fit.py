@@ -16,7 +16,7 @@ from .statistics import ClassStatistics
 __all__ = ["RANK", "HeadFit", "LayerScore", "check_prompts", "fit_head"]
 
 #: Dimensions that features are projected to.
-RANK = 128
+RANK = 224
 #: Prompts of an expert below which nothing can be kept out for validation.
 _FEWEST = 5
 _SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.3)
