@@ -27,6 +27,7 @@ pytestmark = pytest.mark.integration
 
 UPLOAD = ("PUT", "/lfs/")
 COMMIT = ("POST", "/commit/")
+CARD = ("POST", "/api/validate-yaml")
 INFO = ("GET", r"/api/models/alice/delta$")
 PREUPLOAD = ("POST", "/preupload/")
 BATCH = ("POST", "/objects/batch")
@@ -62,6 +63,9 @@ def name_of(value: object) -> str:
         (Fault(*COMMIT, status=409), 0),
         (Fault(*COMMIT, status=412), 0),
         (Fault(*COMMIT, lose_answer=True), 1),
+        (Fault(*COMMIT, status=200, page=b"<html>"), 1),
+        (Fault(*CARD, status=500, page=b"<html>"), 1),
+        (Fault(*CARD, drop_after=10), 1),
         (Fault(*COMMIT, delay=0.5), 0),
         (Fault(*UPLOAD, delay=0.5), 0),
     ],
@@ -100,6 +104,8 @@ def test_a_push_that_can_be_completed_is(
         (Fault(*UPLOAD, status=500, times=None), HfHubHTTPError, "500"),
         (Fault(*UPLOAD, drop_after=40, times=None), HTTPError, ""),
         (Fault(*PREUPLOAD, status=403, times=None), HfHubHTTPError, "403"),
+        (Fault(*CARD, status=400), ValueError, "Invalid metadata in README.md"),
+        (Fault(*CARD, status=502, page=b"<html>", times=None), ValueError, "Expecting value"),
         (Fault(*COMMIT, status=401), HfHubHTTPError, "401"),
         (Fault(*COMMIT, status=403), HfHubHTTPError, "403"),
         (Fault(*COMMIT, status=404), HfHubHTTPError, "404"),
@@ -178,6 +184,20 @@ def test_a_new_branch_goes_with_the_push_that_failed_unless_somebody_committed_t
     assert repo.files("new").keys() == {*repo.files(), "theirs.txt"}
     push_folder(delta_folder, "alice/delta", revision="new")
     assert {"theirs.txt", "added.txt"} <= repo.files("new").keys()
+
+
+def test_a_busy_hub_is_no_conflict(hub: HubServer, client: Client, delta_folder: Path, waits: list[float]) -> None:
+    """Of which a push onto one commit alone tells its caller at once."""
+    head = push_folder(delta_folder, "alice/delta").oid
+    (delta_folder / "added.txt").write_text("more")
+    hub.faults.append(Fault(*COMMIT, status=429, headers={"Retry-After": "0"}))
+    info = push_folder(delta_folder, "alice/delta", parent_commit=head)
+    assert hub.repos["alice/delta"].branches["main"] == info.oid
+    (delta_folder / "added.txt").write_text("yet more")
+    before = len(hub.requests)
+    with pytest.raises(HfHubHTTPError, match="412"):
+        push_folder(delta_folder, "alice/delta", parent_commit=head)
+    assert sum("/commit/" in request.path for request in hub.requests[before:]) == 1
 
 
 @pytest.mark.parametrize(
