@@ -152,8 +152,9 @@ def _is_ours(file: PurePosixPath) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Files of tools (``.git``, ``.cache``), not of the model."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts) and name != ".gitattributes"
+    """Files of tools (``.git``, ``.cache``, ``__pycache__`` beside a family's line of code), not of the model."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part == "__pycache__" for part in parts) and name != ".gitattributes"
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -160,6 +160,8 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, client
     (folder / "images").mkdir()
     (folder / "images" / "plot.png").touch()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "modeling_meswitch.cpython-311.pyc").touch()
 
     def push_family(*experts):
         references = {name: {"repo": f"./experts/{name}"} for name in experts}
