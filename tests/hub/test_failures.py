@@ -278,6 +278,30 @@ def test_a_load_that_cannot_be_completed_leaves_nothing(
     assert logits(model).shape[-1] > before.shape[-1]
 
 
+def test_of_shards_those_that_are_missing_are_fetched_again_and_no_others(
+    hub: HubServer, client: Client, published: Published, waits: list[float]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained("alice/base")
+    base.load_adapter(str(published.family.deltas["math"]))
+    base.push_to_hub("alice/sharded", max_shard_size="10KB")
+    repo = hub.repos["alice/sharded"]
+    shards = {name: file for name, file in repo.commits[repo.branches["main"]].files.items() if "-of-" in name}
+    missing = sorted(shards)[1]
+    before = len(hub.requests)
+    hub.faults.append(Fault("GET", shards[missing].sha256, status=403, times=None))
+    with pytest.raises(DeltaFormatError, match=rf"{missing} of alice/sharded.*could not be fetched"):
+        resolve_delta("alice/sharded")
+    with pytest.raises(DeltaFormatError, match="in the local cache"):
+        resolve_delta("alice/sharded", local_files_only=True)
+    hub.faults.clear()
+    found = resolve_delta("alice/sharded")
+    assert [path.name for path in found.weight_paths] == sorted(shards)
+    sent = hub.downloads(since=before)
+    assert {name: sent[file.sha256] for name, file in shards.items()} == {
+        name: len(file.data) for name, file in shards.items()
+    }
+
+
 def test_what_is_not_there_is_named(published: Published, delta_folder: Path) -> None:
     load: Any = AutoModelForCausalLM.from_pretrained
     with pytest.raises(OSError, match="no-such"):
