@@ -19,7 +19,7 @@ from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, needs_kernel
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
 from transformers_meswitch.errors import UnsupportedOperationError
-from transformers_meswitch.peft_method import layers, live_choice, rows_path, switch
+from transformers_meswitch.peft_method import kernel_path, layers, live_choice, switch
 
 Choice = list[str | None]
 #: Of the largest logit.
@@ -155,7 +155,7 @@ def record(step: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch) ->
 
         def run() -> torch.Tensor:
             with monkeypatch.context() as patched:
-                for module in (layers, live_choice, rows_path, switch):
+                for module in (kernel_path, layers, live_choice, switch):
                     patched.setattr(module, "is_replayed", lambda: True)
                 patched.setattr("transformers_meswitch.calls.is_replayed", lambda: True)
                 return step()
