@@ -16,6 +16,7 @@ class Fault:
         status: answer with this status, instead of doing what was asked.
         message: of the error, as ``X-Error-Message``.
         headers: further headers of the answer.
+        page: the answer's body, where it is no JSON.
         drop_after: close the connection once so many bytes of the body have come in, or of the answer's gone out.
         lose_answer: do what was asked, and close the connection instead of saying so.
         delay: seconds to wait first.
@@ -27,6 +28,7 @@ class Fault:
     status: int | None = None
     message: str = "as the test has it"
     headers: dict[str, str] = field(default_factory=dict)
+    page: bytes | None = None
     drop_after: int | None = None
     lose_answer: bool = False
     delay: float = 0.0

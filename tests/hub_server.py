@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str) -> None:
         try:
             if self.fault is not None and self.fault.status is not None:
-                raise HubError(self.fault.status, self.fault.message)
+                raise HubError(self.fault.status, self.fault.message, answer=self.fault.page)
             for method, pattern, action in self.routes:
                 match = re.fullmatch(pattern.format(repo=r"[\w.\-]+(?:/[\w.\-]+)?"), path)
                 if method == self.command and match:

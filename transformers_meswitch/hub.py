@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import REPO_PLACEHOLDER, hub_id, merge_card, read_card, with_license, with_tags
+from .configuration import MESwitchFamilyConfig
 from .delta_format.asset_files import is_asset
 from .delta_format.location import is_plain_path
 from .delta_format.reader import open_delta
@@ -69,7 +71,8 @@ def push_folder(
     Raises:
         DeltaFormatError: the folder holds neither a delta nor a family.
         UnsupportedOperationError: a config in it names a base or an expert by a path of this machine; or ``revision``
-            is a tag or a commit.
+            is a tag or a commit; or the folder is a family, and the repo a full model.
+        ValueError: the Hub refused a card's metadata or a large file.
         huggingface_hub.errors.HTTPError: the Hub refused (:class:`~huggingface_hub.errors.HfHubHTTPError`) or could
             not be reached; see :func:`~transformers_meswitch.hub_commit.commit`.
     """
@@ -88,12 +91,14 @@ def push_folder(
                 f"{path} names the language model {asked!r}, a path of this machine that nobody else "
                 "can load. Push the model, and name it by its Hub id: MultipleChoiceRouter(..., repo=...)."
             )
+    local = {name: path for name, path in _files(folder).items() if _is_true(path)}
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    license_of = cache(lambda origin: _stated_license(api, origin))
     return commit(
         api,
         repo_id,
-        lambda info: _operations(api, folder, repo_id, info, tags),
+        lambda info: _operations(api, folder, local, repo_id, info, tags, license_of),
         revision=revision,
         create_pr=create_pr,
         parent_commit=parent_commit,
@@ -102,9 +107,21 @@ def push_folder(
     )
 
 
-def _operations(api: HfApi, folder: Path, repo_id: str, info: ModelInfo, tags: Sequence[str]) -> list[Operation]:
+def _operations(
+    api: HfApi,
+    folder: Path,
+    local: Mapping[str, Path],
+    repo_id: str,
+    info: ModelInfo,
+    tags: Sequence[str],
+    license_of: Callable[[str], dict[str, str]],
+) -> list[Operation]:
     head, remote = info.sha, {sibling.rfilename for sibling in info.siblings or []}
-    local = {name: path for name, path in _files(folder).items() if _is_true(path)}
+    dropped: set[str] = set()
+    if _CONFIG_NAME in remote and _CONFIG_NAME in local:
+        earlier = _json(Path(api.hf_hub_download(repo_id, _CONFIG_NAME, revision=head)))
+        _check_no_other_model(earlier, _json(local[_CONFIG_NAME]), repo_id)
+        dropped = inner_experts(earlier) - inner_experts(_config(folder))
     operations: list[Operation] = []
     for name, path in local.items():
         content: Path | bytes = path
@@ -114,16 +131,12 @@ def _operations(api: HfApi, folder: Path, repo_id: str, info: ModelInfo, tags: S
             if card is None or (there is None and name in remote):
                 continue
             card = card.replace(REPO_PLACEHOLDER, repo_id)
-            card = with_tags(with_license(card, _inherited_license(api, path.parent)), tags)
+            card = with_tags(with_license(card, _inherited_license(path.parent, license_of)), tags)
             content = (card if there is None else merge_card(there, card)).encode()
         elif PurePosixPath(name).name == ADAPTER_CONFIG_NAME:
             content = _without_local_expert(path)
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
     deltas = {PurePosixPath(name).parent for name in local if PurePosixPath(name).name == ADAPTER_CONFIG_NAME}
-    dropped: set[str] = set()
-    if _CONFIG_NAME in remote and _CONFIG_NAME in local:
-        earlier = Path(api.hf_hub_download(repo_id, _CONFIG_NAME, revision=head))
-        dropped = inner_experts(_json(earlier)) - inner_experts(_config(folder))
     for name in sorted(remote - set(local)):
         file = PurePosixPath(name)
         stale = any(_is_ours(file.relative_to(delta)) for delta in deltas if file.is_relative_to(delta))
@@ -139,8 +152,9 @@ def _is_ours(file: PurePosixPath) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Files of tools (``.git``, ``.cache``), not of the model."""
-    return any(part.startswith(".") for part in PurePosixPath(name).parts) and name != ".gitattributes"
+    """Files of tools (``.git``, ``.cache``, ``__pycache__`` beside a family's line of code), not of the model."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part == "__pycache__" for part in parts) and name != ".gitattributes"
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -223,6 +237,16 @@ def _check_portable(path: Path) -> None:
             )
 
 
+def _check_no_other_model(earlier: Mapping[str, Any], config: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse a family in place of a full model, as saving over one's folder is: its weights would load no longer."""
+    kind, family = earlier.get("model_type"), MESwitchFamilyConfig.model_type
+    if config.get("model_type") == family and kind not in (None, family):
+        raise UnsupportedOperationError(
+            f"{repo_id} holds the config.json of a model that is no family (model_type {kind!r}); pushing a family to "
+            "it would destroy it. Give another id."
+        )
+
+
 def _without_local_expert(path: Path) -> Path | bytes:
     """The ``adapter_config.json``, where need be without the folder that the fine-tune was in."""
     config = _json(path)
@@ -231,19 +255,24 @@ def _without_local_expert(path: Path) -> Path | bytes:
     return (json.dumps({**config, "expert_model_name_or_path": None}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _inherited_license(api: HfApi, folder: Path) -> dict[str, str]:
+def _inherited_license(folder: Path, license_of: Callable[[str], dict[str, str]]) -> dict[str, str]:
     """The licence of the expert, else of the base, as their own cards on the Hub state it."""
     config = _config(folder)
     for key in ("expert_model_name_or_path", "base_model_name_or_path"):
         origin = hub_id(config.get(key))
-        if origin is None:
-            continue
-        try:
-            card = api.model_info(origin).card_data
-        except HfHubHTTPError as error:
-            logger.info(f"The licence of {origin} is not known ({error}).")
-            continue
-        stated = card.to_dict() if card is not None else {}
-        if stated.get("license"):
-            return {k: stated[k] for k in ("license", "license_name", "license_link") if stated.get(k)}
+        stated = {} if origin is None else license_of(origin)
+        if stated:
+            return stated
     return {}
+
+
+def _stated_license(api: HfApi, origin: str) -> dict[str, str]:
+    try:
+        card = api.model_info(origin).card_data
+    except HfHubHTTPError as error:
+        logger.info(f"The licence of {origin} is not known ({error}).")
+        return {}
+    stated = card.to_dict() if card is not None else {}
+    return {
+        k: stated[k] for k in ("license", "license_name", "license_link") if stated.get("license") and stated.get(k)
+    }

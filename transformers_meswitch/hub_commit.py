@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 #: How often a commit is tried, where it is not the Hub's last word.
 _ATTEMPTS = 4
+#: Answers of a Hub that has somebody else's commit where ours was to go.
+_CONFLICTS = (409, 412)
 #: Longest that a Hub may ask to wait; a person would rather be told.
 _LONGEST_WAIT = 300.0
 
@@ -51,6 +54,8 @@ def commit(
 
     Raises:
         UnsupportedOperationError: ``revision`` is a tag or a commit.
+        ValueError: the Hub refused a card's metadata or a large file, or there is no commit message.
+        OSError: a file cannot be read.
         huggingface_hub.errors.HTTPError: the Hub refused (:class:`~huggingface_hub.errors.HfHubHTTPError`, with the
             response), or could not be reached. Nothing was committed, unless the last answer was lost on its way.
     """
@@ -68,10 +73,10 @@ def commit(
                     create_pr=create_pr,
                     **message,
                 )
-        except HTTPError as error:
+        except (HTTPError, json.JSONDecodeError) as error:
             # A pull request that was opened, but whose answer was lost, would be opened twice.
             seconds = seconds_before_retry(error, attempt, repeatable=not create_pr)
-            outdated = parent_commit is not None and seconds == 0
+            outdated = parent_commit is not None and _status(error) in _CONFLICTS
             if seconds is None or outdated or attempt == _ATTEMPTS - 1:
                 raise
             logger.info(f"The commit to {repo_id} is made again in {seconds:g} s: {error}")
@@ -85,29 +90,34 @@ def _upload(api: HfApi, repo_id: str, changes: Sequence[Operation], revision: st
     try:
         api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr)
     except RuntimeError as error:  # says which file it was, and hides what the Hub said
-        if isinstance(error.__cause__, HTTPError):
+        if isinstance(error.__cause__, HTTPError | OSError):
             raise error.__cause__ from error
         raise
 
 
-def seconds_before_retry(error: HTTPError, attempt: int, *, repeatable: bool) -> float | None:
+def seconds_before_retry(error: Exception, attempt: int, *, repeatable: bool) -> float | None:
     """When to make again a request that failed; `None` if that would not help.
 
     Args:
-        error: what huggingface_hub raised.
+        error: what huggingface_hub raised; a page in place of JSON is no answer of the Hub's.
         attempt: how many attempts failed before this one.
         repeatable: whether it does no harm if the Hub has done already what it is asked again.
     """
-    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    status, patience = getattr(response, "status_code", None), float(2**attempt)
-    if status in (409, 412):  # somebody else's commit came first
+    status, patience = _status(error), float(2**attempt)
+    if status in _CONFLICTS:
         return 0.0
     if status in (429, 503):  # the Hub has not begun
-        seconds = _retry_after(response.headers if response is not None else {}, patience)
+        seconds = _retry_after(error.response.headers, patience)  # type: ignore[attr-defined]
         return seconds if seconds <= _LONGEST_WAIT else None
     if repeatable and (status is None or status in (500, 502, 504)):
         return patience
     return None
+
+
+def _status(error: Exception) -> int | None:
+    """The Hub's answer; `None` if there was none."""
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    return getattr(response, "status_code", None)
 
 
 def _retry_after(headers: Mapping[str, str], default: float) -> float:
@@ -120,7 +130,7 @@ def _retry_after(headers: Mapping[str, str], default: float) -> float:
 
 def _target(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> tuple[ModelInfo, bool]:
     """The repo as the commit is to find it, and whether the branch is yet to be made."""
-    if revision is None or revision.startswith("refs/"):
+    if revision is None or revision.startswith(("refs/heads/", "refs/pr/")):
         return api.model_info(repo_id, revision=revision), False
     refs = api.list_repo_refs(repo_id)
     if revision in {branch.name for branch in refs.branches}:
@@ -131,7 +141,7 @@ def _target(api: HfApi, repo_id: str, revision: str | None, create_pr: bool) -> 
         if create_pr:
             raise
         return api.model_info(repo_id), True
-    kind = "tag" if revision in {tag.name for tag in refs.tags} else "commit"
+    kind = "tag" if revision.removeprefix("refs/tags/") in {tag.name for tag in refs.tags} else "commit"
     raise UnsupportedOperationError(
         f"revision={revision!r} is a {kind} of {repo_id}, and a {kind} cannot be added to. Give the name of a branch; "
         "one that is not there yet is made."
@@ -145,7 +155,7 @@ def _new_branch(api: HfApi, repo_id: str, branch: str | None, head: str | None) 
     api.create_branch(repo_id, branch=branch, revision=head, exist_ok=True)
     try:
         yield
-    except HTTPError:
+    except BaseException:  # a card that the Hub refuses is a ValueError; and somebody may press Ctrl-C
         with contextlib.suppress(HTTPError):
             if api.model_info(repo_id, revision=branch).sha == head:
                 api.delete_branch(repo_id, branch=branch)

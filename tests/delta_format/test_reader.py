@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,24 @@ def test_shards_under_both_names_of_the_index(make_delta, tmp_path):
     missing.unlink()
     with pytest.raises(DeltaFormatError, match=f"has no file {missing.name}"):
         open_delta(tmp_path)
+
+
+def test_shards_are_fetched_side_by_side(make_delta, tmp_path, monkeypatch):
+    write_delta(tmp_path, *make_delta(1), max_shard_size=20)
+    both, found = threading.Barrier(2), location.RepoLocation.require
+
+    def require(self, name):
+        if "-of-" in name and not both.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(timeout=10)
+                met.append(name)
+        return found(self, name)
+
+    met: list[str] = []
+    monkeypatch.setattr(location.RepoLocation, "require", require)
+    files = resolve_delta(tmp_path)
+    assert len(met) >= 2
+    assert [path.name for path in files.weight_paths] == sorted(p.name for p in tmp_path.glob("*-of-*.safetensors"))
 
 
 def test_a_tensor_in_two_shards_is_refused(make_delta, tmp_path):

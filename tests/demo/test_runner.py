@@ -17,6 +17,7 @@ from transformers_meswitch.cards import delta_card, family_card
 from transformers_meswitch.configuration import MESwitchExpertConfig, MESwitchFamilyConfig
 from transformers_meswitch.demo.runner import FAMILY, DemoAssetsError, run_demo
 from transformers_meswitch.demo.tasks import TASKS
+from transformers_meswitch.families.remote_code import AUTO_MAP, STUB_NAME, write_stub
 from transformers_meswitch.inspection import inspect_delta
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_demo_family.py"
@@ -143,6 +144,12 @@ def test_the_bundled_cards_are_those_of_todays_template(task: str) -> None:
 
 def test_the_bundled_familys_card_is_that_of_todays_template() -> None:
     assert (FAMILY / "README.md").read_text() == family_card(MESwitchFamilyConfig.from_pretrained(FAMILY))
+
+
+def test_the_bundled_family_carries_the_line_of_code_that_saving_writes(tmp_path: Path) -> None:
+    write_stub(tmp_path)
+    assert (FAMILY / STUB_NAME).read_text() == (tmp_path / STUB_NAME).read_text()
+    assert json.loads((FAMILY / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 def test_a_missing_family_names_the_script_that_trains_it(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.integration
 
 UPLOAD = ("PUT", "/lfs/")
 COMMIT = ("POST", "/commit/")
+CARD = ("POST", "/api/validate-yaml")
 INFO = ("GET", r"/api/models/alice/delta$")
 PREUPLOAD = ("POST", "/preupload/")
 BATCH = ("POST", "/objects/batch")
@@ -62,6 +63,9 @@ def name_of(value: object) -> str:
         (Fault(*COMMIT, status=409), 0),
         (Fault(*COMMIT, status=412), 0),
         (Fault(*COMMIT, lose_answer=True), 1),
+        (Fault(*COMMIT, status=200, page=b"<html>"), 1),
+        (Fault(*CARD, status=500, page=b"<html>"), 1),
+        (Fault(*CARD, drop_after=10), 1),
         (Fault(*COMMIT, delay=0.5), 0),
         (Fault(*UPLOAD, delay=0.5), 0),
     ],
@@ -100,6 +104,8 @@ def test_a_push_that_can_be_completed_is(
         (Fault(*UPLOAD, status=500, times=None), HfHubHTTPError, "500"),
         (Fault(*UPLOAD, drop_after=40, times=None), HTTPError, ""),
         (Fault(*PREUPLOAD, status=403, times=None), HfHubHTTPError, "403"),
+        (Fault(*CARD, status=400), ValueError, "Invalid metadata in README.md"),
+        (Fault(*CARD, status=502, page=b"<html>", times=None), ValueError, "Expecting value"),
         (Fault(*COMMIT, status=401), HfHubHTTPError, "401"),
         (Fault(*COMMIT, status=403), HfHubHTTPError, "403"),
         (Fault(*COMMIT, status=404), HfHubHTTPError, "404"),
@@ -180,6 +186,20 @@ def test_a_new_branch_goes_with_the_push_that_failed_unless_somebody_committed_t
     assert {"theirs.txt", "added.txt"} <= repo.files("new").keys()
 
 
+def test_a_busy_hub_is_no_conflict(hub: HubServer, client: Client, delta_folder: Path, waits: list[float]) -> None:
+    """Of which a push onto one commit alone tells its caller at once."""
+    head = push_folder(delta_folder, "alice/delta").oid
+    (delta_folder / "added.txt").write_text("more")
+    hub.faults.append(Fault(*COMMIT, status=429, headers={"Retry-After": "0"}))
+    info = push_folder(delta_folder, "alice/delta", parent_commit=head)
+    assert hub.repos["alice/delta"].branches["main"] == info.oid
+    (delta_folder / "added.txt").write_text("yet more")
+    before = len(hub.requests)
+    with pytest.raises(HfHubHTTPError, match="412"):
+        push_folder(delta_folder, "alice/delta", parent_commit=head)
+    assert sum("/commit/" in request.path for request in hub.requests[before:]) == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -256,6 +276,30 @@ def test_a_load_that_cannot_be_completed_leaves_nothing(
     fault_.times = 0
     model.load_adapter("alice/code", adapter_name="code")
     assert logits(model).shape[-1] > before.shape[-1]
+
+
+def test_of_shards_those_that_are_missing_are_fetched_again_and_no_others(
+    hub: HubServer, client: Client, published: Published, waits: list[float]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained("alice/base")
+    base.load_adapter(str(published.family.deltas["math"]))
+    base.push_to_hub("alice/sharded", max_shard_size="10KB")
+    repo = hub.repos["alice/sharded"]
+    shards = {name: file for name, file in repo.commits[repo.branches["main"]].files.items() if "-of-" in name}
+    missing = sorted(shards)[1]
+    before = len(hub.requests)
+    hub.faults.append(Fault("GET", shards[missing].sha256, status=403, times=None))
+    with pytest.raises(DeltaFormatError, match=rf"{missing} of alice/sharded.*could not be fetched"):
+        resolve_delta("alice/sharded")
+    with pytest.raises(DeltaFormatError, match="in the local cache"):
+        resolve_delta("alice/sharded", local_files_only=True)
+    hub.faults.clear()
+    found = resolve_delta("alice/sharded")
+    assert [path.name for path in found.weight_paths] == sorted(shards)
+    sent = hub.downloads(since=before)
+    assert {name: sent[file.sha256] for name, file in shards.items()} == {
+        name: len(file.data) for name, file in shards.items()
+    }
 
 
 def test_what_is_not_there_is_named(published: Published, delta_folder: Path) -> None:

@@ -15,6 +15,7 @@ from tests.hub.conftest import Published
 from tests.hub.test_pull import logits
 from tests.hub_server import HubServer
 from transformers_meswitch import MESwitchModelForCausalLM
+from transformers_meswitch.demo.runner import FAMILY
 
 pytestmark = pytest.mark.integration
 
@@ -74,3 +75,16 @@ def test_a_family_loads_in_a_program_that_does_not_know_the_package(
     absent = run(hub, tmp_path, WITHOUT_THE_PACKAGE + PROGRAM, "alice/family")
     assert absent.returncode == 1
     assert "pip install transformers_meswitch" in absent.stderr
+
+
+def test_the_demos_family_loads_so_too(hub: HubServer, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, PROGRAM, str(FAMILY))
+    assert done.returncode == 0, done.stderr
+    family = MESwitchModelForCausalLM.from_pretrained(FAMILY)
+    tokens = torch.tensor([family.tokenizer_for(None)("5+5=")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "found.pt", weights_only=True), family(tokens).logits)
+    absent = run(hub, tmp_path, WITHOUT_THE_PACKAGE + PROGRAM, str(FAMILY))
+    assert absent.returncode == 1
+    assert "pip install transformers_meswitch" in absent.stderr
+    assert [path.name for path in FAMILY.rglob("*.py*") if path.is_file()] == ["modeling_meswitch.py"]

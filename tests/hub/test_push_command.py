@@ -81,17 +81,26 @@ def test_a_pull_request_goes_to_a_branch_that_is_there(hub: HubServer, client: C
     assert set(hub.repos["alice/delta"].branches) == {"main", "v1"}
 
 
-@pytest.mark.parametrize("kind", ["tag", "commit"])
-def test_tags_and_commits_are_not_pushed_to(hub: HubServer, client: Client, delta_folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(("revision", "kind"), [("v1", "tag"), ("refs/tags/v1", "tag"), (None, "commit")])
+def test_tags_and_commits_are_not_pushed_to(
+    hub: HubServer, client: Client, delta_folder: Path, revision: str | None, kind: str
+) -> None:
     push_folder(delta_folder, "alice/delta")
     HfApi().create_tag("alice/delta", tag="v1")
     repo = hub.repos["alice/delta"]
-    revision = "v1" if kind == "tag" else repo.branches["main"]
     before = len(hub.requests)
     with pytest.raises(UnsupportedOperationError, match=f"is a {kind} of alice/delta"):
-        push_folder(delta_folder, "alice/delta", revision=revision)
+        push_folder(delta_folder, "alice/delta", revision=revision or repo.branches["main"])
     assert not [r for r in hub.requests[before:] if r.method in ("PUT",) or "/commit/" in r.path]
     assert set(repo.branches) == {"main"}
+
+
+def test_a_push_of_what_is_there_makes_no_commit(hub: HubServer, client: Client, delta_folder: Path) -> None:
+    first = push_folder(delta_folder, "alice/delta")
+    for arguments in ({}, {"create_pr": True}, {"revision": "refs/heads/main"}):
+        assert push_folder(delta_folder, "alice/delta", **arguments).oid == first.oid
+    repo = hub.repos["alice/delta"]
+    assert (len(repo.history()), repo.pulls) == (2, {})
 
 
 def test_pull_requests_of_the_stand_in_conflict_as_on_the_hub(

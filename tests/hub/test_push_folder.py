@@ -160,6 +160,8 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, client
     (folder / "images").mkdir()
     (folder / "images" / "plot.png").touch()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "modeling_meswitch.cpython-311.pyc").touch()
 
     def push_family(*experts):
         references = {name: {"repo": f"./experts/{name}"} for name in experts}
@@ -171,6 +173,34 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, client
     of_a, of_b = ({f"experts/{name}/{file}" for file in ("adapter_config.json", "notes.txt")} for name in "ab")
     assert push_family("a", "b") == common | of_a | of_b
     assert push_family("b") == common | of_b
+
+
+def test_a_family_does_not_replace_a_full_model(hub, client, tiny_family, tmp_path):
+    files = {path.name: path.read_bytes() for path in tiny_family.base.iterdir()}
+    before = hub.add_repo("alice/base", files).files()
+    family = MESwitchModelForCausalLM.from_pretrained("alice/base", experts={"math": tiny_family.deltas["math"]})
+    for arguments in ({}, {"create_pr": True}):
+        with pytest.raises(UnsupportedOperationError, match=r"alice/base holds the config\.json of a model.*'llama'"):
+            family.push_to_hub("alice/base", **arguments)
+    assert hub.repos["alice/base"].files() == before
+    family.push_to_hub("alice/family")
+    family.push_to_hub("alice/family")  # a family is replaced by a family
+
+
+def test_a_base_is_asked_for_its_licence_once_whoever_inherits_it(hub, client, tiny_family, tmp_path):
+    files = {path.name: path.read_bytes() for path in tiny_family.base.iterdir()}
+    hub.add_repo("alice/base", files | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    family = MESwitchModelForCausalLM.from_pretrained("alice/base", experts=tiny_family.deltas)
+    family.save_pretrained(tmp_path / "family")
+    before = len(hub.requests)
+    hub.before_commit = lambda repo: repo.edit("main", {"notes.txt": b"in between"})
+    push_folder(tmp_path / "family", "alice/family")
+    asked = [request.path for request in hub.requests[before:]]
+    assert asked.count("/api/models/alice/base") == 1
+    pushed = hub.repos["alice/family"].files()
+    cards = [data for name, data in pushed.items() if name.endswith("README.md")]
+    assert len(cards) == 3
+    assert all(b"license: apache-2.0" in card for card in cards)
 
 
 def produce(kind: str, source: Path, delta: Path) -> Any:

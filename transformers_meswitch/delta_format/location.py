@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .header import parse_json
 
 __all__ = ["RepoLocation", "find_weights", "is_plain_path"]
 
+#: Shards fetched at a time, as many as huggingface_hub's own ``snapshot_download`` does.
+_DOWNLOADS = 8
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 
@@ -189,7 +192,12 @@ def _shards(location: RepoLocation, index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or not is_plain_path(name) or not name.endswith(".safetensors"):
             raise location.error(f"{index} names the shard {name!r}, expected a .safetensors file beside it.")
-    return [location.require(name) for name in sorted(set(names))]
+    # A connection seldom carries all that the line does, and the Hub answers each request after a while.
+    pool = ThreadPoolExecutor(_DOWNLOADS)
+    try:
+        return list(pool.map(location.require, sorted(set(names))))
+    finally:
+        pool.shutdown(cancel_futures=True)  # of those that a missing one makes useless
 
 
 def find_weights(location: RepoLocation, candidates: tuple[str, ...], pickles: tuple[str, ...]) -> list[Path]:

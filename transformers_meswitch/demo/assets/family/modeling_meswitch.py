@@ -1,0 +1,1 @@
+from transformers_meswitch import MESwitchFamilyConfig, MESwitchModel, MESwitchModelForCausalLM
