@@ -38,7 +38,7 @@ def provenance(module: str, device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", "-m", module, *_without_output(sys.argv[1:])]),
+        "command": " ".join(["python", "-m", module, *_public(sys.argv[1:])]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": device,
         "versions": versions,
@@ -51,7 +51,13 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _without_output(arguments: list[str]) -> list[str]:
-    """Where the result was written says nothing about it, and may be a private path."""
+def _public(arguments: list[str]) -> list[str]:
+    """Where the result was written says nothing about it, and may be a private path; so may be where things are.
+
+    >>> _public(["run", "--base", "/home/me/smollm2", "--output", "x.json"])
+    ['run', '--base', 'BASE']
+    """
     at = arguments.index("--output") if "--output" in arguments else len(arguments)
-    return arguments[:at] + arguments[at + 2 :]
+    kept = arguments[:at] + arguments[at + 2 :]
+    names = ["PATH", *(argument.lstrip("-").replace("-", "_").upper() for argument in kept)]
+    return [name if Path(argument).is_absolute() else argument for name, argument in zip(names, kept, strict=False)]

@@ -96,8 +96,11 @@ def chatterbot(language: str) -> Iterable[str]:
 
 
 def gym(name: str) -> Iterable[str]:
+    import numpy
     import reasoning_gym
 
+    # What codeio asks of is run, and draws from the global generator.
+    numpy.random.seed(0)
     for row in reasoning_gym.create_dataset(name, size=60, seed=0):
         yield row["question"]
 
