@@ -30,7 +30,8 @@ from transformers_meswitch.routing.window import window_ids
 
 from .__main__ import _DOMAINS as DOMAINS
 from .freeze import check_frozen
-from .sources import EIGHT, FOUR, hard_set, test_prompts, training_prompts
+from .sources import EIGHT, FOUR, hard_set, test_prompts
+from .training import training_prompts
 
 __all__ = ["PART", "asked", "before_and_after", "without_tested"]
 
