@@ -100,7 +100,7 @@ def gym(name: str) -> Iterable[str]:
     import reasoning_gym
 
     # What codeio asks of is run, and draws from the global generator.
-    numpy.random.seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - the code that is asked about draws from it
     for row in reasoning_gym.create_dataset(name, size=60, seed=0):
         yield row["question"]
 
