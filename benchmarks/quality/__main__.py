@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
         calibration_task=arguments.calibration_task,
         batch_size=arguments.batch_size,
         exact_rest=not arguments.own_rest,
-        merged=arguments.merged,
+        merged="prompts" if arguments.merged_prompts else arguments.merged,
     )
     data = arguments.data or arguments.work_dir / "data"
     needed = {expert.task for expert in experts} | ({arguments.calibration_task} & set(TASKS))
@@ -86,7 +86,7 @@ def _smoke(arguments: argparse.Namespace, folder: Path) -> tuple[Plan, Path, Pat
         distillation_steps=2,
         batch_size=5,
         exact_rest=not arguments.own_rest,
-        merged=arguments.merged,
+        merged="prompts" if arguments.merged_prompts else arguments.merged,
         strengths=strengths,
         max_new_tokens=12,
     )
@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration-task", choices=[*TASKS, DEFAULT], help="another than the expert's own")
     command.add_argument("--own-rest", action="store_true", help="embeddings and norms as each method stores them")
     command.add_argument("--merged", action="store_true", help="deltas merged into the base's bfloat16 weights")
+    command.add_argument("--merged-prompts", action="store_true", help="of prompts alone, and served apart after them")
     command.add_argument("--budget-seconds", type=float, help="stop before this, keeping what is done")
     command.add_argument("--compile", action="store_true", help="compile the layers for training")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Plan:
         distillation_steps: optimiser steps of the methods that train.
         batch_size: prompts decoded at once.
         exact_rest: whether embeddings and norms are the expert's own for every method.
-        merged: whether deltas are merged into the base's weights and rounded with them; else they are served apart.
+        merged: whether deltas are merged into the base's weights and rounded with them, always or for ``"prompts"``
+            alone; else they are served apart.
         strengths: name to settings.
         max_new_tokens: cuts the tasks' own limits down.
         train_items: training items, at most.
@@ -63,7 +64,7 @@ class Plan:
     distillation_steps: int = 200
     batch_size: int = 1024
     exact_rest: bool = True
-    merged: bool = False
+    merged: bool | Literal["prompts"] = False
     strengths: dict[str, Strength] = field(default_factory=lambda: STRENGTHS)
     max_new_tokens: int = 10**6
     train_items: int | None = None
@@ -78,7 +79,8 @@ class Plan:
             f"calibration{self.calibration}": self.calibration != CALIBRATION,
             f"calibration-{self.calibration_task}": self.calibration_task is not None,
             "own-rest": not self.exact_rest,
-            "merged": self.merged,
+            "merged": self.merged is True,
+            "merged-prompts": self.merged == "prompts",
         }
         return "+".join([method, *(change for change, made in changes.items() if made)])
 
@@ -297,11 +299,12 @@ class Runner:
         seconds += sum(inputs.shared_seconds(key) for key in compressed.seconds_of if key in known)
         peak = torch.cuda.max_memory_allocated() - before if cuda else None
         rest = expert if plan.exact_rest else {**expert, **compressed.rest}
-        if plan.merged:
+        if plan.merged is True:
             put_weights(self._model, merged_weights(base, rest, compressed.deltas), {})
         else:
             inside = {f"{name}.weight": base[f"{name}.weight"] for name in linears}
-            put_weights(self._model, {**rest, **inside}, compressed.deltas)
+            prompts = plan.merged == "prompts"
+            put_weights(self._model, {**rest, **inside}, compressed.deltas, merged_prompts=prompts)
         own = compressed.rest_bytes is not None and not plan.exact_rest
         return {
             "linear_bytes": compressed.linear_bytes,

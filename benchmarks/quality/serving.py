@@ -23,11 +23,16 @@ class _Served(nn.Linear):
 
     Attributes:
         delta: dense delta ``[out, in]``, in the dtype of the weight.
+        whole: ``W + Δ̂``, rounded once to that dtype, ``[out, in]``; what more than one position is multiplied by, as
+            :func:`meswitch_kernels.prefill_linear` does, or `None`.
     """
 
     delta: Tensor
+    whole: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.whole is not None and input.shape[-2] > 1:
+            return F.linear(input, self.whole, self.bias)
         return F.linear(input, self.weight, self.bias) + F.linear(input, self.delta)
 
 
@@ -37,16 +42,24 @@ def prepare_serving(model: PreTrainedModel) -> None:
         module = model.get_submodule(name)
         module.__class__ = _Served
         module.register_buffer("delta", torch.zeros_like(module.weight), persistent=False)
+        module.register_buffer("whole", None, persistent=False)
 
 
 @torch.no_grad()
-def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> None:
+def put_weights(
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    deltas: Mapping[str, Tensor],
+    *,
+    merged_prompts: bool = False,
+) -> None:
     """Write parameters and deltas into a prepared model.
 
     Args:
         model: prepared by :func:`prepare_serving`.
         weights: every parameter by its full name.
         deltas: linear's name to its dense delta, any floating dtype; those that are left out are zero.
+        merged_prompts: whether prompts are multiplied by ``W + Δ̂``, and only what follows by both apart.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
@@ -54,3 +67,9 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], deltas: M
         if name.endswith(".delta"):
             known = deltas.get(name.removesuffix(".delta"))
             buffer.zero_() if known is None else buffer.copy_(known)
+    for name, module in model.named_modules():
+        if isinstance(module, _Served):
+            known = deltas.get(name)
+            weight = module.weight.detach()
+            whole = weight if known is None else weight.float() + known.float()
+            module.whole = whole.to(weight.dtype) if merged_prompts else None

@@ -53,6 +53,22 @@ def test_deltas_that_are_left_out_are_zero_again(pair, served):
     assert torch.equal(served(TOKENS).logits, plain(TOKENS).logits)
 
 
+@torch.no_grad()
+def test_merged_prompts_are_those_of_the_merged_weights(pair, served):
+    deltas = {name: pair.inputs.delta(name) * 1.01 for name in pair.inputs.linears()}
+    base = {f"{name}.weight": pair.inputs.base[f"{name}.weight"] for name in deltas}
+    rest = {**pair.inputs.expert, **base}
+    merged = copy.deepcopy(pair.inputs.model)
+    for name, parameter in merged.named_parameters():
+        parameter.copy_(merged_weights(pair.inputs.base, pair.inputs.expert, deltas)[name])
+    put_weights(served, rest, deltas, merged_prompts=True)
+    assert torch.equal(served(TOKENS).logits, merged(TOKENS).logits)
+    one = served(TOKENS[:, :1]).logits
+    put_weights(served, rest, deltas)
+    assert torch.equal(served(TOKENS[:, :1]).logits, one)
+    assert not torch.equal(served(TOKENS).logits, merged(TOKENS).logits)
+
+
 def test_merging_exact_deltas_gives_the_expert(pair):
     deltas = {name: pair.inputs.delta(name) for name in pair.inputs.linears()}
     merged = merged_weights(pair.inputs.base, pair.inputs.expert, deltas)
