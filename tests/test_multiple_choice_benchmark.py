@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.routing import multiple_choice, sources
+from benchmarks.routing import multiple_choice, sources, training
 from transformers_meswitch import MESwitchModelForCausalLM, MultipleChoiceRouter
 from transformers_meswitch.demo.runner import FAMILY
 from transformers_meswitch.routing.window import window_ids
@@ -38,7 +38,7 @@ def test_both_orders_and_the_prior_are_measured() -> None:
 def test_what_the_test_asks_is_not_trained_on() -> None:
     hard = sources.hard_set()[0]["prompt"]
     train = {"code": ["a", "b", hard], "instruction": ["c", "d"]}
-    found = multiple_choice.without_tested(train, {"code": ["c"], "instruction": ["a"]})
+    found = training.without_tested(train, {"code": ["c"], "instruction": ["a"]})
     assert found == {"code": ["b"], "instruction": ["d"]}
 
 

