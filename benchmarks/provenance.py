@@ -54,7 +54,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 def _public(arguments: list[str]) -> list[str]:
     """Where the result was written says nothing about it, and may be a private path; so may be where things are.
 
-    >>> _public(["run", "--base", "/home/me/smollm2", "--output", "x.json"])
+    >>> _public(["run", "--base", "/models/smollm2", "--output", "x.json"])
     ['run', '--base', 'BASE']
     """
     at = arguments.index("--output") if "--output" in arguments else len(arguments)

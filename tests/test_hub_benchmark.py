@@ -14,7 +14,7 @@ from benchmarks.hub import __main__ as benchmark
 pytestmark = pytest.mark.integration
 
 TINY = MistralConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=64,
 )  # fmt: skip
 
@@ -24,7 +24,7 @@ def test_every_way_moves_the_delta(
 ) -> None:
     monkeypatch.setattr(benchmark, "SHAPE", TINY)
     monkeypatch.setitem(benchmark.SHAPES, "deep", TINY)
-    monkeypatch.setitem(benchmark.LAYOUTS, "shards", "5KB")
+    monkeypatch.setitem(benchmark.LAYOUTS, "shards", "60KB")
     monkeypatch.setattr(sys, "argv", ["hub", "--turns", "2", "--output", str(tmp_path / "result.json")])
     benchmark.main()
     result = json.loads((tmp_path / "result.json").read_text())

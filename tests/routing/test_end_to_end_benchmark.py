@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ from benchmarks.quality.cells import ExpertId
 from benchmarks.quality.data import write_split
 from benchmarks.quality.experts import ExpertFolder
 from benchmarks.quality.smoke import tiny_base
-from benchmarks.quality.tasks import TASKS
 from benchmarks.routing import end_to_end
 from transformers_meswitch import HeadRouter
 
+#: Without the one that needs a package of its own.
+TASKS = {name: task for name, task in end_to_end.TASKS.items() if name != "math"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tasks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(end_to_end, "TASKS", TASKS)
+        yield
+
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def family(few_tasks: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("end-to-end")
     base = ExpertFolder(tiny_base(folder / "base")).load()
     for seed, (name, task) in enumerate(TASKS.items()):
@@ -50,15 +60,15 @@ def compare(family: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 def test_both_ways_are_compared(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = compare(family, monkeypatch)
-    assert (found["items"], found["named"]) == (16, 1.0)
-    assert found["routed_right"] >= 0.75, "four tasks that differ in every word"
+    assert (found["items"], found["named"]) == (12, 1.0)
+    assert found["routed_right"] >= 0.75, "tasks that differ in every word"
     assert found["auto"] >= found["routed_right"], "the right expert gave another answer"
     assert set(found["tasks"]) == set(TASKS)
 
 
 def test_a_router_that_errs_is_seen(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train = HeadRouter.train
-    shifted = dict(zip(TASKS, [*list(TASKS)[1:], "math"], strict=True))
+    shifted = dict(zip(TASKS, [*list(TASKS)[1:], next(iter(TASKS))], strict=True))
     monkeypatch.setattr(
         HeadRouter, "train", lambda model, prompts: train(model, {shifted[name]: own for name, own in prompts.items()})
     )
