@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from benchmarks.decode.step import DecodeStep, median_ms
 from benchmarks.load.random_family import SHAPES, random_expert
 from benchmarks.provenance import device_name, provenance, write_result
+from benchmarks.timing import attempt
 from transformers_meswitch import MESwitchConfig, ops
 from transformers_meswitch.peft_method.naming import LEAF_PREFIX, module_key
 
@@ -53,15 +54,13 @@ def step_row(
     what: str, model: PreTrainedModel, rows: int, read: int, bandwidth: float, *, graph: bool
 ) -> dict[str, Any]:
     """Time of a step, beside the least that reading ``read`` bytes takes; a step that cannot be taken says why."""
-    row: dict[str, Any] = {"what": what, "rows": rows, "read_bytes": read}
-    try:
-        step = DecodeStep(model, rows, graph=graph)
-        row["milliseconds"] = median_ms(step, model.device)
-    except Exception as reason:
-        return {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
-    if bandwidth:
-        row["limit_milliseconds"] = read / bandwidth * 1e3
-    return row
+
+    def measured() -> dict[str, Any]:
+        milliseconds = median_ms(DecodeStep(model, rows, graph=graph), model.device)
+        limit = {"limit_milliseconds": read / bandwidth * 1e3} if bandwidth else {}
+        return {"milliseconds": milliseconds, **limit}
+
+    return attempt({"what": what, "rows": rows, "read_bytes": read}, measured)
 
 
 def measure(

@@ -31,6 +31,7 @@ from benchmarks.kernels.peers import peer_rows
 from benchmarks.kernels.timing import read_bandwidth
 from benchmarks.kernels.tuning import add_arguments, tune
 from benchmarks.provenance import device_name, provenance, write_result
+from benchmarks.timing import attempt
 
 RESULTS = Path(__file__).parents[1] / "results"
 _PEERS = ("linear", "dense")
@@ -58,22 +59,20 @@ def measure_case(section: str, case: Case, layers: Layers, bandwidth: float) -> 
     row: dict[str, Any] = {"section": section, "what": case.what, "launch": case.launch}
     if case.launch not in _PEERS:
         row["numerics"] = case.numerics
-    try:
+
+    def measured() -> dict[str, Any]:
         microseconds = measure(case, layers)
-        if case.launch not in _PEERS:
-            row["error"] = error(case, layers)
-    except Exception as reason:
-        # A kernel that does not compile or run should not cost the run the other rows.
-        return {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
-    seconds = microseconds * 1e-6
-    return {
-        **row,
-        "microseconds": microseconds,
-        "bytes": case.bytes,
-        "delta_bytes": case.delta_bytes,
-        "delta_tb_per_second": case.delta_bytes / seconds / 1e12,
-        "share_of_limit": case.bytes / bandwidth / seconds,
-    }
+        seconds = microseconds * 1e-6
+        return {
+            **({} if case.launch in _PEERS else {"error": error(case, layers)}),
+            "microseconds": microseconds,
+            "bytes": case.bytes,
+            "delta_bytes": case.delta_bytes,
+            "delta_tb_per_second": case.delta_bytes / seconds / 1e12,
+            "share_of_limit": case.bytes / bandwidth / seconds,
+        }
+
+    return attempt(row, measured)
 
 
 def _layers_of(case: Case) -> tuple[tuple[int, int], int, int, bool]:

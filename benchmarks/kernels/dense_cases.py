@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels.cases import DOWN, GATE_UP, OUT, QKV, Case, random_leaves
 from benchmarks.kernels.timing import copies_beyond_cache, copy_bandwidth, device_microseconds
+from benchmarks.timing import attempt
 from meswitch_kernels import (
     DeltaLeaves,
     ExpertTable,
@@ -101,16 +102,16 @@ def _merge_rows() -> Iterator[Row]:
         what = f"{_NAMES[shape]} {shape[0]}×{shape[1]}, {bits} bit, one expert merged"
         launches = [("merge", WrittenLinear.merge), ("dense", WrittenLinear.merge_with_torch)]
         for launch, merge in launches if 8 % bits == 0 else launches[:1]:
-            row: Row = {"what": what, "launch": launch}
-            try:
+
+            def measured(linears: list[WrittenLinear] = linears, merge: Any = merge) -> Row:
                 linears[0].check()
                 microseconds = merge_microseconds(linears, merge)
-            except Exception as reason:
-                yield {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
-                continue
-            size = linears[0].bytes
-            share = size / bandwidth / (microseconds * 1e-6)
-            yield {**row, "microseconds": microseconds, "bytes": size, "share_of_limit": share}
+                size = linears[0].bytes
+                share = size / bandwidth / (microseconds * 1e-6)
+                return {"microseconds": microseconds, "bytes": size, "share_of_limit": share}
+
+            yield attempt({"what": what, "launch": launch}, measured)
+            del measured
         del linears
         torch.cuda.empty_cache()
 
@@ -135,14 +136,14 @@ def _launches(what: str, linears: list[WrittenLinear], rows: int, launches: tupl
         for shape in {linear.shape for linear in linears}
     }
     for launch in launches:
-        row: Row = {"what": what, "launch": launch}
-        try:
+
+        def measured(launch: str = launch) -> Row:
             run = _chain(launch, linears, inputs)
             _check_chain(launch, linears[0], inputs)
             # All of them in one call, since each announces the next.
-            yield {**row, "microseconds": device_microseconds([run], calls_in_graph=2) / len(linears)}
-        except Exception as reason:
-            yield {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
+            return {"microseconds": device_microseconds([run], calls_in_graph=2) / len(linears)}
+
+        yield attempt({"what": what, "launch": launch}, measured)
         torch.cuda.empty_cache()
 
 

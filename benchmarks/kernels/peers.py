@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.kernels.cases import SECTIONS, Case
 from benchmarks.kernels.timing import copies_beyond_cache, device_microseconds
+from benchmarks.timing import attempt
 
 __all__ = ["peer_rows"]
 
@@ -41,16 +42,15 @@ def peer_rows(section: str, bitdelta: Path | None, bandwidth: float) -> Iterator
 def _row(
     section: str, case: Case, launch: str, prepare: Callable[[], tuple[list[Callable[[], Any]], int]], bandwidth: float
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"section": section, "what": case.what, "launch": launch}
-    try:
+    def measured() -> dict[str, Any]:
         calls, read = prepare()
         microseconds = device_microseconds(calls)
-    except Exception as reason:
-        return {**row, "unavailable": f"{type(reason).__name__}: {reason}"}
-    finally:
-        torch.cuda.empty_cache()
-    share = read / bandwidth / (microseconds * 1e-6)
-    return {**row, "microseconds": microseconds, "bytes": read, "share_of_limit": share}
+        share = read / bandwidth / (microseconds * 1e-6)
+        return {"microseconds": microseconds, "bytes": read, "share_of_limit": share}
+
+    row = attempt({"section": section, "what": case.what, "launch": launch}, measured)
+    torch.cuda.empty_cache()
+    return row
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from benchmarks.load.random_family import SHAPES, write_base, write_delta_repo
 from benchmarks.provenance import device_name, provenance, write_result
+from benchmarks.timing import attempt, timed
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -36,15 +37,6 @@ BASE_LOAD = "from_pretrained(base), which a full copy costs again"
 STOCK = "transformers' set_adapter"
 PLAIN = "generate, 1 token, the plain base"
 _NEW_TOKENS = 1
-
-
-def timed(action: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """Result and seconds of one call, device work included."""
-    start = time.perf_counter()
-    result = action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
 
 
 def memory(device: str) -> int:
@@ -142,12 +134,13 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
     for label, action, context in (
         ("set_expert", sticky, nullcontext()),
         ("generate(expert=), without transformers' own generate", per_call, nothing),
+        # transformers 5.24 for one refuses its own set_adapter under every PEFT that is released.
         (STOCK, stock, nullcontext()),
     ):
         with context:
             rows.append(
                 attempt(
-                    label,
+                    {"what": label},
                     lambda action=action: {
                         "median_us": median_us(action, 500, device),
                         **allocated_by(action, device),
@@ -160,19 +153,8 @@ def measure(folder: Path, shape: str, device: str, experts: int, bits: int) -> l
         ("generate, 1 token, the same expert each call", lambda i: model.generate(ids, expert=names[0], **greedy)),
         ("generate, 1 token, another expert each call", per_call),
     ):
-        rows.append(attempt(label, lambda action=action: {"median_us": median_us(action, 20, device)}))
+        rows.append(attempt({"what": label}, lambda action=action: {"median_us": median_us(action, 20, device)}))
     return rows
-
-
-def attempt(what: str, measurement: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row of the result, or the reason why there is none: the other rows are worth having without it.
-
-    transformers 5.24 for one refuses its own ``set_adapter`` under every PEFT that is released.
-    """
-    try:
-        return {"what": what, **measurement()}
-    except Exception as error:
-        return {"what": what, "unavailable": f"{type(error).__name__}: {error}"}
 
 
 def plain_read_seconds(folder: Path) -> float:

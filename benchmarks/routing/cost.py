@@ -7,7 +7,6 @@ the number of experts. Weights of the base may be random for the same reason.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks.decode.__main__ import random_model
 from benchmarks.load.random_family import SHAPES
+from benchmarks.timing import timed
 from transformers_meswitch import HeadRouter
 from transformers_meswitch.routing.head_fit import RANK
 from transformers_meswitch.routing.hidden_states import early_layers
@@ -28,6 +28,7 @@ __all__ = ["PROMPT_TOKENS", "cost", "shaped", "untrained_head"]
 PROMPT_TOKENS = 2048
 _FEW, _MANY = 4, 64
 _REPEATS = 11
+_WARM_UP = 2
 
 
 class _NoExperts:
@@ -54,16 +55,8 @@ def untrained_head(experts: int, layer: int, width: int) -> HeadRouter:
 
 
 def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    once()
-    return statistics.median(once() for _ in range(_REPEATS))
+    times = [timed(run, device.type)[1] for _ in range(_WARM_UP + _REPEATS)]
+    return statistics.median(times[_WARM_UP:])
 
 
 def cost(model: Any, tokens: int = PROMPT_TOKENS, layer: int | None = None) -> dict[str, Any]:

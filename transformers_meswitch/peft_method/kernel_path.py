@@ -98,16 +98,9 @@ class KernelPath:
 
         It is for any number of rows, of the dtype and on the device of a plain linear, without gradients.
         """
-        if (
-            self._table is None
-            or x.ndim < 2
-            or x.dtype not in DTYPES
-            or not is_plain_linear(base, x)
-            or x.device != self._table.rows.device
-            or torch.is_autocast_enabled(x.device.type)
-            or wants_gradients(x, base)
-            or is_replayed()
-        ):
+        if self._table is None or x.ndim < 2 or is_replayed() or not is_plain_linear(base, x):
+            return None
+        if not _fits_kernels(x, self._table.rows.device, base):
             return None
         if self._prefill is None or self._prefill.base is not base or not self._prefill.is_current():
             self._prefill = PrefillPath(base, self._table.rows, dict(self._slots), bool(self._biased))
@@ -162,10 +155,14 @@ def are_for_kernels(x: torch.Tensor, device: torch.device, base: nn.Module) -> b
         device: where the layer's table is.
         base: the base's module.
     """
+    return (x.numel() <= MAX_ROWS * x.shape[-1] or is_replayed()) and _fits_kernels(x, device, base)
+
+
+def _fits_kernels(x: torch.Tensor, device: torch.device, base: nn.Module) -> bool:
+    """Whether an input, of however many rows, is of a dtype and device of the kernels, and without gradients."""
     return (
         x.device == device
         and x.dtype in DTYPES
-        and (x.numel() <= MAX_ROWS * x.shape[-1] or is_replayed())
         and not torch.is_autocast_enabled(x.device.type)
         and not wants_gradients(x, base)
     )
