@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels import tuning
+from benchmarks.kernels import dense_cases, tuning
 from benchmarks.kernels.__main__ import add_ratios, default_output, render
 from benchmarks.kernels.cases import SECTIONS, Case, _zipf
 from benchmarks.kernels.dense_cases import WrittenLinear, _chain, _check_chain
-from meswitch_kernels import add_delta_reference
+from meswitch_kernels import add_delta_reference, prefill
 from meswitch_kernels.configurations import Configuration
 
 
@@ -45,14 +45,25 @@ def test_the_peer_merges_what_the_kernel_does(bits: int) -> None:
     assert WrittenLinear((4096, 4096), bits, "cpu").bytes == 4 * 4096**2 + 4096 * (4080 * bits // 8 + 4 + 32)
 
 
-def test_chains_of_linears_are_checked() -> None:
+def test_chains_of_linears_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = WrittenLinear((8, 50), 2, "cpu")
     inputs = {linear.shape: torch.randn(3, 50).bfloat16()}
-    for launch in ("linear", "dense", "scratch", "ahead", "ahead 16"):
+    for launch in ("linear", "dense", *dense_cases._SCRATCH):
         _check_chain(launch, linear, inputs, "cpu")
     plain = _chain("linear", [linear], inputs, "cpu")()
     assert torch.equal(plain, torch.nn.functional.linear(inputs[linear.shape], linear.weight))
-    assert not torch.equal(plain, _chain("ahead", [linear], inputs, "cpu")())
+    assert not torch.equal(plain, _chain("16 MiB, ahead", [linear], inputs, "cpu")())
+
+    # Of two chunks, the second of which is made wrong.
+    large = WrittenLinear((512, 12288), 2, "cpu")
+    inputs = {large.shape: torch.randn(3, 12288).bfloat16()}
+    monkeypatch.setattr(prefill, "_CHUNK_PRODUCTS", 1)
+    _check_chain("8 MiB, ahead", large, inputs, "cpu")
+    write = prefill.write_sum
+    monkeypatch.setattr(prefill, "write_sum", lambda *arguments: write(*arguments[:6], 0, *arguments[7:]))
+    _check_chain("scratch", large, inputs, "cpu")
+    with pytest.raises(ArithmeticError, match="relative error"):
+        _check_chain("8 MiB, ahead", large, inputs, "cpu")
 
 
 def test_zipf_leaves_no_expert_out() -> None:

@@ -23,7 +23,7 @@ def tune_merge() -> None:
         for sizes in itertools.starmap(AddSizes, itertools.product((4, 8, 16), (256, 512), (1, 2, 4, 8), (4, 8))):
 
             def merge(linear: WrittenLinear, out: torch.Tensor, sizes: AddSizes = sizes) -> None:
-                add_delta_triton(out, linear.weight, None, None, linear.table.rows, None, None, sizes)
+                add_delta_triton(out, linear.weight, None, None, linear.table.rows, None, sizes=sizes)
 
             found.append((merge_microseconds(linears, merge), sizes))
         for microseconds, sizes in sorted(found, key=lambda pair: pair[0], reverse=True):

@@ -1,120 +1,131 @@
-"""A search for the sizes of blocks: all that differ in one knob from the best so far, and the better ones together."""
+"""A search for the sizes of blocks: all of a grid, compiled side by side and timed on each shape."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.kernels.cases import Case, Layers, call_once, measure
-from meswitch_kernels import linear
-from meswitch_kernels.configurations import Configuration, Key, configuration
+from benchmarks.kernels.cases import DOWN, GATE_UP, OUT, QKV, Case, Launch, Layers, call_once, measure
+from meswitch_kernels import Numerics, linear
+from meswitch_kernels.configurations import Configuration, Key, Kind
 
-__all__ = ["add_arguments", "tune"]
+__all__ = ["add_arguments", "grid", "tune"]
 
-_SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-#: Values of each knob, and the kinds of kernel that it matters to.
-_KNOBS: dict[str, tuple[tuple[int | None, ...], tuple[str, ...]]] = {
-    "block_out": ((4, 8, 16, 32, 64, 128), ("delta", "fused")),
-    "warps": ((1, 2, 4, 8), ("delta", "fused")),
-    "block_in": ((64, 128, 256, 512, 1024), ("fused",)),
-    "block_codes": ((512, 1024, 2048), ("delta", "fused")),
-    "unroll": ((1, 2, 4), ("delta", "fused")),
-    "stages": ((1, 2, 3, 4), ("delta", "fused")),
-    "programs": ((2, 4, 8, 16, 32, 1024), ("delta",)),
-    "max_registers": ((None, 96, 128, 168), ("delta", "fused")),
-}
+_SHAPES = {"qkv": QKV, "o": OUT, "gate_up": GATE_UP, "down": DOWN}
+#: Experts of sixteen rows; sizes are for all of them, since a graph does not know which it will meet.
+_EXPERTS = (1, 4, 16)
+_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--kind", choices=("delta", "fused"), action="append", help="default: both")
     parser.add_argument("--shape", choices=sorted(_SHAPES), action="append", help="default: all")
-    parser.add_argument("--numerics", choices=("exact", "int8", "int16"), action="append", help="default: int8")
+    parser.add_argument("--numerics", choices=("exact", "int8", "int16"), action="append", help="default: int16")
     parser.add_argument("--rows", type=int, choices=(1, 2, 4, 8, 16), action="append", help="default: 1 and 16")
-    parser.add_argument("--experts", type=int, help="of the rows; default: as many for delta, one for fused")
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="how often to look around, at most")
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Print a line of the table of sizes for each case, with what it took and what the present sizes take."""
+    """Print lines of the table of sizes for each shape, the best first, with the time of each case."""
     spawn = multiprocessing.get_context("spawn")
+    kinds: list[Kind] = args.kind or ["delta", "fused"]
+    numerics: list[Numerics] = args.numerics or ["int16"]
     with ProcessPoolExecutor(max(1, min(16, (os.cpu_count() or 1) - 2)), mp_context=spawn) as compilers:
-        for shape in (_SHAPES[name] for name in args.shape or _SHAPES):
-            for kind in args.kind or ("delta", "fused"):
-                for rows in args.rows or (1, 16):
-                    experts = args.experts or (rows if kind == "delta" else 1)
-                    layers = Layers(shape, experts, args.bits, with_base=kind == "fused")
-                    for numerics in args.numerics or ("int8",):
-                        index = tuple(row % experts for row in range(rows))
-                        _tune_case(Case(shape, index, args.bits, kind, numerics), layers, args.rounds, compilers)
-                    del layers
-                    torch.cuda.empty_cache()
+        for kind, name, rows in itertools.product(kinds, numerics, args.rows or (1, 16)):
+            cases = [_cases(kind, _SHAPES[shape], rows, args.bits, name) for shape in args.shape or _SHAPES]
+            _tune_kernel(kind, name, rows > 1, cases, compilers)
 
 
-def _tune_case(case: Case, layers: Layers, rounds: int, compilers: ProcessPoolExecutor) -> None:
-    key = Key(case.launch, case.numerics, len(case.index) > 1, *case.shape)  # type: ignore[arg-type]
-    device = torch.device("cuda", torch.cuda.current_device())
-    sizes = configuration(key, device)
-    times = {sizes: _time(case, layers, sizes)}
-    start = times[sizes]
-    for _ in range(rounds):
-        neighbours = [candidate for candidate in _neighbours(case, sizes) if candidate not in times]
-        # Compilers take seconds, and there are more cores than one; the timings that follow have the device alone.
-        works = compilers.map(_compiles, [case] * len(neighbours), neighbours)
-        for candidate, reason in zip(neighbours, works, strict=True):
-            times[candidate] = _time(case, layers, candidate) if reason is None else float("inf")
-            if reason is not None:
-                print(f"# {candidate!r}: {reason}", flush=True)
-        together = _combined(sizes, times)
-        if together not in times:
-            times[together] = _time(case, layers, together)
-        best = min(times, key=lambda found: times[found])
-        if best == sizes:
-            break
-        sizes = best
-    print(f"{key!r}: {sizes!r},  # {times[sizes]:.1f} µs, was {start:.1f}", flush=True)
+def grid(kind: Kind, several_rows: bool) -> Iterator[Configuration]:
+    """The sizes that are tried: those in which neither registers nor loads under way are too few."""
+    default = Configuration()
+    if several_rows and kind == "fused":
+        for (block_out, warps), block_in, stages, registers in itertools.product(
+            ((16, 4), (32, 4), (64, 4), (64, 8)), (64, 128, 256), (3, 4), (None, 128)
+        ):
+            yield replace(
+                default, block_out=block_out, warps=warps, stages=stages, block_in=block_in, block_codes=512,
+                max_registers=registers,
+            )  # fmt: skip
+    elif several_rows:
+        for (block_out, warps), block_codes, stages, registers, programs in itertools.product(
+            ((16, 4), (32, 4), (64, 4), (64, 8)), (512, 1024), (2, 3), (None, 128), (2, 4, 8)
+        ):
+            yield replace(
+                default, block_out=block_out, warps=warps, stages=stages, block_codes=block_codes,
+                max_registers=registers, programs=programs,
+            )  # fmt: skip
+    elif kind == "fused":
+        for (block_out, warps), block_in, stages in itertools.product(
+            ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8), (32, 8)), (256, 512), (2, 3, 4, 5)
+        ):
+            block_codes = 2048 if block_out < 16 else 1024
+            yield replace(
+                default, block_out=block_out, warps=warps, block_codes=block_codes, block_in=block_in, stages=stages
+            )
+    else:
+        for (block_out, warps), block_codes, programs in itertools.product(
+            ((8, 2), (16, 2), (16, 4), (32, 4)), (1024, 2048), (8, 16, 32)
+        ):
+            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, programs=programs)
 
 
-def _neighbours(case: Case, sizes: Configuration) -> list[Configuration]:
-    """Sizes that differ in one knob."""
-    found = []
-    for knob, (values, kinds) in _KNOBS.items():
-        if case.launch in kinds:
-            found += [replace(sizes, **{knob: value}) for value in values if value != getattr(sizes, knob)]
-    # Tensor cores take no fewer output channels.
-    return [candidate for candidate in found if candidate.block_out >= 16 or len(case.index) == 1]
+def _cases(kind: Kind, shape: tuple[int, int], rows: int, bits: int, numerics: Numerics) -> list[Case]:
+    launch: Launch = kind
+    counts = sorted({min(rows, count) for count in _EXPERTS}) if rows > 1 else [1]
+    return [Case(shape, tuple(row % count for row in range(rows)), bits, launch, numerics) for count in counts]
 
 
-def _combined(sizes: Configuration, times: Mapping[Configuration, float]) -> Configuration:
-    """All knobs together that were better one by one, each at its best.
+def _tune_kernel(
+    kind: Kind, numerics: Numerics, several_rows: bool, shapes: list[list[Case]], compilers: ProcessPoolExecutor
+) -> None:
+    candidates = list(grid(kind, several_rows))
+    # Compilers take seconds, and there are more cores than one; the timings that follow have the device alone. How
+    # many programs there are is not compiled.
+    kernels = dict.fromkeys(replace(sizes, programs=0) for sizes in candidates)
+    first = shapes[0][0]
+    reasons = dict(zip(kernels, compilers.map(_compiles, [first] * len(kernels), kernels), strict=True))
+    for sizes, reason in reasons.items():
+        if reason is not None:
+            print(f"# {sizes!r}: {reason}", flush=True)
+    candidates = [sizes for sizes in candidates if reasons[replace(sizes, programs=0)] is None]
+    for cases in shapes:
+        times: dict[Configuration, list[float]] = {sizes: [] for sizes in candidates}
+        for case in cases:
+            layers = Layers(case.shape, case.experts, case.bits, with_base=kind == "fused")
+            for sizes in candidates:
+                times[sizes].append(_time(case, layers, sizes))
+            del layers
+            torch.cuda.empty_cache()
+        for sizes in _ranked(times)[:_SHOWN]:
+            key = Key(kind, numerics, several_rows, *cases[0].shape)
+            shown = ", ".join(f"{microseconds:.1f}" for microseconds in times[sizes])
+            print(f"{key!r}: {sizes!r},  # {shown} µs", flush=True)
 
-    >>> start = Configuration()
-    >>> times = {start: 3.0, replace(start, warps=8): 2.0}
-    >>> times |= {replace(start, unroll=2): 1.0, replace(start, unroll=4): 2.5}
-    >>> _combined(start, times) == replace(start, warps=8, unroll=2)
+
+def _ranked(times: dict[Configuration, list[float]]) -> list[Configuration]:
+    """The sizes by the geometric mean of their times, best first.
+
+    >>> small, large = Configuration(), Configuration(block_out=32)
+    >>> _ranked({small: [2.0, 8.0], large: [3.0, 5.0]}) == [large, small]
     True
     """
-    better: dict[str, Any] = {}
-    for knob in _KNOBS:
-        alone = {value: times.get(replace(sizes, **{knob: value}), float("inf")) for value in _KNOBS[knob][0]}
-        value = min(alone, key=lambda found: alone[found])
-        if alone[value] < times[sizes]:
-            better[knob] = value
-    return replace(sizes, **better)
+    return sorted(times, key=lambda sizes: math.prod(times[sizes]))
 
 
 def _time(case: Case, layers: Layers, sizes: Configuration) -> float:
-    """Microseconds, infinite for sizes that do not compile or do not fit."""
+    """Microseconds, infinite for sizes that do not fit."""
     with mock.patch.object(linear, "configuration", return_value=sizes):
         try:
             return measure(case, layers)
@@ -125,7 +136,7 @@ def _time(case: Case, layers: Layers, sizes: Configuration) -> float:
 
 def _compiles(case: Case, sizes: Configuration) -> str | None:
     """Compile and run a kernel in this process, so that others find it in Triton's cache; what went wrong, if any."""
-    with mock.patch.object(linear, "configuration", return_value=sizes):
+    with mock.patch.object(linear, "configuration", return_value=replace(sizes, programs=1)):
         try:
             call_once(case, _layers(case))
         except Exception as reason:

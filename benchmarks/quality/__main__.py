@@ -21,6 +21,7 @@ from .methods import METHODS, OURS
 from .quantized_base import measure_over_quantized_base
 from .report import write_report
 from .runner import CALIBRATION, Budget, Plan, Runner, plan_as_json
+from .serving import LEVELS
 from .smoke import tiny_base
 from .tasks import TASKS
 from .training import STRENGTHS, Strength
@@ -62,6 +63,7 @@ def _run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         exact_rest=not arguments.own_rest,
         merged="prompts" if arguments.merged_prompts else arguments.merged,
+        numerics=arguments.numerics,
     )
     data = arguments.data or arguments.work_dir / "data"
     needed = {expert.task for expert in experts} | ({arguments.calibration_task} & set(TASKS))
@@ -87,6 +89,7 @@ def _smoke(arguments: argparse.Namespace, folder: Path) -> tuple[Plan, Path, Pat
         batch_size=5,
         exact_rest=not arguments.own_rest,
         merged="prompts" if arguments.merged_prompts else arguments.merged,
+        numerics=arguments.numerics,
         strengths=strengths,
         max_new_tokens=12,
     )
@@ -183,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration-task", choices=[*TASKS, DEFAULT], help="another than the expert's own")
     command.add_argument("--own-rest", action="store_true", help="embeddings and norms as each method stores them")
     command.add_argument("--merged", action="store_true", help="deltas merged into the base's bfloat16 weights")
+    command.add_argument("--numerics", choices=sorted(LEVELS), help="activations rounded for deltas as the kernels do")
     command.add_argument("--merged-prompts", action="store_true", help="of prompts alone, and served apart after them")
     command.add_argument("--budget-seconds", type=float, help="stop before this, keeping what is done")
     command.add_argument("--compile", action="store_true", help="compile the layers for training")

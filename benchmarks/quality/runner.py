@@ -22,7 +22,7 @@ from .experts import ExpertFolder, weights_digest
 from .measures import divergence, reference_states, to_bits
 from .methods import METHODS, Compressed, Inputs, Method, merged_weights, rest_bytes
 from .methods.base import linear_names, synchronize
-from .serving import prepare_serving, put_weights
+from .serving import LEVELS, prepare_serving, put_weights
 from .tasks import TASKS, Item
 from .text import encode_items, encode_prompts, item_texts
 from .training import STRENGTHS, Strength, compile_layers, fine_tune
@@ -50,6 +50,7 @@ class Plan:
         exact_rest: whether embeddings and norms are the expert's own for every method.
         merged: whether deltas are merged into the base's weights and rounded with them, always or for ``"prompts"``
             alone; else they are served apart.
+        numerics: how the kernels round what deltas are multiplied by, ``"int8"`` or ``"int16"``; not, if `None`.
         strengths: name to settings.
         max_new_tokens: cuts the tasks' own limits down.
         train_items: training items, at most.
@@ -65,6 +66,7 @@ class Plan:
     batch_size: int = 1024
     exact_rest: bool = True
     merged: bool | Literal["prompts"] = False
+    numerics: str | None = None
     strengths: dict[str, Strength] = field(default_factory=lambda: STRENGTHS)
     max_new_tokens: int = 10**6
     train_items: int | None = None
@@ -81,6 +83,7 @@ class Plan:
             "own-rest": not self.exact_rest,
             "merged": self.merged is True,
             "merged-prompts": self.merged == "prompts",
+            f"{self.numerics}": self.numerics is not None,
         }
         return "+".join([method, *(change for change, made in changes.items() if made)])
 
@@ -94,6 +97,7 @@ class Plan:
             "distillation_steps": self.distillation_steps,
             "exact_rest": self.exact_rest,
             "merged": self.merged,
+            **({} if self.numerics is None else {"numerics": self.numerics}),
         }
 
 
@@ -282,8 +286,10 @@ class Runner:
         base, expert = inputs.base, inputs.expert
         whole = rest_bytes(base, expert, linears)
         elements = sum(base[f"{name}.weight"].numel() for name in linears)
+        # The same for all methods, since the decoder's graphs outlive them.
+        levels = None if plan.numerics is None else LEVELS[plan.numerics]
         if method.compress is None:
-            put_weights(self._model, expert if method.name == "expert" else base, {})
+            put_weights(self._model, expert if method.name == "expert" else base, {}, levels=levels)
             full = method.name == "expert"
             return {"linear_bytes": 2 * elements * full, "rest_bytes": whole * full, "linear_weights": elements}
         cuda = self._device.type == "cuda"
@@ -300,11 +306,11 @@ class Runner:
         peak = torch.cuda.max_memory_allocated() - before if cuda else None
         rest = expert if plan.exact_rest else {**expert, **compressed.rest}
         if plan.merged is True:
-            put_weights(self._model, merged_weights(base, rest, compressed.deltas), {})
+            put_weights(self._model, merged_weights(base, rest, compressed.deltas), {}, levels=levels)
         else:
             inside = {f"{name}.weight": base[f"{name}.weight"] for name in linears}
             prompts = plan.merged == "prompts"
-            put_weights(self._model, {**rest, **inside}, compressed.deltas, merged_prompts=prompts)
+            put_weights(self._model, {**rest, **inside}, compressed.deltas, merged_prompts=prompts, levels=levels)
         own = compressed.rest_bytes is not None and not plan.exact_rest
         return {
             "linear_bytes": compressed.linear_bytes,

@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 
 from .methods.base import linear_names
 
-__all__ = ["prepare_serving", "put_weights"]
+__all__ = ["LEVELS", "prepare_serving", "put_weights", "rounded_activations"]
+
+#: Levels on either side of zero that the kernels' numerics round activations to.
+LEVELS = {"int8": 127, "int16": 127 * 256}
+#: Input channels with a scale of their own, as the kernels have it for this shape.
+_TILE = 1024
 
 
 class _Served(nn.Linear):
@@ -25,15 +30,32 @@ class _Served(nn.Linear):
         delta: dense delta ``[out, in]``, in the dtype of the weight.
         whole: ``W + Δ̂``, rounded once to that dtype, ``[out, in]``; what more than one position is multiplied by, as
             :func:`meswitch_kernels.prefill_linear` does, or `None`.
+        levels: what the delta is multiplied by is rounded to so many on either side of zero; not, if `None`.
     """
 
     delta: Tensor
     whole: Tensor | None
+    levels: int | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.whole is not None and input.shape[-2] > 1:
             return F.linear(input, self.whole, self.bias)
-        return F.linear(input, self.weight, self.bias) + F.linear(input, self.delta)
+        rounded = input if self.levels is None else rounded_activations(input, self.levels)
+        return F.linear(input, self.weight, self.bias) + F.linear(rounded, self.delta)
+
+
+def rounded_activations(x: Tensor, levels: int) -> Tensor:
+    """Activations ``[..., in]`` as the decode kernels round them for a delta, by the largest of each 1,024 channels.
+
+    A delta's salient channels, which the kernels leave as they are, are rounded here too: a little worse than they do.
+
+    >>> rounded_activations(torch.tensor([[1.0, -0.4, 0.1]]), 2)
+    tensor([[ 1.0000, -0.5000,  0.0000]])
+    """
+    width = x.shape[-1]
+    tiles = F.pad(x.float(), (0, -width % _TILE)).unflatten(-1, (-1, _TILE))
+    unit = tiles.abs().amax(-1, keepdim=True).clamp(min=1e-30) / levels
+    return ((tiles / unit).round() * unit).flatten(-2)[..., :width].to(x.dtype)
 
 
 def prepare_serving(model: PreTrainedModel) -> None:
@@ -52,6 +74,7 @@ def put_weights(
     deltas: Mapping[str, Tensor],
     *,
     merged_prompts: bool = False,
+    levels: int | None = None,
 ) -> None:
     """Write parameters and deltas into a prepared model.
 
@@ -60,6 +83,7 @@ def put_weights(
         weights: every parameter by its full name.
         deltas: linear's name to its dense delta, any floating dtype; those that are left out are zero.
         merged_prompts: whether prompts are multiplied by ``W + Δ̂``, and only what follows by both apart.
+        levels: of :func:`rounded_activations`; `None` rounds none.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
@@ -73,3 +97,4 @@ def put_weights(
             weight = module.weight.detach()
             whole = weight if known is None else weight.float() + known.float()
             module.whole = whole.to(weight.dtype) if merged_prompts else None
+            module.levels = levels

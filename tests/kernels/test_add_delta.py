@@ -162,6 +162,35 @@ def test_bias(base_bias: bool, expert_bias: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [1, 3])
+def test_some_channels_at_a_time(bits: int, device: str) -> None:
+    """Parts of any size, from any channel on, with the delta's own rows, salient channels and biases."""
+    out, width = 70, 531
+    leaves = random_leaves(out, width, bits, salient=5, column_steps=True, bias=True)
+    weight, bias = random_weight(out, width, torch.float32, device), random_weight(out, 1, torch.float32, device)[:, 0]
+    table = table_of(leaves, weight)
+    expected = expected_weight(weight, leaves)
+    assert leaves.bias is not None
+    for slot in (1, torch.tensor([1], device=device)):
+        written, bias_out = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
+        for here in (slice(0, 1), slice(1, 17), slice(17, 32), slice(32, out)):
+            add_delta(
+                weight[here],
+                table.rows,
+                slot,
+                out=written[here],
+                bias=bias[here],
+                bias_out=bias_out[here],
+                first_channel=here.start,
+            )
+            assert written[here.stop :].isnan().all()
+        check(written, expected)
+        assert torch.equal(bias_out.cpu(), bias.cpu() + leaves.bias)
+    with pytest.raises(AssertionError):
+        check(add_delta(weight[32:], table.rows, 1, first_channel=31), expected[32:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_few_programs_write_the_same_and_runs_do(device: str) -> None:
     leaves = random_leaves(200, 600, 2, salient=5, column_steps=True)
     weight = random_weight(200, 600, torch.bfloat16, device)
@@ -230,6 +259,7 @@ def test_kernel_in_the_interpreter() -> None:
         test_strides,
         test_slots,
         test_bias,
+        test_some_channels_at_a_time,
         test_few_programs_write_the_same_and_runs_do,
         test_any_shape,
         test_the_check_sees_what_is_wrong,
@@ -254,7 +284,7 @@ def test_shapes_of_a_model(size: tuple[int, int], bits: int) -> None:
         module = importlib.import_module("meswitch_kernels.triton_add_delta")
         again = torch.full_like(weight, float("nan"))
         table = table_of(leaves, weight)
-        module.add_delta_triton(again, weight, None, None, table.rows[1:2], None, None, module.AddSizes(*sizes))
+        module.add_delta_triton(again, weight, None, None, table.rows[1:2], None, sizes=module.AddSizes(*sizes))
         assert torch.equal(again, expected)
 
 
@@ -308,8 +338,8 @@ def test_reference(bits: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernel")
 def test_operator_on_a_cpu_runs_the_reference() -> None:
     assert not has_kernel(torch.device("cpu"))
-    for test in (test_in_place, test_bias, test_slots, test_strides):
-        arguments = {"dtype": torch.bfloat16, "base_bias": True, "expert_bias": True, "device": "cpu"}
+    for test in (test_in_place, test_bias, test_slots, test_strides, test_some_channels_at_a_time):
+        arguments = {"dtype": torch.bfloat16, "base_bias": True, "expert_bias": True, "bits": 3, "device": "cpu"}
         test(**{name: arguments[name] for name in test.__annotations__ if name in arguments})
 
 
@@ -326,7 +356,7 @@ def test_operator_is_well_formed() -> None:
         (weight, None, bias.clone(), True),
     ):
         arguments = (source, table.rows[1:2] if number is None else table.rows, number, torch.empty_like(weight), bias)
-        torch.library.opcheck(operator, (*arguments, bias_out, in_place, None))
+        torch.library.opcheck(operator, (*arguments, bias_out, in_place, 0, None))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the operator, not of the kernel")
@@ -366,6 +396,7 @@ def test_compiled_once_for_all_experts(device: str) -> None:
         ({"out": torch.zeros(3, 4).half()}, "out is torch.float16 on cpu, but weight is torch.float32 on cpu"),
         ({"bias": torch.zeros(4)}, r"bias is of shape \(4,\), expected \(3,\)"),
         ({"bias_out": torch.zeros(6)[::2]}, r"bias_out has strides \(2,\)"),
+        ({"first_channel": -1}, "first_channel is -1, expected 0 or more"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

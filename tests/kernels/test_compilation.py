@@ -57,9 +57,9 @@ def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]
         "BLOCK_ROWS": rows,
         "BLOCK_OUT": sizes.block_out,
         "BLOCK_CODES": sizes.block_codes,
-        "PART_WORDS": 16 * sizes.warps,
+        "WARPS": sizes.warps,
         "PTX": True,
-        "UNROLL": sizes.unroll,
+        "OVERLAP": True,
         "STAGES": sizes.stages,
     }
 
@@ -85,7 +85,7 @@ def test_linears(kind: Any, module: str, planes: int, numerics: str, rows: int, 
     if kind == "delta":
         constants["HAS_BASE"] = True
     else:
-        constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "weight_in_stride": 1}
+        constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "EVEN_IN": True, "weight_in_stride": 1}
     compiled = compile_for_hopper(module, f"_{kind}_linear_kernel", planes, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
     # Codes come in wide loads.
@@ -97,7 +97,7 @@ def test_linears(kind: Any, module: str, planes: int, numerics: str, rows: int, 
 @pytest.mark.parametrize("planes", [0, 1, 2])
 def test_activations(planes: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"PLANES": planes, "BLOCK_CODES": 1024}
+    constants = {"PLANES": planes, "BLOCK_CODES": 1024, "OVERLAP": True}
     compiled = compile_for_hopper("triton_activations", "_prepare_kernel", planes, constants, num_warps=4)
     assert ".target sm_90" in compiled.ptx
 

@@ -15,17 +15,17 @@ pytestmark = [
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> str:
-    """PTX for compute capability 9.0; arguments without a type are int32, and all are multiples of 16."""
+    """PTX for compute capability 9.0; arguments without a type are int32, and multiples of 16 if Triton may see it."""
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    seen = [i for i, name in enumerate(names) if name not in constants and not kernel.params[i].do_not_specialize]
     source = compiler.ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
+        attrs={(i,): [["tt.divisibility", 16]] for i in seen},
     )
     return compiler.compile(source, target=target, options=options).asm["ptx"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from meswitch_kernels import DeltaLeaves, PrefillLayer, ScratchRing, prefill_linear
+from meswitch_kernels import DeltaLeaves, PrefillLayer, ScratchRing, prefill, prefill_linear
 from tests.kernels.random_deltas import Layer, dense_delta, move, random_leaves
 from tests.triton_interpreter import check_interpreted
 
@@ -54,11 +56,11 @@ class Model:
         x = torch.randn(*shape, layer.weight.shape[1], generator=torch.Generator().manual_seed(seed))
         return x.to(self.device, layer.weight.dtype)
 
-    def run(self, x: torch.Tensor, groups: Groups, ring: ScratchRing) -> torch.Tensor:
+    def run(self, x: torch.Tensor, groups: Groups, ring: ScratchRing, **options: Any) -> torch.Tensor:
         slots = [slot for slot, _ in groups if slot is not None]
         for layer, after in zip(self.layers, [*self.layers[1:], None], strict=True):
             then = (after, slots[0]) if after is not None and slots else None
-            x = prefill_linear(x, layer, groups, ring, then=then)
+            x = prefill_linear(x, layer, groups, ring, then=then, **options)
         return x
 
     def plain(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -114,6 +116,103 @@ def test_any_rows_and_sizes(index: list[int], sizes: list[int]) -> None:
     model = Model("cpu", sizes=sizes)
     x, groups = model.inputs(len(index)), groups_of(index, "cpu")
     check(model.run(x, groups, ScratchRing("cpu")), model.plain(x, groups))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Chunks of 256 channels where few bytes are allowed, whatever the rows.
+
+    Returns:
+        Of each chunk written: its first channel, how many, whether it was ahead.
+    """
+    monkeypatch.setattr(prefill, "_CHUNK_PRODUCTS", 1)
+    written: list[tuple[int, int, bool]] = []
+    write = prefill._Chunk.write
+
+    def note(self: Any, memory: torch.Tensor, ahead: bool) -> None:
+        written.append((self.first, self.channels, ahead))
+        write(self, memory, ahead)
+
+    monkeypatch.setattr(prefill._Chunk, "write", note)
+    return written
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("index", [None, [0, -1, 1, 0, 3]], ids=str)
+def test_chunks(index: list[int] | None, ahead: bool, device: str, small_chunks: list[tuple[int, int, bool]]) -> None:
+    """Whole and ragged ones, of layers with and without a bias; two of them, or one, are all the memory there is."""
+    model, ring = Model(device, sizes=(20, 600, 256)), ScratchRing(device)
+    groups: Groups = [(1, None)] if index is None else groups_of(index, device)
+    x = model.inputs(3 if index is None else len(index), 2)
+    y = model.run(x, groups, ring, chunk_bytes=1, ahead=ahead)
+    check(y, model.plain(x, groups))
+    experts = sum(slot is not None for slot, _ in groups)
+    chunks = [(0, 256), (256, 256), (512, 88)] * experts + [(0, 256)] * experts + [(0, 20)] * experts
+    assert [chunk[:2] for chunk in small_chunks] == chunks
+    assert [chunk[2] for chunk in small_chunks] == [False] + [ahead] * (len(chunks) - 1)
+    assert 0 < ring.nbytes <= (2 if ahead else 1) * 4 * (256 * 600 + 256)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_wrong_first_channel_is_noticed(
+    device: str, small_chunks: list[tuple[int, int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ring = Model(device, sizes=(20, 600)), ScratchRing(device)
+    x = model.inputs(3)
+    expected = model.plain(x, [(1, None)])
+    check(model.run(x, [(1, None)], ring, chunk_bytes=1), expected)
+    write = prefill.write_sum
+    monkeypatch.setattr(prefill, "write_sum", lambda *arguments: write(*arguments[:6], 0, *arguments[7:]))
+    with pytest.raises(AssertionError):
+        check(model.run(x, [(1, None)], ring, chunk_bytes=1), expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the chunks, not of the kernel")
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    index=st.lists(st.integers(-1, 3), min_size=1, max_size=5),
+    unit=st.integers(1, 16),
+    chunk_bytes=st.integers(0, 4000),
+    ahead=st.booleans(),
+)
+def test_any_chunks(sizes: list[int], index: list[int], unit: int, chunk_bytes: int, ahead: bool) -> None:
+    model, ring = Model("cpu", sizes=sizes), ScratchRing("cpu")
+    x, groups = model.inputs(len(index), 2), groups_of(index, "cpu")
+    whole = model.run(x, groups, ring, chunk_bytes=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "_CHUNK_PRODUCTS", 1)
+        patch.setattr(prefill, "_CHUNK_CHANNELS", unit)
+        chunked = model.run(x, groups, ring, chunk_bytes=chunk_bytes, ahead=ahead)
+    check(chunked, whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "mebibytes", "channels"),
+    [
+        ((28672, 4096), 2048, 16, [2048] * 14),
+        ((28672, 4096), 2048, 24, [3072] * 9 + [1024]),
+        ((28672, 4096), 8192, 12, [1536] * 18 + [1024]),
+        ((6144, 4096), 2048, 32, [3072] * 2),
+        ((4096, 14336), 2048, 16, [512] * 8),
+        ((4096, 14336), 8192, 4, [256] * 16),
+        # Few rows: larger chunks.
+        ((28672, 4096), 512, 16, [4096] * 7),
+        ((28672, 4096), 20, 16, [28672]),
+        ((28672, 4096), 2048, None, [28672]),
+        ((700, 4096), 2048, 16, [700]),
+        ((0, 4096), 2048, 16, []),
+        ((700, 0), 2048, 16, [700]),
+        ((700, 4096), 0, 16, [700]),
+    ],
+    ids=str,
+)
+def test_sizes_of_chunks(shape: tuple[int, int], rows: int, mebibytes: int | None, channels: list[int]) -> None:
+    layer = PrefillLayer(torch.empty(shape, dtype=torch.bfloat16, device="meta"), torch.empty(0))
+    chunks = prefill._chunks(layer, 0, rows, None if mebibytes is None else mebibytes << 20, None)
+    assert [chunk.channels for chunk in chunks] == channels
+    assert [chunk.first for chunk in chunks] == [sum(channels[:i]) for i in range(len(channels))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -176,6 +275,8 @@ def test_kernel_in_the_interpreter() -> None:
         test_runs_give_the_same_bits_whether_announced_or_not,
         test_a_slot_on_the_device,
         test_weight_of_a_conv1d,
+        test_chunks,
+        test_a_wrong_first_channel_is_noticed,
     )
 
 
@@ -183,6 +284,15 @@ def test_gradients_there_are_none() -> None:
     model = Model("cpu")
     x = model.inputs(2).requires_grad_()
     assert not model.run(x, [(1, None)], ScratchRing("cpu")).requires_grad
+
+
+def test_inference_mode_and_what_comes_after_it(small_chunks: list[tuple[int, int, bool]]) -> None:
+    model, ring = Model("cpu", sizes=(20, 600)), ScratchRing("cpu")
+    with torch.inference_mode():
+        x = model.inputs(2)
+        inferred = model.run(x, [(1, None)], ring, chunk_bytes=1)
+    assert torch.equal(model.run(x, [(1, None)], ring, chunk_bytes=1), inferred)
+    assert torch.equal(model.run(x.clone().requires_grad_(), [(1, None)], ring, chunk_bytes=1), inferred)
 
 
 @pytest.mark.parametrize(
@@ -324,9 +434,11 @@ def test_the_write_runs_beside_the_matmul() -> None:
     """In the profile, some writes overlap with a matmul."""
     model, ring = Model("cuda", torch.bfloat16, LARGE), ScratchRing("cuda")
     x = model.inputs(4, 2048)
-    model.run(x, [(1, None)], ring)
+    # Whole weights, which take long enough to write.
+    run = functools.partial(model.run, x, [(1, None)], ring, chunk_bytes=None)
+    run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model.run(x, [(1, None)], ring)
+        run()
         torch.cuda.synchronize()
     spans = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() if e.time_range.elapsed_us() > 5]
     writes = [span for span in spans if "_add_delta" in span[0]]

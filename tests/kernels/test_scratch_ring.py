@@ -130,6 +130,16 @@ def test_contents_are_written_once_and_buffers_are_two() -> None:
     assert ring.nbytes <= 2 * 14
 
 
+def test_without_announcements_there_is_one_buffer() -> None:
+    streams = SimulatedStreams()
+    ring, seen = ScratchRing("cpu", streams), list[bool]()
+    for value in (2, 1, 4, 3):
+        read(ring, Fill(streams, value, 4 * value), None, seen)
+    streams.run()
+    assert all(seen)
+    assert ring.nbytes == 16
+
+
 def test_a_capture_has_buffers_and_events_of_its_own() -> None:
     streams = SimulatedStreams(1)
     ring = ScratchRing("cpu", streams)

@@ -24,11 +24,11 @@ TOKENS = 17
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each weight written to scratch memory, whether it was ahead."""
+    """Of each chunk written to scratch memory, whether it was ahead; these layers are one chunk each."""
     written: list[bool] = []
-    write = prefill._ExpertWeight.write
+    write = prefill._Chunk.write
     monkeypatch.setattr(
-        prefill._ExpertWeight, "write", lambda self, memory, ahead: written.append(ahead) or write(self, memory, ahead)
+        prefill._Chunk, "write", lambda self, memory, ahead: written.append(ahead) or write(self, memory, ahead)
     )
     return written
 
@@ -131,7 +131,10 @@ def test_moved_and_cast_models_multiply_by_the_merged_weight(model: Any) -> None
     for layer in layers:
         x = torch.randn(1, TOKENS, layer.in_features, dtype=torch.bfloat16, device=DEVICE)
         merged = layer.merged_parameters("math")["weight"]
-        assert torch.equal(layer(x), F.linear(x, merged))
+        plain = F.linear(x, merged)
+        # A GPU's library may choose another matmul for one that writes into memory that is there.
+        tolerance = 0 if DEVICE == "cpu" else 5e-3
+        assert (layer(x) - plain).float().norm() <= tolerance * plain.float().norm()
         assert not torch.equal(merged, layer.base_layer.weight)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.methods import merged_weights
 from benchmarks.quality.methods.ours import ours
-from benchmarks.quality.serving import prepare_serving, put_weights
+from benchmarks.quality.serving import LEVELS, prepare_serving, put_weights, rounded_activations
 from transformers_meswitch import MESwitchConfig, compress
 
 TOKENS = torch.arange(3, 40)[None]
@@ -73,3 +73,31 @@ def test_merging_exact_deltas_gives_the_expert(pair):
     deltas = {name: pair.inputs.delta(name) for name in pair.inputs.linears()}
     merged = merged_weights(pair.inputs.base, pair.inputs.expert, deltas)
     assert all(torch.equal(merged[key], value) for key, value in pair.inputs.expert.items())
+
+
+@pytest.mark.parametrize("numerics", sorted(LEVELS))
+def test_activations_are_rounded_as_the_kernels_round_them(numerics):
+    """The kernels themselves may not run here, so it is the bound on their error that is held against them."""
+    x = torch.randn(3, 2500, generator=torch.Generator().manual_seed(0))
+    rounded = rounded_activations(x, LEVELS[numerics])
+    for tile in range(0, 2500, 1024):
+        part = slice(tile, tile + 1024)
+        unit = x[:, part].abs().amax(1, keepdim=True) / LEVELS[numerics]
+        assert ((rounded - x)[:, part].abs() <= unit * 0.501).all()
+        levels = rounded[:, part] / unit
+        torch.testing.assert_close(levels, levels.round(), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_rounding_touches_the_delta_alone(pair, served):
+    deltas = {name: pair.inputs.delta(name) for name in pair.inputs.linears()}
+    base = {f"{name}.weight": pair.inputs.base[f"{name}.weight"] for name in deltas}
+    weights = {**pair.inputs.expert, **base}
+    put_weights(served, weights, deltas)
+    exact = served(TOKENS).logits
+    put_weights(served, weights, deltas, levels=3)
+    assert not torch.equal(served(TOKENS).logits, exact)
+    put_weights(served, weights, {}, levels=3)
+    rounded = served(TOKENS).logits
+    put_weights(served, weights, {})
+    assert torch.equal(served(TOKENS).logits, rounded)

@@ -1,4 +1,4 @@
-"""Linear layers of many rows: multiplied by the whole weight of an expert, while the next layer's is being written."""
+"""Linear layers of many rows: multiplied by an expert's weight in chunks, while the next chunk is being written."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PrefillPath:
 
 
 class PrefillScratch:
-    """Scratch memory of a model on one device: room for its two largest layers.
+    """Scratch memory of a model on one device: room for two chunks of a weight; of few rows, for two whole weights.
 
     Args:
         device: of the layers.

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _add_with_triton = add_delta_triton
 
-__all__ = ["add_delta", "merged_weight"]
+__all__ = ["add_delta", "check_add_delta", "merged_weight", "write_sum"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +33,7 @@ def add_delta(
     out: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     bias_out: torch.Tensor | None = None,
+    first_channel: int = 0,
     programs: int | None = None,
 ) -> torch.Tensor:
     """``W + Δ̂``, added in float32 and rounded once, so Triton and torch give the same bits.
@@ -51,13 +52,15 @@ def add_delta(
         bias: ``[out]`` of that dtype, the base's; zero if `None`. It is read only for ``bias_out``.
         bias_out: contiguous ``[out]`` of that dtype, ``bias`` or memory apart from it: gets ``bias`` plus the
             expert's difference, rounded once.
+        first_channel: ``weight``, ``out`` and both biases are the channels of the layer from this one on, so many as
+            they have; that the layer has so many is not checked.
         programs: the kernel starts at most so many, which leaves multiprocessors to what runs beside it.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts that do not fit together.
+        ValueError: shapes, dtypes, devices or layouts that do not fit together, or a negative first channel.
         IndexError: no such slot.
         NotImplementedError: the device is neither the CPU nor one that Triton serves.
 
@@ -68,12 +71,10 @@ def add_delta(
     >>> add_delta(torch.tensor([[10.0, 20.0]]), table.rows, 0)
     tensor([[ 7., 23.]])
     """
-    _check(weight, table, slot, out, bias, bias_out)
-    if isinstance(slot, int):
-        # A view, so that the number is in no graph's constants.
-        table, slot_tensor = table[slot : slot + 1], None
-    else:
-        slot_tensor = slot
+    check_add_delta(weight, table, slot, out, bias, bias_out)
+    if first_channel < 0:
+        raise ValueError(f"first_channel is {first_channel}, expected 0 or more.")
+    table, slot_tensor = _split(table, slot)
     if out is None:
         out = torch.empty_like(weight)
     # An operator may not be told of one tensor under two names of which it changes one.
@@ -85,6 +86,7 @@ def add_delta(
         None if bias_out is None or bias_out is bias else bias,
         bias_out,
         bias is not None and bias_out is bias,
+        first_channel,
         programs,
     )
     return out
@@ -127,18 +129,59 @@ def _add_delta(
     bias: torch.Tensor | None,
     bias_out: torch.Tensor | None,
     bias_in_place: bool,
+    first_channel: int,
     programs: int | None,
 ) -> None:
     """``weight`` is `None` where it is ``out``; ``bias_in_place`` where the bias is ``bias_out``."""
     weight = out if weight is None else weight
     bias = bias_out if bias_in_place else bias
+    _write(weight, table, slot, out, bias, bias_out, first_channel, programs)
+
+
+def write_sum(
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    slot: int | torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    bias_out: torch.Tensor | None,
+    first_channel: int,
+    programs: int | None,
+) -> None:
+    """:func:`add_delta` of arguments that were checked, not as an operator, on which the host spends most of a call.
+
+    ``torch.compile`` does not trace through it, and autograd hears nothing of what it writes.
+    """
+    _write(weight, *_split(table, slot), out, bias, bias_out, first_channel, programs)
+
+
+def _split(table: torch.Tensor, slot: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A table and which of its rows; the first where that is `None`."""
+    # A view, so that the number is in no graph's constants.
+    return (table[slot : slot + 1], None) if isinstance(slot, int) else (table, slot)
+
+
+def _write(
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    slot: torch.Tensor | None,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    bias_out: torch.Tensor | None,
+    first_channel: int,
+    programs: int | None,
+) -> None:
+    """By the kernel or the reference; a ``slot`` of `None` is the table's first."""
     if _add_with_triton is not None and has_kernel(weight.device):
         bias = None if bias is None else bias.contiguous()
-        _add_with_triton(out, weight, bias_out, bias, table, slot, programs)
+        _add_with_triton(out, weight, bias_out, bias, table, slot, first_channel, programs)
         return
     check_addressable(weight.device)
     number = 0 if slot is None else int(slot)
-    leaves = None if number < 0 else leaves_of_slot(table, number, *weight.shape)
+    end, in_features = first_channel + weight.shape[0], weight.shape[1]
+    leaves = None if number < 0 else leaves_of_slot(table, number, end, in_features)
+    if leaves is not None and first_channel > 0:
+        leaves = _from_channel(leaves, first_channel)
     add_delta_reference(weight, leaves, out, bias, bias_out)
 
 
@@ -151,12 +194,24 @@ def _(
     bias: torch.Tensor | None,
     bias_out: torch.Tensor | None,
     bias_in_place: bool,
+    first_channel: int,
     programs: int | None,
 ) -> None:
     return None
 
 
-def _check(
+def _from_channel(leaves: DeltaLeaves, first: int) -> DeltaLeaves:
+    """Views of the output channels from one on."""
+    return replace(
+        leaves,
+        codes=leaves.codes[first:],
+        step=leaves.step[first:],
+        salient=None if leaves.salient is None else leaves.salient[first:],
+        bias=None if leaves.bias is None else leaves.bias[first:],
+    )
+
+
+def check_add_delta(
     weight: torch.Tensor,
     table: torch.Tensor,
     slot: int | torch.Tensor,
@@ -164,6 +219,12 @@ def _check(
     bias: torch.Tensor | None,
     bias_out: torch.Tensor | None,
 ) -> None:
+    """Refuse arguments of :func:`add_delta` that do not fit together.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not.
+        IndexError: no such slot.
+    """
     if weight.ndim != 2 or weight.dtype not in _DTYPES:
         raise ValueError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}, expected [out, in] of "

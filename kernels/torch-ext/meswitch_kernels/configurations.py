@@ -23,21 +23,21 @@ class Configuration:
         block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048.
         block_in: input channels of a tile of the base's weight, a power of two, 16 or more; the fused kernel only.
         warps: warps of a program.
-        unroll: tiles that are loaded before they are worked on; of groups of one row.
         stages: stages of the pipeline of tiles; of groups of several rows.
         programs: programs a multiprocessor; the delta kernel only.
         max_registers: registers of a thread, at most (NVIDIA's compiler). Groups of several rows take many, and then
             too few programs share a multiprocessor to keep its memory busy for groups of one row. No limit if `None`.
+        base_apart: whether torch multiplies by the base, and the delta kernel adds to that; the fused kernel only.
     """
 
     block_out: int = 16
     block_codes: int = 1024
     block_in: int = 256
     warps: int = 4
-    unroll: int = 1
     stages: int = 1
     programs: int = 16
     max_registers: int | None = None
+    base_apart: bool = False
 
     def launch_options(self) -> dict[str, int]:
         """What Triton takes beside a kernel's arguments."""

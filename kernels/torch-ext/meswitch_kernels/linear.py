@@ -23,6 +23,7 @@ if importlib.util.find_spec("triton") is not None:
     from .triton_activations import prepare_activations_triton
     from .triton_delta_linear import delta_linear_triton
     from .triton_fused_linear import fused_linear_triton
+    from .triton_grids import overlaps
 
     _prepare_with_triton = prepare_activations_triton
     _add_with_triton = delta_linear_triton
@@ -174,8 +175,12 @@ def _fused_linear(
     numerics: str,
 ) -> torch.Tensor:
     groups = RowGroups(order, slot, start, group_count)
-    if _multiply_with_triton is None or not has_kernel(x.device):
+    if _multiply_with_triton is None or _add_with_triton is None or not has_kernel(x.device):
         return _by_reference(x, F.linear(x, weight, bias), table, groups, weight.shape[0])
+    if configuration(_key("fused", numerics, x, weight.shape[0]), x.device).base_apart:
+        y = F.linear(x, weight, bias)
+        _run("delta", _add_with_triton, y, (y, x.contiguous()), table, groups, numerics)
+        return y
     y = x.new_empty(x.shape[0], weight.shape[0])
     bias = None if bias is None else bias.contiguous()
     _run("fused", _multiply_with_triton, y, (x.contiguous(), weight, bias), table, groups, numerics)
@@ -212,12 +217,18 @@ def _run(
     assert x is not None
     if y.numel() == 0:
         return
-    sizes = configuration(Key(kind, numerics, x.shape[0] > 1, y.shape[1], x.shape[1]), x.device)
+    sizes = configuration(_key(kind, numerics, x, y.shape[1]), x.device)
     planes = _PLANES[numerics]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):
-        prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes)
-        kernel(y, *arguments, table, groups, prepared, planes, has_ptx(x.device), sizes)
+        ptx = has_ptx(x.device)
+        overlap = overlaps(x.device, ptx)
+        prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes, overlap)
+        kernel(y, *arguments, table, groups, prepared, planes, ptx, overlap, sizes)
+
+
+def _key(kind: Kind, numerics: str, x: torch.Tensor, out_features: int) -> Key:
+    return Key(kind, numerics, x.shape[0] > 1, out_features, x.shape[1])
 
 
 def _by_reference(

@@ -22,6 +22,7 @@ _head_with_triton: Callable[..., None] | None = None
 if importlib.util.find_spec("triton") is not None:
     from .triton_activations import prepare_activations_triton
     from .triton_embed_rows import embed_rows_triton
+    from .triton_grids import overlaps
     from .triton_head_rows import head_rows_triton
 
     _prepare_with_triton = prepare_activations_triton
@@ -219,8 +220,10 @@ def _head_rows(
         sizes = configuration(Key("delta", "exact", x.shape[0] > 1, capacity, x.shape[1]), x.device)
         x, base_out = x.contiguous(), base_out.contiguous()
         with torch.accelerator.device_index(x.device.index):
-            prepared = _prepare_with_triton(x, coded_table, groups, 0, sizes.block_codes)
-            _head_with_triton(y, base_out, x, coded_table, rows_table, groups, prepared, has_ptx(x.device), sizes)
+            ptx = has_ptx(x.device)
+            overlap = overlaps(x.device, ptx)
+            prepared = _prepare_with_triton(x, coded_table, groups, 0, sizes.block_codes, overlap)
+            _head_with_triton(y, base_out, x, coded_table, rows_table, groups, prepared, ptx, overlap, sizes)
     return y
 
 

@@ -43,20 +43,21 @@ class _Buffer:
 
 @dataclass
 class _Lane:
-    """The stream that writes, its two buffers in turn, and the one that is filled already for the next call."""
+    """The stream that writes, its two buffers, which of them was written last, and what it has for the next call."""
 
     side: Any
     buffers: tuple[_Buffer, _Buffer] = field(default_factory=lambda: (_Buffer(), _Buffer()))
-    turn: int = 0
+    last: int = 0
     ahead: tuple[ScratchContent, _Buffer] | None = None
 
 
 class ScratchRing:
-    """Scratch memory of a model on one device: two buffers, as large as the largest content, for all its layers.
+    """Scratch memory of a model on one device, for all its layers: a buffer as large as the largest content, or two.
 
     Each content is written on a stream of the ring's own, and the one after it while the work on this one runs, if the
-    caller says what that is. Nothing waits on the host. Calls come from any thread and any stream, and what they do to
-    the buffers is ordered by events: calls that alternate between streams are right, and slower than one by one.
+    caller says what that is; only for that is there a second buffer. Nothing waits on the host. Calls come from any
+    thread and any stream, and what they do to the buffers is ordered by events: calls that alternate between streams
+    are right, and slower than one by one.
 
     A CUDA graph that is captured gets buffers of its own, in the memory of the graph, so that its replays touch no
     buffer that other work uses; its calls fork the ring's stream off the capturing one and join it again. What is
@@ -160,11 +161,13 @@ class ScratchRing:
         return lane
 
     def _write(self, lane: _Lane, content: ScratchContent, current: Any, ahead: bool) -> _Buffer:
-        """Write a content into the buffer whose turn it is; the side stream waits for all that it has to."""
+        """Write a content into one of the buffers; the side stream waits for all that it has to."""
         streams = self._streams
-        # The one written last is the one that this call reads, or that nothing will.
-        lane.turn = 1 - lane.turn
-        buffer = lane.buffers[lane.turn]
+        if ahead:
+            # The one written last is the one that this call reads.
+            lane.last = 1 - lane.last
+        # Otherwise into the same memory again, of which more is still in the device's cache.
+        buffer = lane.buffers[lane.last]
         self._largest = max(self._largest, content.nbytes)
         if buffer.memory is None or buffer.memory.nbytes < content.nbytes:
             buffer.memory = None

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .expert_table import COLUMNS
 from .row_groups import RowGroups
+from .triton_grids import allow_next
 
 __all__ = ["PreparedActivations", "prepare_activations_triton"]
 
@@ -42,8 +43,10 @@ def _prepare_kernel(
     tiles,
     PLANES: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program prepares one tile of one position."""
+    allow_next(OVERLAP)
     position = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     expert = tl.load(slot + position)
@@ -109,7 +112,7 @@ def _prepare_kernel(
 
 
 def prepare_activations_triton(
-    x: torch.Tensor, table: torch.Tensor, groups: RowGroups, planes: int, block_codes: int
+    x: torch.Tensor, table: torch.Tensor, groups: RowGroups, planes: int, block_codes: int, overlap: bool
 ) -> PreparedActivations:
     """Gather, scale by the column steps and, if asked to, quantise the activations of all rows that have an expert.
 
@@ -119,6 +122,7 @@ def prepare_activations_triton(
         groups: the rows by expert.
         planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
         block_codes: codes of a tile, a power of two, 128 or more.
+        overlap: whether the kernel that follows, which has to wait for this one itself, may start beside it.
 
     Returns:
         Values by position: float32 ``[rows, tiles * block_codes]``, or int8 ``[planes, rows, tiles *
@@ -147,6 +151,7 @@ def prepare_activations_triton(
         tiles,
         PLANES=planes,
         BLOCK_CODES=block_codes,
+        OVERLAP=overlap,
         num_warps=4,
     )
     return values, scale, offset

@@ -79,14 +79,17 @@ def _copy_block(
 
 @triton.jit
 def _add_block(
-    out, weight, entry, bits, out_row, weight_row, out_column, weight_column, first_row, out_features, in_features,
-    column, column_mask, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    out, weight, entry, bits, out_row, weight_row, out_column, weight_column, first_row, first_channel, out_features,
+    in_features, column, column_mask, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``TILES * BLOCK_ROWS`` rows; ``column`` and what belongs to it are ``[BLOCK_COLUMNS]``."""
+    """A block of ``TILES * BLOCK_ROWS`` rows; ``column`` and what belongs to it are ``[BLOCK_COLUMNS]``.
+
+    ``first_channel`` is the delta's output channel that belongs to row 0 of ``out`` and ``weight``, int64.
+    """
     GROUPS: tl.constexpr = BLOCK_COLUMNS // _GROUP
     salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
     salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
-    salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
+    salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16)) + first_channel * salient_channels
     before = _salient_before(column, salient_index, salient_channels)
     following = tl.load(salient_index + before, mask=before < salient_channels, other=-1)
     first_salient = tl.min(before, axis=0)
@@ -110,9 +113,9 @@ def _add_block(
     used = tl.cdiv((in_features - salient_channels) * bits, 128) * 4
     low_mask = (word < used)[:, None]
     high_mask = (word + 1 < used)[:, None]
-    codes = tl.load(entry + _CODES).to(tl.pointer_type(tl.uint32)) + word[:, None]
     row_words = tl.load(entry + _ROW_BYTES) >> 2
-    step = tl.load(entry + _STEP).to(tl.pointer_type(tl.float32))
+    codes = tl.load(entry + _CODES).to(tl.pointer_type(tl.uint32)) + first_channel * row_words + word[:, None]
+    step = tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)) + first_channel
 
     for tile in range(TILES):
         row = first_row + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -144,7 +147,7 @@ def _add_block(
 
 
 @triton.jit
-def _add_bias(out, bias, entry, bits, first_row, rows, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr):
+def _add_bias(out, bias, entry, bits, first_row, first_channel, rows, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr):
     """The bias of a block's rows below ``rows``: the base's, if it has one, plus the expert's difference, if any."""
     row = first_row + tl.arange(0, ROWS)
     mask = row < rows
@@ -153,11 +156,12 @@ def _add_bias(out, bias, entry, bits, first_row, rows, HAS_BIAS: tl.constexpr, R
         total = tl.load(bias + row, mask=mask, other=0.0).to(tl.float32)
     address = tl.load(entry + _BIAS)
     if (bits > 0) & (address != 0):
-        total += tl.load(address.to(tl.pointer_type(tl.float32)) + row, mask=mask, other=0.0)
+        total += tl.load(address.to(tl.pointer_type(tl.float32)) + first_channel + row, mask=mask, other=0.0)
     tl.store(out + row, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# No address of known alignment depends on the first channel: one compiled kernel does for all parts of a weight.
+@triton.jit(do_not_specialize=["first_channel"])
 def _add_delta_kernel(
     out,
     weight,
@@ -165,6 +169,7 @@ def _add_delta_kernel(
     bias,
     table,
     slot,
+    first_channel,
     out_features,
     in_features,
     out_row_stride,
@@ -189,6 +194,7 @@ def _add_delta_kernel(
     else:
         entry = table
         bits = tl.load(entry + _BITS).to(tl.int32)
+    first_channel = first_channel.to(tl.int64)
     ROWS: tl.constexpr = TILES * BLOCK_ROWS
     # One at least, for the bias of a layer without inputs.
     column_blocks = tl.maximum(tl.cdiv(in_features, BLOCK_COLUMNS), 1)
@@ -202,7 +208,7 @@ def _add_delta_kernel(
         if bits > 0:
             _add_block(
                 out, weight, entry, bits, out_row_stride, weight_row_stride, out_column, weight_column, first_row,
-                out_features, in_features, column, column_mask, BLOCK_ROWS, BLOCK_COLUMNS, TILES,
+                first_channel, out_features, in_features, column, column_mask, BLOCK_ROWS, BLOCK_COLUMNS, TILES,
             )  # fmt: skip
         else:
             _copy_block(
@@ -212,7 +218,7 @@ def _add_delta_kernel(
         if WRITES_BIAS:
             # One block of a row of blocks does it.
             rows = tl.where(block % column_blocks == 0, out_features, 0)
-            _add_bias(bias_out, bias, entry, bits, first_row, rows, HAS_BIAS, ROWS)
+            _add_bias(bias_out, bias, entry, bits, first_row, first_channel, rows, HAS_BIAS, ROWS)
 
 
 def add_delta_triton(
@@ -222,6 +228,7 @@ def add_delta_triton(
     bias: torch.Tensor | None,
     table: torch.Tensor,
     slot: torch.Tensor | None,
+    first_channel: int = 0,
     programs: int | None = None,
     sizes: AddSizes = _DEFAULT,
 ) -> None:
@@ -235,6 +242,7 @@ def add_delta_triton(
         bias: contiguous ``[out]`` of that dtype, the base's; zero if `None`.
         table: contiguous int64 ``[slots, len(COLUMNS)]``.
         slot: int32 or int64 of one element, on the device; the table's first if `None`.
+        first_channel: output channel of the table's delta that belongs to the first of ``weight``.
         programs: at most so many programs; as many as there are blocks if `None`.
         sizes: sizes of blocks.
     """
@@ -253,6 +261,7 @@ def add_delta_triton(
             weight if bias is None else bias,
             table,
             table if slot is None else slot,
+            first_channel,
             out_features,
             in_features,
             *out.stride(),

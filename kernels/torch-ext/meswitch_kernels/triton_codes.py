@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dp4a", "float_code", "four_codes", "load_words", "planes"]
+__all__ = [
+    "as_operand",
+    "by_byte",
+    "codes_in_place",
+    "dp4a",
+    "float_code",
+    "four_codes",
+    "load_words",
+    "planes",
+    "split_in_four",
+]
 
 #: 2^23 as a float32, whose lowest bit is worth 1: a code put into its lowest byte is converted without the conversion
 #: unit, which has a quarter of the rate.
@@ -30,11 +40,14 @@ def dp4a(codes, x, total, PTX: tl.constexpr):
 
 
 @triton.jit
-def _split_in_four(words):
-    """``[rows, 4 * columns]`` to the four ``[rows, columns]`` whose elements are neighbours; registers only."""
-    ROWS: tl.constexpr = words.shape[0]
-    COLUMNS: tl.constexpr = words.shape[1] // 4
-    even, odd = tl.split(words.reshape(ROWS, COLUMNS, 2, 2))
+def split_in_four(words):
+    """``[..., 4 * columns]``, of two dimensions or three, to the four ``[..., columns]`` that are neighbours in it."""
+    COLUMNS: tl.constexpr = words.shape[len(words.shape) - 1] // 4
+    if len(words.shape) == 3:
+        pairs = words.reshape(words.shape[0], words.shape[1], COLUMNS, 2, 2)
+    else:
+        pairs = words.reshape(words.shape[0], COLUMNS, 2, 2)
+    even, odd = tl.split(pairs)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -42,7 +55,7 @@ def _split_in_four(words):
 
 @triton.jit
 def _merge_four(first, second, third, fourth):
-    """Undo :func:`_split_in_four`."""
+    """Undo :func:`split_in_four`."""
     pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
     return pairs.reshape(first.shape[0], 4 * first.shape[1])
 
@@ -76,29 +89,47 @@ def _by_byte(w0, w1, w2, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_words(codes, tile, used, n_mask, WORDS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """The words of a tile, int32 ``[BLOCK_OUT, WORDS]``; with three bits, three of them, as :func:`_by_byte` has them.
+def load_words(codes, tile, used, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """The words of a tile as memory has them, int32 ``[rows, WORDS]``; with three bits, three times as many in three.
 
-    ``codes`` are the rows' pointers ``[BLOCK_OUT, 1]`` and ``used`` the words that a row has, a multiple of four.
+    ``codes`` are the rows' pointers ``[rows, 1]``, or with one more dimension in front, which the words then have too;
+    ``used`` is how many words a row has, a multiple of four. What lies beyond is not read and not set, for nothing
+    multiplies it but zeros.
     """
     j = tl.arange(0, WORDS)
     if BITS == 3:
         # Twelve words are four groups of three. Three loads of four neighbouring words each are wide loads.
         word = 3 * WORDS * tile + (j // 4) * 12 + j % 4
-        a = tl.load(codes + word[None, :], mask=n_mask & (word < used)[None, :], other=0)
-        b = tl.load(codes + (word + 4)[None, :], mask=n_mask & (word + 4 < used)[None, :], other=0)
-        c = tl.load(codes + (word + 8)[None, :], mask=n_mask & (word + 8 < used)[None, :], other=0)
-        a0, a1, a2, a3 = _split_in_four(a)
-        b0, b1, b2, b3 = _split_in_four(b)
-        c0, c1, c2, c3 = _split_in_four(c)
-        a0, a1, a2 = _by_byte(a0, a1, a2, PTX)
-        a3, b0, b1 = _by_byte(a3, b0, b1, PTX)
-        b2, b3, c0 = _by_byte(b2, b3, c0, PTX)
-        c1, c2, c3 = _by_byte(c1, c2, c3, PTX)
-        return _merge_four(a0, a3, b2, c1), _merge_four(a1, b0, b3, c2), _merge_four(a2, b1, c0, c3)
-    word = WORDS * tile + j
-    w = tl.load(codes + word[None, :], mask=n_mask & (word < used)[None, :], other=0)
+        return _load(codes, word, used), _load(codes, word + 4, used), _load(codes, word + 8, used)
+    w = _load(codes, WORDS * tile + j, used)
     return w, w, w
+
+
+@triton.jit
+def _load(codes, word, used):
+    if len(codes.shape) == 3:
+        word = word[None, None, :]
+    else:
+        word = word[None, :]
+    return tl.load(codes + word, mask=word < used)
+
+
+@triton.jit
+def by_byte(a, b, c, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Loaded words as :func:`four_codes` takes them: with three bits, as :func:`_by_byte` has them."""
+    if BITS != 3:
+        return a, b, c
+    COLUMNS: tl.constexpr = a.shape[len(a.shape) - 1]
+    ROWS: tl.constexpr = a.numel // COLUMNS
+    a0, a1, a2, a3 = split_in_four(a.reshape(ROWS, COLUMNS))
+    b0, b1, b2, b3 = split_in_four(b.reshape(ROWS, COLUMNS))
+    c0, c1, c2, c3 = split_in_four(c.reshape(ROWS, COLUMNS))
+    a0, a1, a2 = _by_byte(a0, a1, a2, PTX)
+    a3, b0, b1 = _by_byte(a3, b0, b1, PTX)
+    b2, b3, c0 = _by_byte(b2, b3, c0, PTX)
+    c1, c2, c3 = _by_byte(c1, c2, c3, PTX)
+    w0, w1, w2 = _merge_four(a0, a3, b2, c1), _merge_four(a1, b0, b3, c2), _merge_four(a2, b1, c0, c3)
+    return w0.reshape(a.shape), w1.reshape(a.shape), w2.reshape(a.shape)
 
 
 @triton.jit
@@ -125,6 +156,17 @@ def four_codes(w0, w1, w2, SHIFT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def codes_in_place(w, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """The codes at one shift, one in each byte, where they are: ``1 << BITS * SHIFT`` times what they stand for.
+
+    Of one, two or four bits. Masking is half of what shifting and masking is, and the integer units are what the
+    kernels wait for.
+    """
+    MASK: tl.constexpr = (((1 << BITS) - 1) << (BITS * SHIFT)) * 0x01010101
+    return w & (MASK if MASK < (1 << 31) else MASK - (1 << 32))
+
+
+@triton.jit
 def float_code(four, BYTE: tl.constexpr, PTX: tl.constexpr):
     """The code in one byte, float32."""
     code = _pick_bytes(four, _ONES, 0x7440 + BYTE) if PTX else ((four >> (8 * BYTE)) & 0xF) | _ONES
@@ -132,12 +174,39 @@ def float_code(four, BYTE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def _bytes(four, PTX: tl.constexpr):
+    """The bytes of words, int8 ``[rows, 4 * words]``."""
+    if PTX:
+        # Four copies are the same register four times, which then counts as four bytes: nothing is taken apart.
+        copies = tl.join(tl.join(four, four), tl.join(four, four)).reshape(four.shape[0], 4 * four.shape[1])
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [copies], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return _merge_four(four.to(tl.int8), (four >> 8).to(tl.int8), (four >> 16).to(tl.int8), (four >> 24).to(tl.int8))
+
+
+@triton.jit
+def as_operand(values, SEGMENTS: tl.constexpr):
+    """``[rows, columns]`` with the columns of each segment in the order in which tensor cores take an operand.
+
+    A thread reads four neighbouring words, but of an operand it owns four bytes of every sixteen: the order of a sum
+    is free, so what a thread has read is put where it is wanted, and nothing goes through shared memory. Of words'
+    bytes a segment is a shift, and of floats, one a word, a shift and byte.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    UNIT: tl.constexpr = 64 // values.dtype.primitive_bitwidth
+    HELD: tl.constexpr = 16 if values.dtype == tl.int8 else 4
+    apart = values.reshape(ROWS, SEGMENTS, COLUMNS // SEGMENTS // HELD, HELD // UNIT, UNIT)
+    return apart.permute(0, 1, 3, 2, 4).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
 def _plane(w0, w1, w2, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The codes at one shift, ``[BLOCK_OUT, 4 * WORDS]`` of the activations' dtype and in their order."""
+    """The codes at one shift, ``[rows, 4 * words]`` of the activations' dtype and in their order."""
     four = four_codes(w0, w1, w2, SHIFT, BITS)
     if tl.int8 == DTYPE:
-        b0, b1, b2, b3 = four.to(tl.int8), (four >> 8).to(tl.int8), (four >> 16).to(tl.int8), (four >> 24).to(tl.int8)
-        return _merge_four(b0, b1, b2, b3)
+        return _bytes(four, PTX)
     # Exact in every dtype: a code has at most four bits.
     f0, f1 = float_code(four, 0, PTX).to(DTYPE), float_code(four, 1, PTX).to(DTYPE)
     f2, f3 = float_code(four, 2, PTX).to(DTYPE), float_code(four, 3, PTX).to(DTYPE)

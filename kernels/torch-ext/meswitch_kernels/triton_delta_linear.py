@@ -10,6 +10,7 @@ from .configurations import Configuration, program_count
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row, delta_of_rows
+from .triton_grids import overlap_options, wait_for_previous
 
 __all__ = ["delta_linear_triton"]
 
@@ -36,9 +37,9 @@ def _delta_linear_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
-    PART_WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
     PTX: tl.constexpr,
-    UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Programs share out the pairs of a group and a block of output channels, so a delta is read once.
@@ -46,6 +47,7 @@ def _delta_linear_kernel(
     How many groups there are is known on the device only; a grid of programs for all that there could be would spend
     its time on starting those that find nothing to do.
     """
+    wait_for_previous(OVERLAP)
     blocks = tl.cdiv(out_features, BLOCK_OUT)
     for work in range(tl.program_id(0), tl.load(group_count) * blocks, tl.num_programs(0)):
         group = work // blocks
@@ -58,7 +60,7 @@ def _delta_linear_kernel(
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
-                PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             where = row.to(tl.int64) * out_features + n
             if HAS_BASE:
@@ -89,6 +91,7 @@ def delta_linear_triton(
     prepared: PreparedActivations,
     planes: int,
     ptx: bool,
+    overlap: bool,
     configuration: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
@@ -102,6 +105,7 @@ def delta_linear_triton(
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
         planes: 0, 1 or 2.
         ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
+        overlap: whether to start while the activations are being prepared.
         configuration: sizes of blocks.
     """
     rows, in_features = x.shape
@@ -126,9 +130,10 @@ def delta_linear_triton(
         BLOCK_ROWS=1 if rows == 1 else 16,
         BLOCK_OUT=configuration.block_out,
         BLOCK_CODES=configuration.block_codes,
-        PART_WORDS=16 * configuration.warps,
+        WARPS=configuration.warps,
         PTX=ptx,
-        UNROLL=configuration.unroll,
+        OVERLAP=overlap,
         STAGES=configuration.stages,
         **configuration.launch_options(),
+        **overlap_options(overlap),
     )

@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from .expert_table import COLUMNS
-from .triton_codes import dp4a, float_code, four_codes, load_words, planes
+from .triton_codes import (
+    as_operand,
+    by_byte,
+    codes_in_place,
+    dp4a,
+    float_code,
+    four_codes,
+    load_words,
+    planes,
+    split_in_four,
+)
 from .triton_dot import dot
 
 __all__ = ["delta_of_row", "delta_of_rows"]
@@ -31,13 +41,13 @@ _BLOCK_SALIENT = tl.constexpr(16)
 
 
 @triton.jit
-def _codes_of(entry, bits, salient_channels, in_features, n):
-    """Pointers to the rows of codes of some output channels ``[BLOCK_OUT, 1]``, and the words that a row has."""
+def _codes_of(entry, bits, salient_channels, in_features):
+    """Pointer to the codes, the words from one row to the next, and those of them that are used."""
     codes = tl.multiple_of(tl.load(entry + _CODES).to(tl.pointer_type(tl.int32)), 16)
     row_words = tl.multiple_of(tl.load(entry + _ROW_BYTES) >> 2, 4)
     # In whole vectors of four words, which rows are padded to.
     used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
-    return codes + n.to(tl.int64)[:, None] * row_words, used
+    return codes, row_words, used
 
 
 @triton.jit
@@ -52,72 +62,128 @@ def _step_and_bias(entry, n, n_mask):
 
 
 @triton.jit
+def _bytes_of_row(total, four, x, j, PTX: tl.constexpr):
+    """``total`` ``[group, repeats, words / 4]`` plus the dot products of a tile's four codes a word and activations.
+
+    ``x`` points to the activations of one shift. Each thread loads those that belong to its own words, once for all
+    of its rows.
+    """
+    a0, a1, a2, a3 = split_in_four(four)
+    x0, x1, x2, x3 = split_in_four(tl.load(x + j))
+    total = dp4a(a0, tl.broadcast_to(x0, total.shape), total, PTX)
+    total = dp4a(a1, tl.broadcast_to(x1, total.shape), total, PTX)
+    total = dp4a(a2, tl.broadcast_to(x2, total.shape), total, PTX)
+    return dp4a(a3, tl.broadcast_to(x3, total.shape), total, PTX)
+
+
+@triton.jit
+def _tile_of_row(
+    total, sums, a, b, c, x, scale, offset, low_plane, tile,
+    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """``total`` ``[group, repeats, words / 4]`` and ``sums`` plus what a tile's words add to them."""
+    SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
+    GROUP: tl.constexpr = a.shape[0]
+    WORDS: tl.constexpr = a.shape[2]
+    # Codes in place are multiples of what they stand for; all are made multiples of the most.
+    UNIT: tl.constexpr = 1 if BITS == 3 else 1 << (8 - BITS)
+    w0, w1, w2 = by_byte(a, b, c, BITS, PTX)
+    j = tl.broadcast_to(tl.arange(0, WORDS)[None, None, :], (GROUP, 1, WORDS))
+    here = x + tile * BLOCK_CODES
+    zeros = tl.zeros(total.shape, tl.int32)
+    high, low = zeros, zeros
+    for shift in tl.static_range(SHIFTS):
+        if PLANES == 0:
+            four = four_codes(w0, w1, w2, shift, BITS)
+            for byte in tl.static_range(4):
+                f0, f1, f2, f3 = split_in_four(float_code(four, byte, PTX))
+                x0, x1, x2, x3 = split_in_four(tl.load(here + (4 * shift + byte) * WORDS + j))
+                total += f0 * x0
+                total += f1 * x1
+                total += f2 * x2
+                total += f3 * x3
+        else:
+            four = four_codes(w0, w1, w2, shift, BITS) if BITS == 3 else codes_in_place(w0, shift, BITS)
+            weight = 1 if BITS == 3 else UNIT >> (BITS * shift)
+            where = here.to(tl.pointer_type(tl.int32)) + shift * WORDS
+            high += _bytes_of_row(zeros, four, where, j, PTX) * weight
+            if PLANES == 2:
+                low += _bytes_of_row(zeros, four, where + low_plane // 4, j, PTX) * weight
+    if PLANES == 2:
+        high = high * 256 + low
+    if PLANES > 0:
+        total += high.to(tl.float32) * (tl.load(scale + tile) * (1.0 / UNIT))
+    return total, sums + tl.load(offset + tile)
+
+
+@triton.jit
 def _coded_row(
-    codes, used, n_mask, x, scale, offset, low_plane, tiles,
-    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    PART_WORDS: tl.constexpr, PTX: tl.constexpr, UNROLL: tl.constexpr,
+    codes, row_words, used, n, n_mask, x, scale, offset, low_plane, tiles,
+    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Levels times activations of one row, summed over the codes: float32 ``[BLOCK_OUT]``."""
-    SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
-    WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
-    # Fewer activations at a time than a program has threads: then each thread loads those that belong to its codes,
-    # and they need not be handed around through shared memory.
-    PART: tl.constexpr = min(WORDS, PART_WORDS)
-    j = tl.arange(0, PART)
-    total = tl.zeros((BLOCK_OUT, PART), tl.float32)
-    for tile in tl.range(tiles, loop_unroll_factor=UNROLL):
-        high = tl.zeros((BLOCK_OUT, PART), tl.int32)
-        low = tl.zeros((BLOCK_OUT, PART), tl.int32)
-        for part in tl.static_range(WORDS // PART):
-            w0, w1, w2 = load_words(codes, tile * (WORDS // PART) + part, used, n_mask, PART, BITS, PTX)
-            here = x + tile * BLOCK_CODES
-            for shift in tl.static_range(SHIFTS):
-                four = four_codes(w0, w1, w2, shift, BITS)
-                if PLANES == 0:
-                    for byte in tl.static_range(4):
-                        xs = tl.load(here + (4 * shift + byte) * WORDS + part * PART + j)
-                        total += float_code(four, byte, PTX) * xs[None, :]
-                else:
-                    where = here.to(tl.pointer_type(tl.int32)) + shift * WORDS + part * PART + j
-                    xs = tl.broadcast_to(tl.load(where)[None, :], (BLOCK_OUT, PART))
-                    high = dp4a(four, xs, high, PTX)
-                    if PLANES == 2:
-                        xs = tl.broadcast_to(tl.load(where + low_plane // 4)[None, :], (BLOCK_OUT, PART))
-                        low = dp4a(four, xs, low, PTX)
-        if PLANES == 2:
-            high = high * 256 + low
-        if PLANES > 0:
-            total += high.to(tl.float32) * tl.load(scale + tile)
-    # A level is less than its code by the same for all, so the sum of the activations suffices.
+    WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 else 32 // BITS)
+    # Rows that the threads read at a time, in vectors of four words; a thread has its words of several such groups.
+    GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 128 * WARPS // WORDS))
+    REPEATS: tl.constexpr = BLOCK_OUT // GROUP
+    # Rows that do not exist read another's codes, without a mask, which would wait with the loads.
+    row = tl.where(n_mask, n, 0).to(tl.int64).reshape(GROUP, REPEATS)
+    rows = codes + row[:, :, None] * row_words
+    total = tl.zeros((GROUP, REPEATS, WORDS // 4), tl.float32)
     sums = tl.zeros((), tl.float32)
+    # The words of the next tile are on their way while those of this one are worked on.
+    a, b, c = load_words(rows, 0, used, WORDS, BITS)
     for tile in range(tiles):
-        sums += tl.load(offset + tile)
-    return tl.sum(total, axis=1) - ((1 << BITS) - 1) * 0.5 * sums
+        next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
+        total, sums = _tile_of_row(
+            total, sums, a, b, c, x, scale, offset, low_plane, tile, BITS, PLANES, BLOCK_CODES, PTX
+        )
+        a, b, c = next_a, next_b, next_c
+    # A level is less than its code by the same for all, so the sum of the activations suffices.
+    return tl.sum(total, axis=2).reshape(BLOCK_OUT) - ((1 << BITS) - 1) * 0.5 * sums
 
 
 @triton.jit
 def _coded_rows(
-    codes, used, n_mask, x, scale, offset, low_plane, mask, tiles,
-    BITS: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_CODES: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
+    codes, used, x, scale, offset, low_plane, mask, tiles,
+    BITS: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of several rows, on tensor cores: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero where masked."""
+    """The same of several rows, on tensor cores: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero where masked.
+
+    ``codes`` are the rows' pointers ``[BLOCK_OUT, 1]``.
+    """
+    BLOCK_ROWS: tl.constexpr = x.shape[0]
     SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    # Sixteen words of a row are what four threads read in vectors of four, as many as share an operand's row.
+    PART: tl.constexpr = 16
+    SEGMENTS: tl.constexpr = SHIFTS if PLANES > 0 else 4 * SHIFTS
+    WIDTH: tl.constexpr = 4 * SHIFTS * PART // SEGMENTS
+    column = tl.arange(0, 4 * SHIFTS * PART)
+    here = x[:, None] + ((column // WIDTH) * (WIDTH // PART * WORDS) + column % WIDTH)[None, :]
+    total = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.float32)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    here = x[:, None] + tl.arange(0, BLOCK_CODES)[None, :]
     for tile in tl.range(tiles, num_stages=STAGES):
-        w0, w1, w2 = load_words(codes, tile, used, n_mask, WORDS, BITS, PTX)
-        code = planes(w0, w1, w2, 0, SHIFTS, BITS, DTYPE, PTX).trans()
-        xs = tl.load(here + tile * BLOCK_CODES, mask=mask[:, None], other=0)
-        if PLANES == 0:
-            total = dot(xs.to(DTYPE), code, total)
-        else:
-            product = tl.dot(xs, code, out_dtype=tl.int32)
-            if PLANES == 2:
-                xs = tl.load(here + low_plane + tile * BLOCK_CODES, mask=mask[:, None], other=0)
-                product = product * 256 + tl.dot(xs, code, out_dtype=tl.int32)
+        product = tl.zeros_like(total).to(tl.int32)
+        low = tl.zeros_like(product)
+        for part in tl.static_range(WORDS // PART):
+            a, b, c = load_words(codes, tile * (WORDS // PART) + part, used, PART, BITS)
+            w0, w1, w2 = by_byte(a, b, c, BITS, PTX)
+            code = as_operand(planes(w0, w1, w2, 0, SHIFTS, BITS, DTYPE, PTX), SEGMENTS).trans()
+            where = here + tile * BLOCK_CODES + part * WIDTH
+            xs = tl.load(where, mask=mask[:, None], other=0)
+            if PLANES == 0:
+                total = dot(as_operand(xs.to(DTYPE), SEGMENTS), code, total)
+            else:
+                product = tl.dot(as_operand(xs, SEGMENTS), code, product, out_dtype=tl.int32)
+                if PLANES == 2:
+                    xs = tl.load(where + low_plane, mask=mask[:, None], other=0)
+                    low = tl.dot(as_operand(xs, SEGMENTS), code, low, out_dtype=tl.int32)
+        if PLANES == 2:
+            product = product * 256 + low
+        if PLANES > 0:
             total += product.to(tl.float32) * tl.load(scale + tile, mask=mask, other=0.0)[:, None]
         sums += tl.load(offset + tile, mask=mask, other=0.0)
     return total - ((1 << BITS) - 1) * 0.5 * sums[:, None]
@@ -126,8 +192,7 @@ def _coded_rows(
 @triton.jit
 def delta_of_row(
     x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask,
-    PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, PART_WORDS: tl.constexpr,
-    PTX: tl.constexpr, UNROLL: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``; zero for the base and empty slots.
 
@@ -139,7 +204,7 @@ def delta_of_row(
     bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
         salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes, used = _codes_of(entry, bits, salient_channels, in_features, n)
+        codes, row_words, used = _codes_of(entry, bits, salient_channels, in_features)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
@@ -149,23 +214,23 @@ def delta_of_row(
         # programs started, for all groups that it then skips. The branch is taken once a block and is uniform.
         if bits == 1:
             delta = _coded_row(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                1, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
+                1, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_row(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                2, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
+                2, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_row(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                3, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
+                3, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
         else:
             delta = _coded_row(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, tiles,
-                4, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
+                4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
         step, bias = _step_and_bias(entry, n, n_mask)
         delta = delta * step + bias
@@ -197,7 +262,9 @@ def delta_of_rows(
     bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
         salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes, used = _codes_of(entry, bits, salient_channels, in_features, n)
+        codes, row_words, used = _codes_of(entry, bits, salient_channels, in_features)
+        # Rows that do not exist read another's codes.
+        codes_here = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
@@ -206,23 +273,23 @@ def delta_of_rows(
         DTYPE: tl.constexpr = x.dtype.element_ty if PLANES == 0 else tl.int8
         if bits == 1:
             delta = _coded_rows(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                1, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
+                1, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_rows(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                2, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
+                2, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_rows(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                3, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
+                3, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         else:
             delta = _coded_rows(
-                codes, used, n_mask[:, None], x_here, scale_here, offset_here, low_plane, mask, tiles,
-                4, PLANES, DTYPE, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
+                4, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
         step, bias = _step_and_bias(entry, n, n_mask)
         delta = delta * step[None, :] + bias[None, :]

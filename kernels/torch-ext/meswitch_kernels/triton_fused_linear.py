@@ -11,8 +11,36 @@ from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_dot import dot
 from .triton_expert_delta import delta_of_row, delta_of_rows
+from .triton_grids import overlap_options, wait_for_previous
 
 __all__ = ["fused_linear_triton"]
+
+
+@triton.jit
+def _row_times_weight(
+    x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
+    EVEN_IN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row times the base's weight at some output channels: float32 ``[BLOCK_OUT]``."""
+    VECTOR: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    # As of the codes: rows that the threads read at a time, and how often.
+    GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 32 * WARPS * VECTOR // BLOCK_IN))
+    REPEATS: tl.constexpr = BLOCK_OUT // GROUP
+    row = tl.where(n_mask, n, 0).to(tl.int64).reshape(GROUP, REPEATS)
+    k = tl.arange(0, BLOCK_IN)[None, None, :]
+    rows = weight + row[:, :, None] * weight_out_stride + k.to(tl.int64) * weight_in_stride
+    k = tl.broadcast_to(k, (GROUP, 1, BLOCK_IN))
+    products = tl.zeros((GROUP, REPEATS, BLOCK_IN), tl.float32)
+    for begin in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
+        if EVEN_IN:
+            w = tl.load(rows + begin * weight_in_stride)
+            xs = tl.load(x + begin + k)
+        else:
+            w = tl.load(rows + begin * weight_in_stride, mask=begin + k < in_features, other=0.0)
+            xs = tl.load(x + begin + k, mask=begin + k < in_features, other=0.0)
+        products += w.to(tl.float32) * xs.to(tl.float32)
+    return tl.sum(products, axis=2).reshape(BLOCK_OUT)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -41,9 +69,10 @@ def _fused_linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    PART_WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
+    EVEN_IN: tl.constexpr,
     PTX: tl.constexpr,
-    UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program has a block of output channels and, of up to ``BLOCK_ROWS`` positions, the base and all experts.
@@ -60,22 +89,26 @@ def _fused_linear_kernel(
 
     if BLOCK_ROWS == 1:
         row = tl.load(order)
-        # In parts, as the codes are: each thread loads the activations that belong to its weights.
-        PART_IN: tl.constexpr = min(BLOCK_IN, PART_WORDS)
-        products = tl.zeros((BLOCK_OUT, PART_IN), tl.float32)
-        for begin in tl.range(0, in_features, BLOCK_IN, loop_unroll_factor=UNROLL):
-            for part in tl.static_range(BLOCK_IN // PART_IN):
-                k = begin + part * PART_IN + tl.arange(0, PART_IN)
-                k_mask = k < in_features
-                xs = tl.load(x + k, mask=k_mask, other=0.0).to(tl.float32)
-                where = weight_rows + k[None, :].to(tl.int64) * weight_in_stride
-                w = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-                products += w.to(tl.float32) * xs[None, :]
+        products = _row_times_weight(
+            x,
+            weight,
+            n,
+            n_mask,
+            in_features,
+            weight_out_stride,
+            weight_in_stride,
+            EVEN_IN,
+            BLOCK_IN,
+            BLOCK_OUT,
+            WARPS,
+            STAGES,
+        )
+        wait_for_previous(OVERLAP)
         expert = tl.load(slot)
-        total = tl.sum(products, axis=1) + bias
+        total = products + bias
         total += delta_of_row(
             x, in_features, table, expert, row, row, values, scale, offset, rows, tiles, n, n_mask,
-            PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+            PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
         )  # fmt: skip
         tl.store(y + n, total.to(y.dtype.element_ty), mask=n_mask)
     else:
@@ -92,6 +125,7 @@ def _fused_linear_kernel(
             w = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
             total = dot(xs, w.trans(), total)
         total += bias[None, :]
+        wait_for_previous(OVERLAP)
         begin = tl.program_id(1) * BLOCK_ROWS
         for group in range(tl.load(group_count)):
             first = tl.maximum(tl.load(start + group), begin)
@@ -100,7 +134,7 @@ def _fused_linear_kernel(
                 own = tl.load(order + first)
                 delta = delta_of_row(
                     x, in_features, table, tl.load(slot + first), first, own, values, scale, offset, rows, tiles,
-                    n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                    n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
                 )  # fmt: skip
                 total += tl.where((position == first)[:, None], delta[None, :], 0.0)
             elif last > first:
@@ -123,6 +157,7 @@ def fused_linear_triton(
     prepared: PreparedActivations,
     planes: int,
     ptx: bool,
+    overlap: bool,
     configuration: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
@@ -137,6 +172,7 @@ def fused_linear_triton(
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
         planes: 0, 1 or 2.
         ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
+        overlap: whether to start while the activations are being prepared.
         configuration: sizes of blocks.
     """
     rows, in_features = x.shape
@@ -165,9 +201,11 @@ def fused_linear_triton(
         BLOCK_OUT=configuration.block_out,
         BLOCK_CODES=configuration.block_codes,
         BLOCK_IN=configuration.block_in,
-        PART_WORDS=16 * configuration.warps,
+        WARPS=configuration.warps,
+        EVEN_IN=in_features % configuration.block_in == 0,
         PTX=ptx,
-        UNROLL=configuration.unroll,
+        OVERLAP=overlap,
         STAGES=configuration.stages,
         **configuration.launch_options(),
+        **overlap_options(overlap),
     )

@@ -13,6 +13,7 @@ from .rows_table import ROWS_COLUMNS
 from .triton_activations import PreparedActivations
 from .triton_dot import dot
 from .triton_expert_delta import delta_of_row, delta_of_rows
+from .triton_grids import overlap_options, wait_for_previous
 
 __all__ = ["head_rows_triton"]
 
@@ -108,15 +109,16 @@ def _head_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
-    PART_WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
     PTX: tl.constexpr,
-    UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Programs share out the pairs of a group and a block of ids, as in the kernel of linears.
 
     A block in which the expert has no coded row, or no own row, reads none and multiplies by none.
     """
+    wait_for_previous(OVERLAP)
     blocks = tl.cdiv(capacity, BLOCK_OUT)
     for work in range(tl.program_id(0), tl.load(group_count) * blocks, tl.num_programs(0)):
         group = work // blocks
@@ -151,7 +153,7 @@ def _head_rows_kernel(
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
                 x, in_features, coded_table, coding, first, row, values, scale, offset, rows, tiles, place, is_coded,
-                0, BLOCK_OUT, BLOCK_CODES, PART_WORDS, PTX, UNROLL,
+                0, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
             if own_dtype > 0:
@@ -192,6 +194,7 @@ def head_rows_triton(
     groups: RowGroups,
     prepared: PreparedActivations,
     ptx: bool,
+    overlap: bool,
     configuration: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
@@ -205,6 +208,7 @@ def head_rows_triton(
         groups: the rows by expert.
         prepared: ``x`` prepared for ``coded_table`` in floating point, with the configuration's ``block_codes``.
         ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
+        overlap: whether to start while the activations are being prepared.
         configuration: sizes of blocks.
     """
     rows, in_features = x.shape
@@ -229,9 +233,10 @@ def head_rows_triton(
         BLOCK_ROWS=1 if rows == 1 else 16,
         BLOCK_OUT=configuration.block_out,
         BLOCK_CODES=configuration.block_codes,
-        PART_WORDS=16 * configuration.warps,
+        WARPS=configuration.warps,
         PTX=ptx,
-        UNROLL=configuration.unroll,
+        OVERLAP=overlap,
         STAGES=configuration.stages,
         **configuration.launch_options(),
+        **overlap_options(overlap),
     )
