@@ -20,7 +20,7 @@ __all__ = ["MEASURED_DEVICES", "delta_linear", "dequantize_delta", "merged_weigh
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Types of devices on which the kernels for decoding and merging have been run and measured. Elsewhere deltas are made
 #: dense, as before there were such kernels; Triton's interpreter runs them on a CPU.
-MEASURED_DEVICES: frozenset[str] = frozenset({"cuda"})
+MEASURED_DEVICES: frozenset[str] = frozenset()
 
 
 def runs_kernels(device: torch.device) -> bool:

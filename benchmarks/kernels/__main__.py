@@ -3,7 +3,7 @@
     python -m benchmarks.kernels
     python -m benchmarks.kernels --section distinct --section bits
     python -m benchmarks.kernels --section distinct --bitdelta BitDelta/bitdelta/binary_gemm_kernel.py
-    python -m benchmarks.kernels tune --kind fused --rows 1
+    python -m benchmarks.kernels tune --kind fused
     python -m benchmarks.kernels tune-merge
 
 A CUDA graph runs each case on copies of its data that the cache does not hold; the time is the median of its replays.

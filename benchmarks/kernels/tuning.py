@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from typing import get_args
 from unittest import mock
 
 import torch
@@ -22,79 +23,77 @@ from meswitch_kernels.configurations import Configuration, Key, Kind
 __all__ = ["add_arguments", "grid", "tune"]
 
 _SHAPES = {"qkv": QKV, "o": OUT, "gate_up": GATE_UP, "down": DOWN}
-#: Experts of sixteen rows; sizes are for all of them, since a graph does not know which it will meet.
-_EXPERTS = (1, 4, 16)
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Rows over experts. Sizes are for all of a kind, since a graph does not know which it will meet.
+_ROWS: dict[Kind, tuple[tuple[int, int], ...]] = {
+    "fused": ((1, 1),),
+    "single": ((1, 1), (16, 16)),
+    "several": ((16, 1), (16, 4), (16, 8)),
+}
 _SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--kind", choices=("delta", "fused"), action="append", help="default: both")
+    parser.add_argument("--kind", choices=_KINDS, action="append", help="default: all")
     parser.add_argument("--shape", choices=sorted(_SHAPES), action="append", help="default: all")
-    parser.add_argument("--numerics", choices=("exact", "int8", "int16"), action="append", help="default: int16")
-    parser.add_argument("--rows", type=int, choices=(1, 2, 4, 8, 16), action="append", help="default: 1 and 16")
+    parser.add_argument("--numerics", choices=get_args(Numerics), action="append", help="default: int16")
     parser.add_argument("--bits", type=int, default=2)
 
 
 def tune(args: argparse.Namespace) -> None:
     """Print lines of the table of sizes for each shape, the best first, with the time of each case."""
     spawn = multiprocessing.get_context("spawn")
-    kinds: list[Kind] = args.kind or ["delta", "fused"]
-    numerics: list[Numerics] = args.numerics or ["int16"]
-    with ProcessPoolExecutor(max(1, min(16, (os.cpu_count() or 1) - 2)), mp_context=spawn) as compilers:
-        for kind, name, rows in itertools.product(kinds, numerics, args.rows or (1, 16)):
-            cases = [_cases(kind, _SHAPES[shape], rows, args.bits, name) for shape in args.shape or _SHAPES]
-            _tune_kernel(kind, name, rows > 1, cases, compilers)
+    kinds: list[Kind] = args.kind or list(_KINDS)
+    names: list[Numerics] = args.numerics or ["int16"]
+    shapes = [_SHAPES[name] for name in args.shape or _SHAPES]
+    with ProcessPoolExecutor(max(1, min(30, (os.cpu_count() or 1) - 2)), mp_context=spawn) as compilers:
+        for kind, numerics in itertools.product(kinds, names):
+            _tune_kernel(kind, numerics, [_cases(kind, shape, args.bits, numerics) for shape in shapes], compilers)
 
 
-def grid(kind: Kind, several_rows: bool) -> Iterator[Configuration]:
+def grid(kind: Kind) -> Iterator[Configuration]:
     """The sizes that are tried: those in which neither registers nor loads under way are too few."""
     default = Configuration()
-    if several_rows and kind == "fused":
-        for (block_out, warps), block_in, stages, registers in itertools.product(
-            ((16, 4), (32, 4), (64, 4), (64, 8)), (64, 128, 256), (3, 4), (None, 128)
-        ):
-            yield replace(
-                default, block_out=block_out, warps=warps, stages=stages, block_in=block_in, block_codes=512,
-                max_registers=registers,
-            )  # fmt: skip
-    elif several_rows:
-        for (block_out, warps), block_codes, stages, registers, programs in itertools.product(
-            ((16, 4), (32, 4), (64, 4), (64, 8)), (512, 1024), (2, 3), (None, 128), (2, 4, 8)
-        ):
-            yield replace(
-                default, block_out=block_out, warps=warps, stages=stages, block_codes=block_codes,
-                max_registers=registers, programs=programs,
-            )  # fmt: skip
-    elif kind == "fused":
+    if kind == "fused":
         for (block_out, warps), block_in, stages in itertools.product(
-            ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8), (32, 8)), (256, 512), (2, 3, 4, 5)
+            ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8)), (256, 512), (2, 3, 4, 5)
         ):
             block_codes = 2048 if block_out < 16 else 1024
             yield replace(
                 default, block_out=block_out, warps=warps, block_codes=block_codes, block_in=block_in, stages=stages
             )
-    else:
-        for (block_out, warps), block_codes, programs in itertools.product(
-            ((8, 2), (16, 2), (16, 4), (32, 4)), (1024, 2048), (8, 16, 32)
+    elif kind == "single":
+        for (block_out, warps), block_codes, registers, programs in itertools.product(
+            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8)), (1024, 2048), (None, 80), (4, 8, 16)
         ):
-            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, programs=programs)
+            yield replace(
+                default, block_out=block_out, warps=warps, block_codes=block_codes, max_registers=registers,
+                programs=programs,
+            )  # fmt: skip
+    else:
+        for (block_out, warps), stages, registers, programs in itertools.product(
+            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8)), (2, 3, 4), (None, 128), (1, 2, 4)
+        ):
+            yield replace(
+                default, block_out=block_out, warps=warps, stages=stages, max_registers=registers, programs=programs
+            )
 
 
-def _cases(kind: Kind, shape: tuple[int, int], rows: int, bits: int, numerics: Numerics) -> list[Case]:
-    launch: Launch = kind
-    counts = sorted({min(rows, count) for count in _EXPERTS}) if rows > 1 else [1]
-    return [Case(shape, tuple(row % count for row in range(rows)), bits, launch, numerics) for count in counts]
+def _cases(kind: Kind, shape: tuple[int, int], bits: int, numerics: Numerics) -> list[Case]:
+    launch: Launch = "fused" if kind == "fused" else "delta"
+    return [
+        Case(shape, tuple(row % experts for row in range(rows)), bits, launch, numerics)
+        for rows, experts in _ROWS[kind]
+    ]
 
 
-def _tune_kernel(
-    kind: Kind, numerics: Numerics, several_rows: bool, shapes: list[list[Case]], compilers: ProcessPoolExecutor
-) -> None:
-    candidates = list(grid(kind, several_rows))
+def _tune_kernel(kind: Kind, numerics: Numerics, shapes: list[list[Case]], compilers: ProcessPoolExecutor) -> None:
+    candidates = list(grid(kind))
     # Compilers take seconds, and there are more cores than one; the timings that follow have the device alone. How
     # many programs there are is not compiled.
     kernels = dict.fromkeys(replace(sizes, programs=0) for sizes in candidates)
-    first = shapes[0][0]
+    first = shapes[0][-1]
     reasons = dict(zip(kernels, compilers.map(_compiles, [first] * len(kernels), kernels), strict=True))
     for sizes, reason in reasons.items():
         if reason is not None:
@@ -109,7 +108,7 @@ def _tune_kernel(
             del layers
             torch.cuda.empty_cache()
         for sizes in _ranked(times)[:_SHOWN]:
-            key = Key(kind, numerics, several_rows, *cases[0].shape)
+            key = Key(kind, numerics, *cases[0].shape)
             shown = ", ".join(f"{microseconds:.1f}" for microseconds in times[sizes])
             print(f"{key!r}: {sizes!r},  # {shown} µs", flush=True)
 

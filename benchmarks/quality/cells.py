@@ -101,6 +101,9 @@ def _without_time(training: dict[str, Any]) -> dict[str, Any]:
 def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Several results as one. Of a cell that is in more than one, the last counts.
 
+    The provenance is the last's, too; the tables in it (``versions``, ``methods``) keep what only others have, such as
+    the version of bitsandbytes, which not every run needs.
+
     Raises:
         ValueError: a cell's expert was trained differently in two results, so their cells are not of one expert.
             Training again gives the same weights only by chance; ``digest`` tells.
@@ -109,7 +112,9 @@ def merge(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     experts: dict[str, Any] = {}
     cells: dict[tuple[str, int, str], dict[str, Any]] = {}
     for result in results:
-        merged |= {key: value for key, value in result.items() if key not in ("experts", "cells")}
+        for key, value in result.items():
+            if key not in ("experts", "cells"):
+                merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
         for name, training in result["experts"].items():
             if _without_time(experts.setdefault(name, training)) != _without_time(training):
                 raise ValueError(

@@ -67,31 +67,30 @@ def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]
 def cases() -> list[Any]:
     """All that is shipped; the fast ones by default."""
     made = []
-    for kind, module in (("delta", "triton_delta_linear"), ("fused", "triton_fused_linear")):
+    for kind in ("fused", "single", "several"):
         for planes, numerics in enumerate(("exact", "int8", "int16")):
-            for rows in (1, 16):
-                marks = [] if (planes, rows) in ((0, 1), (1, 1), (1, 16)) else [pytest.mark.slow]
-                made.append(
-                    pytest.param(kind, module, planes, numerics, rows, marks=marks, id=f"{kind}-{numerics}-{rows}")
-                )
+            marks = [] if planes == 2 else [pytest.mark.slow]
+            made.append(pytest.param(kind, planes, numerics, marks=marks, id=f"{kind}-{numerics}"))
     return made
 
 
-@pytest.mark.parametrize(("kind", "module", "planes", "numerics", "rows"), cases())
-def test_linears(kind: Any, module: str, planes: int, numerics: str, rows: int, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("kind", "planes", "numerics"), cases())
+def test_linears(kind: Any, planes: int, numerics: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = _TABLES[9, 0][Key(kind, numerics, rows > 1)]
-    constants = constants_of(sizes, planes, rows)
-    if kind == "delta":
-        constants["HAS_BASE"] = True
-    else:
+    sizes = _TABLES[9, 0][Key(kind, numerics)]
+    constants = constants_of(sizes, planes, 16 if kind == "several" else 1)
+    if kind == "fused":
+        del constants["BLOCK_ROWS"]
         constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "EVEN_IN": True, "weight_in_stride": 1}
-    compiled = compile_for_hopper(module, f"_{kind}_linear_kernel", planes, constants, **sizes.launch_options())
+    else:
+        constants["HAS_BASE"] = True
+    name = "fused_linear" if kind == "fused" else "delta_linear"
+    compiled = compile_for_hopper(f"triton_{name}", f"_{name}_kernel", planes, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
-    # Codes come in wide loads.
-    assert "v4.b32" in compiled.ptx
-    assert ("dp4a" in compiled.ptx) == (planes > 0)
-    assert ("mma.sync" in compiled.ptx) == (rows > 1)
+    # Codes come in wide loads, or wide copies to shared memory.
+    assert "v4.b32" in compiled.ptx or "cp.async.cg.shared.global" in compiled.ptx
+    assert ("dp4a" in compiled.ptx) == (planes > 0 and kind != "several")
+    assert ("mma.sync" in compiled.ptx) == (kind == "several")
 
 
 @pytest.mark.parametrize("planes", [0, 1, 2])
@@ -105,10 +104,9 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [1, 16])
 def test_heads(rows: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = _TABLES[9, 0][Key("delta", "exact", rows > 1)]
+    sizes = _TABLES[9, 0][Key("several" if rows > 1 else "single", "int16")]
     constants = constants_of(sizes, 0, rows)
-    del constants["PLANES"]
-    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 0, constants, **sizes.launch_options())
+    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 2, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
     # Though the rows of codes that belong to a block's ids need not be neighbours.
     assert "v4.b32" in compiled.ptx

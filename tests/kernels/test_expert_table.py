@@ -116,12 +116,18 @@ def test_groups(index: list[int], dtype: torch.dtype) -> None:
     order, slot, start, count = (t.tolist() for t in group_rows(torch.tensor(index, dtype=dtype)))
     experts = [max(expert, -1) for expert in index]
     assert sorted(order) == list(range(len(index)))
-    assert slot == sorted(experts) == [experts[row] for row in order]
+    assert slot == [experts[row] for row in order]
     groups = [slot[a:b] for a, b in itertools.pairwise(start)]
     assert len(start) == len(index) + 1
-    assert [group for group in groups if group] == groups[: count[0]]
-    assert [group[0] for group in groups[: count[0]]] == sorted(set(experts))
+    singles, whole = count
+    assert [group for group in groups if group] == groups[:whole]
     assert all(len(set(group)) <= 1 for group in groups)
+    # Those of one row first, the experts of either in order, and each once.
+    assert {len(group) for group in groups[:singles]} <= {1}
+    assert all(len(group) > 1 for group in groups[singles:whole])
+    for part in (groups[:singles], groups[singles:whole]):
+        assert [group[0] for group in part] == sorted({group[0] for group in part})
+    assert sorted(group[0] for group in groups[:whole]) == sorted(set(experts))
 
 
 def test_columns_are_those_that_the_kernels_read() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from benchmarks.quality.runner import Budget, Plan, Runner
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import STRENGTHS, Strength
 
+ROOT = Path(__file__).parents[2]
 EXPERT = ExpertId("code", "light", 0)
 
 
@@ -149,6 +151,18 @@ def test_results_merge_and_the_last_counts():
         merge([one, {**one, "experts": {"a-light-s0": {"steps": 2}}}])
     slower = {**one, "experts": {"a-light-s0": {"steps": 1, "seconds": 9.0}}}
     assert merge([slower, {**one, "experts": {"a-light-s0": {"steps": 1, "seconds": 8.0}}}])["cells"] == one["cells"]
+
+
+def test_merging_keeps_versions_that_only_some_runs_have():
+    first = {**HEAD, "versions": {"torch": "1", "bitsandbytes": "2"}, "experts": {}, "cells": []}
+    merged = merge([first, {**first, "date": "later", "versions": {"torch": "3"}}])
+    assert merged["versions"] == {"torch": "3", "bitsandbytes": "2"}
+    assert merged["date"] == "later"
+
+
+def test_the_tables_of_the_docs_are_those_of_the_published_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "quality_tables.md").read_text(encoding="utf-8").endswith("\n" + markdown(result))
 
 
 def test_the_built_in_set_calibrates_as_another_task_does(runner):

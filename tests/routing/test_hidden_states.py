@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PhiC
 
 from tests.fixtures_models import TinyFamily, llama_config
 from transformers_meswitch import MESwitchModel, MESwitchModelForCausalLM
+from transformers_meswitch.compression.layered_model import decoder_layers
 from transformers_meswitch.errors import UnsupportedModelError, UnsupportedOperationError
+from transformers_meswitch.routing import hidden_states
 from transformers_meswitch.routing.hidden_states import early_layers, pooled_hidden_states
 
 ROWS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46], [9], [90, 91]]
@@ -118,6 +123,38 @@ def test_the_mode_of_a_shared_model_is_left_alone(tiny_family: TinyFamily, train
     model.get_input_embeddings().register_forward_hook(lambda *_: modes.append(model.training))
     pooled_hidden_states(model, ROWS, [1])
     assert set(modes) == {training}
+
+
+def test_layers_are_searched_for_once_a_model_and_found_where_they_are_now(
+    tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_family.base)
+    expected = pooled_hidden_states(model, ROWS, [1])
+    searches: list[Any] = []
+
+    def search(of: Any) -> Any:
+        searches.append(of)
+        return decoder_layers(of)
+
+    monkeypatch.setattr(hidden_states, "decoder_layers", search)
+    assert torch.equal(pooled_hidden_states(model, ROWS, [1]), expected)
+    model.model.layers = copy.deepcopy(model.model.layers)
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    assert not torch.equal(pooled_hidden_states(model, ROWS, [1]), expected)
+    assert not searches
+    model.model.blocks = model.model.layers
+    del model.model.layers
+    assert early_layers(model) == early_layers(model) == [1]
+    assert searches == [model]
+
+
+def test_a_model_that_was_read_is_freed() -> None:
+    model = small_models()["gpt2"].eval()
+    pooled_hidden_states(model, ROWS, [1])
+    found = weakref.ref(model)
+    del model
+    gc.collect()
+    assert found() is None
 
 
 def test_layers_that_are_not_there_are_refused(tiny_family: TinyFamily) -> None:

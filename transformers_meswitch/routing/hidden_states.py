@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ __all__ = ["check_layers", "early_layers", "pooled_hidden_states"]
 _ROWS = 16
 #: Hidden states pooled so far in this thread; a hook leaves the calls of other threads alone.
 _POOLING: ContextVar[_Pooling | None] = ContextVar("meswitch_pooling", default=None)
+#: Name of the decoder layers of each model that was read before. Not the layers themselves: a module may refer back to
+#: its model, which would then never be freed.
+_LAYERS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class _Stop(Exception):
@@ -61,12 +65,18 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _find_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers, searched for once a model: with experts a search goes through thousands of modules."""
+    if (name := _LAYERS.get(model)) is not None:
+        with suppress(AttributeError):  # the model was taken apart since
+            layers: nn.ModuleList = model.get_submodule(name)
+            return layers
     found = decoder_layers(model)
     if found is None:
         raise UnsupportedModelError(
             f"The decoder layers of {type(model).__name__} cannot be told apart from the rest, so a router cannot "
             "read hidden states between them. Use a MultipleChoiceRouter, or name the expert."
         )
+    _LAYERS[model] = found[0]
     return found[1]
 
 
@@ -151,10 +161,12 @@ def _pool_batch(decoder: Any, device: torch.device, rows: list[Sequence[int]], l
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
+    # Moved before the layers are queued: a copy to a GPU after them would wait for them.
+    mask = mask.to(device)
     pooling = _Pooling(mask, layers)
     token = _POOLING.set(pooling)
     try:
-        decoder(input_ids=ids.to(device), attention_mask=mask.to(device, torch.int64), use_cache=False)
+        decoder(input_ids=ids.to(device), attention_mask=mask.to(torch.int64), use_cache=False)
     except _Stop:
         pass
     finally:

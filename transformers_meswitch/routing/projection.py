@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,30 @@ def _scrambled(number: int) -> int:
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK
     return number ^ (number >> 31)
+
+
+def _rounded_up(width: int) -> int:
+    """The power of two that a Hadamard transform of so many coordinates needs."""
+    return 1 << (width - 1).bit_length()
+
+
+@lru_cache(maxsize=8)
+def _signs_and_kept(width: int, rank: int) -> tuple[Tensor, Tensor]:
+    """What the projection of one width is made of, kept as it takes thousands of hashes, far more than projecting.
+
+    Args:
+        width: of the features.
+        rank: coordinates to keep, less than the width.
+
+    Returns:
+        Signs, float64 ``[width]``; and numbers of the coordinates that are kept, int64 ``[rank]``; on the CPU.
+    """
+    size = _rounded_up(width)
+    # Whatever mode and default device the first caller is in, the tensors are for all that follow.
+    with torch.inference_mode(False):
+        signs = [1.0 if _scrambled(i) & 1 else -1.0 for i in range(width)]
+        kept = sorted(sorted(range(size), key=lambda i: _scrambled(size + i))[:rank])
+        return torch.tensor(signs, dtype=torch.float64, device="cpu"), torch.tensor(kept, device="cpu")
 
 
 def project(features: Tensor, rank: int) -> Tensor:
@@ -41,14 +67,13 @@ def project(features: Tensor, rank: int) -> Tensor:
     rows, width = features.shape
     if rank >= width:
         return features
-    size = 1 << (width - 1).bit_length()
-    signs = torch.tensor([1.0 if _scrambled(i) & 1 else -1.0 for i in range(width)], dtype=torch.float64)
-    mixed = torch.zeros(rows, size, dtype=torch.float64)
+    size = _rounded_up(width)
+    signs, kept = (part.to(features.device) for part in _signs_and_kept(width, rank))
+    mixed = features.new_zeros(rows, size)
     mixed[:, :width] = features * signs
     block = 1
     while block < size:
         pairs = mixed.view(rows, -1, 2, block)
         mixed = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
         block *= 2
-    kept = sorted(sorted(range(size), key=lambda i: _scrambled(size + i))[:rank])
     return mixed.view(rows, size)[:, kept] / rank**0.5

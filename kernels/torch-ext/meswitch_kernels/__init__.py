@@ -7,7 +7,8 @@ nothing but torch and Triton.
 from .add_delta import add_delta, merged_weight
 from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
-from .linear import Numerics, delta_linear, fused_linear
+from .linear import delta_linear, fused_linear
+from .numerics import Numerics
 from .op import dequantize_delta, has_kernel
 from .prefill import PrefillLayer, prefill_linear
 from .reference import add_delta_reference, delta_linear_reference, dequantize_delta_reference

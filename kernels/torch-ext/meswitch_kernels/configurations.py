@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["Configuration", "Key", "Kind", "configuration", "program_count"]
 
-#: The delta alone, or the base's matmul with it.
-Kind = Literal["delta", "fused"]
+#: One row's base and delta in one kernel; the deltas of groups of one row; those of groups of several rows.
+Kind = Literal["fused", "single", "several"]
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Configuration:
     """How a decode kernel divides its work.
 
     Attributes:
-        block_out: output channels of a program, a power of two, 16 or more.
-        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048.
-        block_in: input channels of a tile of the base's weight, a power of two, 16 or more; the fused kernel only.
+        block_out: output channels of a program, a power of two; 16 or more for groups of several rows.
+        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048. Groups of
+            several rows have that of groups of one, for which the same activations are prepared.
+        block_in: input channels of a tile of the base's weight, a power of two, 16 or more; ``"fused"`` only.
         warps: warps of a program.
-        stages: stages of the pipeline of tiles; of groups of several rows.
-        programs: programs a multiprocessor; the delta kernel only.
-        max_registers: registers of a thread, at most (NVIDIA's compiler). Groups of several rows take many, and then
-            too few programs share a multiprocessor to keep its memory busy for groups of one row. No limit if `None`.
-        base_apart: whether torch multiplies by the base, and the delta kernel adds to that; the fused kernel only.
+        stages: stages of the pipeline of tiles: of the base's weight, or of codes for groups of several rows.
+        programs: programs a multiprocessor; not of ``"fused"``.
+        max_registers: registers of a thread, at most (NVIDIA's compiler), so that enough programs share a
+            multiprocessor to keep its memory busy. No limit if `None`.
     """
 
     block_out: int = 16
@@ -37,7 +37,6 @@ class Configuration:
     stages: int = 1
     programs: int = 16
     max_registers: int | None = None
-    base_apart: bool = False
 
     def launch_options(self) -> dict[str, int]:
         """What Triton takes beside a kernel's arguments."""
@@ -49,7 +48,6 @@ class Key(NamedTuple):
 
     kind: Kind
     numerics: str
-    several_rows: bool
     out_features: int = 0
     in_features: int = 0
 
@@ -58,16 +56,15 @@ _NUMERICS = ("exact", "int8", "int16")
 
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200. Read off the compiled code (registers, spills, instructions a byte), not tuned on the device yet.
+    # H100, H200. Tuned on an H200 in part, at 2 bits and int16: "fused"; read off the compiled code: the others.
     (9, 0): {
-        **{Key("delta", numerics, False): Configuration(programs=8) for numerics in _NUMERICS},
         **{
-            Key("delta", numerics, True): Configuration(block_out=32, block_codes=512, programs=4, max_registers=128)
+            Key("fused", numerics): Configuration(block_out=8, block_codes=2048, block_in=512, warps=2, stages=3)
             for numerics in _NUMERICS
         },
-        **{Key("fused", numerics, False): Configuration() for numerics in _NUMERICS},
+        **{Key("single", numerics): Configuration(block_out=32, programs=6) for numerics in _NUMERICS},
         **{
-            Key("fused", numerics, True): Configuration(block_out=32, block_codes=512, stages=3, max_registers=168)
+            Key("several", numerics): Configuration(block_out=32, stages=3, programs=4, max_registers=168)
             for numerics in _NUMERICS
         },
     },
@@ -78,7 +75,7 @@ _DEFAULT = Configuration()
 def configuration(key: Key, device: torch.device) -> Configuration:
     """Sizes for a kernel on a device; ``key`` names the shape.
 
-    >>> configuration(Key("delta", "int8", False, 4096, 4096), torch.device("cpu")) == Configuration()
+    >>> configuration(Key("single", "int8", 4096, 4096), torch.device("cpu")) == Configuration()
     True
     """
     table = _TABLES.get(_capability(device), {})

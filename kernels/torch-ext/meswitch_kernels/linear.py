@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import functional as F
 
-from .configurations import Key, Kind, configuration
+from .configurations import Key, configuration
 from .expert_table import COLUMNS
-from .op import add_op_namespace_prefix, has_kernel, has_ptx
+from .numerics import Numerics, numerics_of, prepared
+from .op import add_op_namespace_prefix, has_kernel
 from .reference import delta_linear_reference
 from .row_groups import RowGroups
 from .table_views import check_addressable, leaves_of_slot
 
-_prepare_with_triton: Callable[..., Any] | None = None
 _add_with_triton: Callable[..., None] | None = None
 _multiply_with_triton: Callable[..., None] | None = None
 if importlib.util.find_spec("triton") is not None:
-    from .triton_activations import prepare_activations_triton
     from .triton_delta_linear import delta_linear_triton
     from .triton_fused_linear import fused_linear_triton
-    from .triton_grids import overlaps
 
-    _prepare_with_triton = prepare_activations_triton
     _add_with_triton = delta_linear_triton
     _multiply_with_triton = fused_linear_triton
 
-__all__ = ["Numerics", "delta_linear", "fused_linear"]
+__all__ = ["delta_linear", "fused_linear"]
 
-#: What the delta's codes are multiplied by. ``"exact"``: activations in their own dtype. ``"int8"`` and ``"int16"``:
-#: activations times column steps, quantised to so many bits with a scale every thousand or so codes, in integer dot
-#: products. Sums are float32 throughout; base and salient channels are never quantised. On a device without kernels
-#: all are float32.
-Numerics = Literal["exact", "int8", "int16"]
-
-_PLANES = {"exact": 0, "int8": 1, "int16": 2}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +37,7 @@ def delta_linear(
     groups: RowGroups,
     *,
     out_features: int,
-    numerics: Numerics = "exact",
+    numerics: Numerics | None = None,
 ) -> torch.Tensor:
     """``base_out + x Δ̂ᵀ`` and the bias difference, each row with its own expert's delta.
 
@@ -62,7 +51,7 @@ def delta_linear(
         groups: the rows by expert, of :func:`~meswitch_kernels.group_rows`. A slot that is empty adds nothing; one
             that the table lacks is not checked for.
         out_features: output channels.
-        numerics: how the delta is multiplied by.
+        numerics: how the delta is multiplied by; without loss for the dtype of ``x``, if `None`.
 
     Returns:
         ``[rows, out]`` of the dtype of ``x``, rounded once.
@@ -80,10 +69,10 @@ def delta_linear(
     tensor([[10.],
             [23.]])
     """
-    _check(x, table, groups, numerics)
+    _check(x, table, groups)
     if base_out is not None:
         _check_tensor("base_out", base_out, (x.shape[0], out_features), x)
-    return _delta_linear(x, base_out, table, *groups, out_features, numerics)
+    return _delta_linear(x, base_out, table, *groups, out_features, numerics_of(x.dtype, numerics))
 
 
 def fused_linear(
@@ -93,11 +82,12 @@ def fused_linear(
     table: torch.Tensor,
     groups: RowGroups,
     *,
-    numerics: Numerics = "exact",
+    numerics: Numerics | None = None,
 ) -> torch.Tensor:
-    """``x (W + Δ̂)ᵀ`` and both biases, each row with its own expert's delta: the base's matmul in the same launch.
+    """``x (W + Δ̂)ᵀ`` and both biases, each row with its own expert's delta.
 
-    For up to 16 rows, whose time is that of reading the weight; more are right but slow.
+    One row's base and delta are one kernel. Of more rows torch multiplies by the base, and the deltas are added to
+    that in place.
 
     Args:
         x: ``[rows, in]``, float32, bfloat16 or float16.
@@ -105,7 +95,7 @@ def fused_linear(
         bias: ``[out]``, the base's.
         table: int64 ``[slots, len(COLUMNS)]``; this and the rest as of :func:`delta_linear`.
         groups: the rows by expert.
-        numerics: how the delta is multiplied by.
+        numerics: how the delta is multiplied by; without loss for the dtype of ``x``, if `None`.
 
     Returns:
         ``[rows, out]`` of the dtype of ``x``, rounded once where Triton runs.
@@ -119,11 +109,11 @@ def fused_linear(
     >>> fused_linear(torch.ones(1, 2), torch.ones(1, 2), None, table.rows, group_rows(torch.tensor([0])))
     tensor([[2.]])
     """
-    _check(x, table, groups, numerics)
+    _check(x, table, groups)
     _check_tensor("weight", weight, (weight.shape[0], x.shape[1]), x)
     if bias is not None:
         _check_tensor("bias", bias, (weight.shape[0],), x)
-    return _fused_linear(x, weight, bias, table, *groups, numerics)
+    return _fused_linear(x, weight, bias, table, *groups, numerics_of(x.dtype, numerics))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("delta_linear"), mutates_args=())
@@ -143,7 +133,7 @@ def _delta_linear(
         return _by_reference(x, base_out, table, groups, out_features)
     y = x.new_empty(x.shape[0], out_features)
     base_out = None if base_out is None else base_out.contiguous()
-    _run("delta", _add_with_triton, y, (base_out, x.contiguous()), table, groups, numerics)
+    _write_deltas(y, base_out, x.contiguous(), table, groups, numerics)
     return y
 
 
@@ -175,15 +165,19 @@ def _fused_linear(
     numerics: str,
 ) -> torch.Tensor:
     groups = RowGroups(order, slot, start, group_count)
-    if _multiply_with_triton is None or _add_with_triton is None or not has_kernel(x.device):
+    if _multiply_with_triton is None or not has_kernel(x.device):
         return _by_reference(x, F.linear(x, weight, bias), table, groups, weight.shape[0])
-    if configuration(_key("fused", numerics, x, weight.shape[0]), x.device).base_apart:
+    if x.shape[0] != 1:
         y = F.linear(x, weight, bias)
-        _run("delta", _add_with_triton, y, (y, x.contiguous()), table, groups, numerics)
+        _write_deltas(y, y, x.contiguous(), table, groups, numerics)
         return y
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    bias = None if bias is None else bias.contiguous()
-    _run("fused", _multiply_with_triton, y, (x.contiguous(), weight, bias), table, groups, numerics)
+    y = x.new_empty(1, weight.shape[0])
+    if y.numel() == 0:
+        return y
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    sizes = configuration(Key("fused", numerics, y.shape[1], x.shape[1]), x.device)
+    with prepared(x, table, groups, numerics, sizes) as arguments:
+        _multiply_with_triton(y, x, weight, bias, table, groups, *arguments, sizes)
     return y
 
 
@@ -202,33 +196,22 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _run(
-    kind: Kind,
-    kernel: Callable[..., None],
+def _write_deltas(
     y: torch.Tensor,
-    arguments: tuple[torch.Tensor | None, ...],
+    base_out: torch.Tensor | None,
+    x: torch.Tensor,
     table: torch.Tensor,
     groups: RowGroups,
     numerics: str,
 ) -> None:
-    """Prepare the activations and write ``y`` with a kernel; ``arguments`` are what it takes before the table."""
-    assert _prepare_with_triton is not None
-    x = arguments[0] if kind == "fused" else arguments[1]
-    assert x is not None
+    """Write ``y`` with the kernels, ``base_out`` being `None` or contiguous, and ``y`` itself perhaps."""
+    assert _add_with_triton is not None
     if y.numel() == 0:
         return
-    sizes = configuration(_key(kind, numerics, x, y.shape[1]), x.device)
-    planes = _PLANES[numerics]
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.accelerator.device_index(x.device.index):
-        ptx = has_ptx(x.device)
-        overlap = overlaps(x.device, ptx)
-        prepared = _prepare_with_triton(x, table, groups, planes, sizes.block_codes, overlap)
-        kernel(y, *arguments, table, groups, prepared, planes, ptx, overlap, sizes)
-
-
-def _key(kind: Kind, numerics: str, x: torch.Tensor, out_features: int) -> Key:
-    return Key(kind, numerics, x.shape[0] > 1, out_features, x.shape[1])
+    single = configuration(Key("single", numerics, y.shape[1], x.shape[1]), x.device)
+    several = configuration(Key("several", numerics, y.shape[1], x.shape[1]), x.device)
+    with prepared(x, table, groups, numerics, single) as arguments:
+        _add_with_triton(y, base_out, x, table, groups, *arguments, single, several)
 
 
 def _by_reference(
@@ -242,9 +225,7 @@ def _by_reference(
     return delta_linear_reference(x, base_out, experts, expert_index, out_features=out_features)
 
 
-def _check(x: torch.Tensor, table: torch.Tensor, groups: RowGroups, numerics: str) -> None:
-    if numerics not in get_args(Numerics):
-        raise ValueError(f"numerics is {numerics!r}, expected one of {', '.join(get_args(Numerics))}.")
+def _check(x: torch.Tensor, table: torch.Tensor, groups: RowGroups) -> None:
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}, expected [rows, in] of {', '.join(map(str, _DTYPES))}."

@@ -12,11 +12,14 @@ __all__ = ["RowGroups", "group_rows"]
 class RowGroups(NamedTuple):
     """The rows of a batch in an order in which those of one expert are neighbours. The same for all layers of a step.
 
+    Groups of one row come first: their kernel is another than that of groups of several. Among either, slots ascend.
+
     Attributes:
         order: int32 ``[rows]``, the row at each position.
-        slot: int32 ``[rows]``, the slot of the row at each position, ascending; -1 for the base alone.
+        slot: int32 ``[rows]``, the slot of the row at each position; -1 for the base alone.
         start: int32 ``[rows + 1]``: group ``g`` has the positions from ``start[g]`` to ``start[g + 1]``.
-        group_count: int32 ``[1]``, the number of groups, rows of the base alone being one of them.
+        group_count: int32 ``[2]``, the number of groups of one row, and that of all groups; rows of the base alone
+            are a group.
     """
 
     order: torch.Tensor
@@ -34,18 +37,28 @@ def group_rows(expert_index: torch.Tensor) -> RowGroups:
     Returns:
         The groups, on the same device.
 
-    >>> groups = group_rows(torch.tensor([3, -1, 3, 0]))
+    >>> groups = group_rows(torch.tensor([3, -1, 3, 0, -1, 1]))
     >>> groups.order.tolist(), groups.slot.tolist(), groups.start.tolist(), groups.group_count.tolist()
-    ([1, 3, 0, 2], [-1, 0, 3, 3], [0, 1, 2, 4, 4], [3])
+    ([3, 5, 1, 4, 0, 2], [0, 1, -1, -1, 3, 3], [0, 1, 2, 4, 6, 6, 6], [2, 4])
     """
     rows = expert_index.shape[0]
     slot, order = torch.sort(expert_index.clamp(min=-1), stable=True)
-    is_first = torch.ones_like(slot, dtype=torch.bool)
-    is_first[1:] = slot[1:] != slot[:-1]
+    alone = _differs_from_last(slot)
+    alone[:-1] &= alone[1:].clone()
+    moved = torch.argsort((~alone).to(torch.uint8), stable=True)
+    slot, order = slot[moved], order[moved]
+    is_first = _differs_from_last(slot)
     group = torch.cumsum(is_first, 0)
     position = torch.arange(rows, dtype=torch.int32, device=slot.device)
     # Position by group; rows that are not the first of theirs go to a place that is cut off.
     start = torch.full((rows + 2,), rows, dtype=torch.int32, device=slot.device)
     start.scatter_(0, torch.where(is_first, group - 1, rows + 1), position)
-    group_count = is_first.sum(dtype=torch.int32).reshape(1)
+    group_count = torch.stack([alone.sum(dtype=torch.int32), is_first.sum(dtype=torch.int32)])
     return RowGroups(order.to(torch.int32), slot.to(torch.int32), start[: rows + 1], group_count)
+
+
+def _differs_from_last(slot: torch.Tensor) -> torch.Tensor:
+    """Whether each is another than the one before it, as the first is: bool ``[rows]``."""
+    differs = torch.ones_like(slot, dtype=torch.bool)
+    differs[1:] = slot[1:] != slot[:-1]
+    return differs

@@ -10,22 +10,19 @@ import torch
 
 from .configurations import Key, configuration
 from .expert_table import COLUMNS
-from .op import add_op_namespace_prefix, has_kernel, has_ptx
+from .numerics import numerics_of, prepared
+from .op import add_op_namespace_prefix, has_kernel
 from .row_groups import RowGroups
 from .rows_reference import embed_rows_reference, head_rows_reference
 from .rows_table import ROWS_COLUMNS
 from .table_views import check_addressable, rows_of_slot
 
-_prepare_with_triton: Callable[..., Any] | None = None
 _embed_with_triton: Callable[..., None] | None = None
 _head_with_triton: Callable[..., None] | None = None
 if importlib.util.find_spec("triton") is not None:
-    from .triton_activations import prepare_activations_triton
     from .triton_embed_rows import embed_rows_triton
-    from .triton_grids import overlaps
     from .triton_head_rows import head_rows_triton
 
-    _prepare_with_triton = prepare_activations_triton
     _embed_with_triton = embed_rows_triton
     _head_with_triton = head_rows_triton
 
@@ -210,20 +207,19 @@ def _head_rows(
     capacity: int,
 ) -> torch.Tensor:
     groups = RowGroups(order, slot, start, group_count)
-    if _head_with_triton is None or _prepare_with_triton is None or not has_kernel(x.device):
+    if _head_with_triton is None or not has_kernel(x.device):
         experts = _experts_on_the_host(coded_table, rows_table, x.shape[1])
         expert_index = torch.empty_like(slot)
         expert_index[order.long()] = slot
         return head_rows_reference(x, base_out, experts, expert_index, capacity=capacity)
     y = base_out.new_empty(x.shape[0], capacity)
     if y.numel():
-        sizes = configuration(Key("delta", "exact", x.shape[0] > 1, capacity, x.shape[1]), x.device)
+        numerics = numerics_of(x.dtype)
+        single = configuration(Key("single", numerics, capacity, x.shape[1]), x.device)
+        several = configuration(Key("several", numerics, capacity, x.shape[1]), x.device)
         x, base_out = x.contiguous(), base_out.contiguous()
-        with torch.accelerator.device_index(x.device.index):
-            ptx = has_ptx(x.device)
-            overlap = overlaps(x.device, ptx)
-            prepared = _prepare_with_triton(x, coded_table, groups, 0, sizes.block_codes, overlap)
-            _head_with_triton(y, base_out, x, coded_table, rows_table, groups, prepared, ptx, overlap, sizes)
+        with prepared(x, coded_table, groups, numerics, single) as arguments:
+            _head_with_triton(y, base_out, x, coded_table, rows_table, groups, *arguments, single, several)
     return y
 
 

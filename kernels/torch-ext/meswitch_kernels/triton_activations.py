@@ -25,6 +25,9 @@ _SALIENT_INDEX = tl.constexpr(COLUMNS.index("salient_index"))
 _BITS = tl.constexpr(COLUMNS.index("bits"))
 _SALIENT_CHANNELS = tl.constexpr(COLUMNS.index("salient_channels"))
 
+#: Salient channels that are compared with at a time.
+_BLOCK_SALIENT = tl.constexpr(16)
+
 #: Values, scales and offsets, as :func:`prepare_activations_triton` returns them.
 PreparedActivations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -70,20 +73,14 @@ def _prepare_kernel(
     code = tile * BLOCK_CODES + 4 * shifts * word + shifts * byte + shift
     coded = code < in_features - salient_channels
 
-    # Before coded channel c lie the salient channels of which salient_index[s] - s <= c: the last power of two that
-    # is not more than their number starts the search.
+    # Before coded channel c lie the salient channels of which salient_index[s] - s <= c. All are compared with, rather
+    # than searched, since a search is as many loads one after the other.
     before = tl.zeros((BLOCK_CODES,), tl.int32)
-    if salient_channels > 0:
-        salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
-        span = 1
-        while span * 2 <= salient_channels:
-            span = span * 2
-        while span > 0:
-            probe = before + span
-            inside = probe <= salient_channels
-            channel = tl.load(salient_index + probe - 1, mask=inside, other=0)
-            before = tl.where(inside & (channel - (probe - 1) <= code), probe, before)
-            span = span // 2
+    salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
+    for begin in range(0, salient_channels, _BLOCK_SALIENT):
+        s = begin + tl.arange(0, _BLOCK_SALIENT)
+        channel = tl.load(salient_index + s, mask=s < salient_channels, other=1 << 30)
+        before += tl.sum((channel - s <= code[:, None]).to(tl.int32), axis=1)
 
     row = tl.load(order + position).to(tl.int64)
     value = tl.load(x + row * in_features + code + before, mask=coded, other=0.0).to(tl.float32)

@@ -107,10 +107,7 @@ def load_words(codes, tile, used, WORDS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _load(codes, word, used):
-    if len(codes.shape) == 3:
-        word = word[None, None, :]
-    else:
-        word = word[None, :]
+    word = word[None, None, :] if len(codes.shape) == 3 else word[None, :]
     return tl.load(codes + word, mask=word < used)
 
 

@@ -10,7 +10,7 @@ from .configurations import Configuration, program_count
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import overlap_options, wait_for_previous
+from .triton_grids import allow_next, overlap_options, wait_for_previous
 
 __all__ = ["delta_linear_triton"]
 
@@ -44,19 +44,23 @@ def _delta_linear_kernel(
 ):
     """Programs share out the pairs of a group and a block of output channels, so a delta is read once.
 
-    How many groups there are is known on the device only; a grid of programs for all that there could be would spend
-    its time on starting those that find nothing to do.
+    With one row a program, the groups are those of one row; with more, the others. How many groups there are is known
+    on the device only; a grid of programs for all that there could be would spend its time on starting those that find
+    nothing to do.
     """
+    allow_next(OVERLAP)
     wait_for_previous(OVERLAP)
     blocks = tl.cdiv(out_features, BLOCK_OUT)
-    for work in range(tl.program_id(0), tl.load(group_count) * blocks, tl.num_programs(0)):
-        group = work // blocks
+    singles = tl.load(group_count)
+    skipped = 0 if BLOCK_ROWS == 1 else singles
+    count = singles if BLOCK_ROWS == 1 else tl.load(group_count + 1) - singles
+    for work in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
+        group = skipped + work // blocks
         n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         n_mask = n < out_features
         first = tl.load(start + group)
-        last = tl.load(start + group + 1)
         expert = tl.load(slot + first)
-        if last - first == 1:
+        if BLOCK_ROWS == 1:
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
@@ -66,7 +70,8 @@ def _delta_linear_kernel(
             if HAS_BASE:
                 delta += tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
             tl.store(y + where, delta.to(y.dtype.element_ty), mask=n_mask)
-        elif BLOCK_ROWS > 1:
+        else:
+            last = tl.load(start + group + 1)
             for begin in range(first, last, BLOCK_ROWS):
                 position = begin + tl.arange(0, BLOCK_ROWS)
                 mask = position < last
@@ -92,48 +97,52 @@ def delta_linear_triton(
     planes: int,
     ptx: bool,
     overlap: bool,
-    configuration: Configuration,
+    single: Configuration,
+    several: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
 
     Args:
         y: contiguous ``[rows, out]`` of the dtype of ``x``: the result.
-        base_out: contiguous ``[rows, out]`` of that dtype, the base's output; zero if `None`.
+        base_out: contiguous ``[rows, out]`` of that dtype, the base's output; zero if `None`. It may be ``y``.
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
         table: int64 ``[slots, len(COLUMNS)]``.
         groups: the rows by expert.
-        prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
+        prepared: the activations, with ``planes`` and the ``block_codes`` of ``single``.
         planes: 0, 1 or 2.
         ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
         overlap: whether to start while the activations are being prepared.
-        configuration: sizes of blocks.
+        single: sizes of blocks, for groups of one row.
+        several: sizes of blocks, for groups of several.
     """
     rows, in_features = x.shape
     out_features = y.shape[1]
     values, scale, offset = prepared
-    work = rows * triton.cdiv(out_features, configuration.block_out)
-    _delta_linear_kernel[(program_count(work, configuration, x.device),)](
-        y,
-        y if base_out is None else base_out,  # a pointer that the specialised kernel never reads
-        x,
-        table,
-        *groups,
-        values,
-        scale,
-        offset,
-        rows,
-        out_features,
-        in_features,
-        scale.shape[1],
-        HAS_BASE=base_out is not None,
-        PLANES=planes,
-        BLOCK_ROWS=1 if rows == 1 else 16,
-        BLOCK_OUT=configuration.block_out,
-        BLOCK_CODES=configuration.block_codes,
-        WARPS=configuration.warps,
-        PTX=ptx,
-        OVERLAP=overlap,
-        STAGES=configuration.stages,
-        **configuration.launch_options(),
-        **overlap_options(overlap),
-    )
+    # A batch of one row has no group of several.
+    for block_rows, groups_most, sizes in ((1, rows, single), (16, rows // 2, several))[: 1 + (rows > 1)]:
+        work = groups_most * triton.cdiv(out_features, sizes.block_out)
+        _delta_linear_kernel[(program_count(work, sizes, x.device),)](
+            y,
+            y if base_out is None else base_out,  # a pointer that the specialised kernel never reads
+            x,
+            table,
+            *groups,
+            values,
+            scale,
+            offset,
+            rows,
+            out_features,
+            in_features,
+            scale.shape[1],
+            HAS_BASE=base_out is not None,
+            PLANES=planes,
+            BLOCK_ROWS=block_rows,
+            BLOCK_OUT=sizes.block_out,
+            BLOCK_CODES=single.block_codes,
+            WARPS=sizes.warps,
+            PTX=ptx,
+            OVERLAP=overlap,
+            STAGES=sizes.stages,
+            **sizes.launch_options(),
+            **overlap_options(overlap),
+        )

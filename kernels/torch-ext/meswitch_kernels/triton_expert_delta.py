@@ -159,33 +159,36 @@ def _coded_rows(
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
     # Sixteen words of a row are what four threads read in vectors of four, as many as share an operand's row.
     PART: tl.constexpr = 16
+    PARTS: tl.constexpr = WORDS // PART
+    # A turn of the loop has 512 codes of a row, of whatever bits: enough to be worth its barriers; and their
+    # activations, which are more bytes than the codes, leave room in shared memory for several programs.
+    TURNS: tl.constexpr = BLOCK_CODES // 512
     SEGMENTS: tl.constexpr = SHIFTS if PLANES > 0 else 4 * SHIFTS
     WIDTH: tl.constexpr = 4 * SHIFTS * PART // SEGMENTS
     column = tl.arange(0, 4 * SHIFTS * PART)
     here = x[:, None] + ((column // WIDTH) * (WIDTH // PART * WORDS) + column % WIDTH)[None, :]
     total = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.float32)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for tile in tl.range(tiles, num_stages=STAGES):
-        product = tl.zeros_like(total).to(tl.int32)
-        low = tl.zeros_like(product)
-        for part in tl.static_range(WORDS // PART):
-            a, b, c = load_words(codes, tile * (WORDS // PART) + part, used, PART, BITS)
+    for turn in tl.range(tiles * TURNS, num_stages=STAGES):
+        tile = turn // TURNS
+        product = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.int32)
+        for own_part in tl.static_range(PARTS // TURNS):
+            part = turn % TURNS * (PARTS // TURNS) + own_part
+            a, b, c = load_words(codes, tile * PARTS + part, used, PART, BITS)
             w0, w1, w2 = by_byte(a, b, c, BITS, PTX)
             code = as_operand(planes(w0, w1, w2, 0, SHIFTS, BITS, DTYPE, PTX), SEGMENTS).trans()
             where = here + tile * BLOCK_CODES + part * WIDTH
-            xs = tl.load(where, mask=mask[:, None], other=0)
+            xs = as_operand(tl.load(where, mask=mask[:, None], other=0).to(DTYPE), SEGMENTS)
             if PLANES == 0:
-                total = dot(as_operand(xs.to(DTYPE), SEGMENTS), code, total)
+                total = dot(xs, code, total)
+            elif PLANES == 1:
+                product = tl.dot(xs, code, product, out_dtype=tl.int32)
             else:
-                product = tl.dot(as_operand(xs, SEGMENTS), code, product, out_dtype=tl.int32)
-                if PLANES == 2:
-                    xs = tl.load(where + low_plane, mask=mask[:, None], other=0)
-                    low = tl.dot(as_operand(xs, SEGMENTS), code, low, out_dtype=tl.int32)
-        if PLANES == 2:
-            product = product * 256 + low
+                low = as_operand(tl.load(where + low_plane, mask=mask[:, None], other=0), SEGMENTS)
+                product += tl.dot(xs, code, out_dtype=tl.int32) * 256 + tl.dot(low, code, out_dtype=tl.int32)
         if PLANES > 0:
             total += product.to(tl.float32) * tl.load(scale + tile, mask=mask, other=0.0)[:, None]
-        sums += tl.load(offset + tile, mask=mask, other=0.0)
+        sums += tl.load(offset + tile, mask=mask & (turn % TURNS == 0), other=0.0)
     return total - ((1 << BITS) - 1) * 0.5 * sums[:, None]
 
 

@@ -18,14 +18,14 @@ __all__ = ["allow_next", "overlap_options", "overlaps", "wait_for_previous"]
 
 
 @triton.jit
-def allow_next(OVERLAP: tl.constexpr):
+def allow_next(OVERLAP: tl.constexpr) -> None:
     """Let the next kernel of the stream start; what this one stores it sees after :func:`wait_for_previous`."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):
+def wait_for_previous(OVERLAP: tl.constexpr) -> None:
     """Wait until the kernel before has ended; what ran before that one had ended anyway."""
     if OVERLAP:
         gdc_wait()

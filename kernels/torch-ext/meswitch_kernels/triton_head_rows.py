@@ -13,7 +13,7 @@ from .rows_table import ROWS_COLUMNS
 from .triton_activations import PreparedActivations
 from .triton_dot import dot
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import overlap_options, wait_for_previous
+from .triton_grids import allow_next, overlap_options, wait_for_previous
 
 __all__ = ["head_rows_triton"]
 
@@ -106,6 +106,7 @@ def _head_rows_kernel(
     base_width,
     in_features,
     tiles,
+    PLANES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
@@ -114,19 +115,22 @@ def _head_rows_kernel(
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Programs share out the pairs of a group and a block of ids, as in the kernel of linears.
+    """Programs share out the pairs of a group and a block of ids, of groups of one row or of several as for linears.
 
     A block in which the expert has no coded row, or no own row, reads none and multiplies by none.
     """
+    allow_next(OVERLAP)
     wait_for_previous(OVERLAP)
     blocks = tl.cdiv(capacity, BLOCK_OUT)
-    for work in range(tl.program_id(0), tl.load(group_count) * blocks, tl.num_programs(0)):
-        group = work // blocks
+    singles = tl.load(group_count)
+    skipped = 0 if BLOCK_ROWS == 1 else singles
+    count = singles if BLOCK_ROWS == 1 else tl.load(group_count + 1) - singles
+    for work in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
+        group = skipped + work // blocks
         n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         n_mask = n < capacity
         in_base = n < base_width
         first = tl.load(start + group)
-        last = tl.load(start + group + 1)
         expert = tl.load(slot + first)
         entry = rows_table + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
         known = tl.where(expert >= 0, tl.load(entry + _KNOWN), 0).to(tl.int32)
@@ -147,13 +151,13 @@ def _head_rows_kernel(
         if (expert >= 0) & (address != 0):
             bias = tl.load(address.to(tl.pointer_type(tl.float32)) + n, mask=in_map & n_mask, other=0.0)
 
-        if last - first == 1:
+        if BLOCK_ROWS == 1:
             row = tl.load(order + first)
             from_base = base_out + row.to(tl.int64) * base_width + n
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
                 x, in_features, coded_table, coding, first, row, values, scale, offset, rows, tiles, place, is_coded,
-                0, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
             if own_dtype > 0:
@@ -162,7 +166,8 @@ def _head_rows_kernel(
                 logits = tl.where(is_own, product, logits)
             logits = tl.where(is_known, logits + bias, float("-inf"))
             tl.store(y + row.to(tl.int64) * capacity + n, logits.to(y.dtype.element_ty), mask=n_mask)
-        elif BLOCK_ROWS > 1:
+        else:
+            last = tl.load(start + group + 1)
             for begin in range(first, last, BLOCK_ROWS):
                 position = begin + tl.arange(0, BLOCK_ROWS)
                 mask = position < last
@@ -172,7 +177,7 @@ def _head_rows_kernel(
                 logits = tl.load(from_base, mask=both & in_base[None, :], other=0.0).to(tl.float32)
                 delta = delta_of_rows(
                     x, in_features, coded_table, coding, position, row, mask, values, scale, offset, rows, tiles,
-                    place, is_coded, 0, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                    place, is_coded, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
                 )  # fmt: skip
                 logits += tl.where(is_coded[None, :], delta, 0.0)
                 if own_dtype > 0:
@@ -193,9 +198,11 @@ def head_rows_triton(
     rows_table: torch.Tensor,
     groups: RowGroups,
     prepared: PreparedActivations,
+    planes: int,
     ptx: bool,
     overlap: bool,
-    configuration: Configuration,
+    single: Configuration,
+    several: Configuration,
 ) -> None:
     """Write ``y``, every element of it.
 
@@ -206,37 +213,41 @@ def head_rows_triton(
         coded_table: int64 ``[slots, len(COLUMNS)]``.
         rows_table: int64 ``[slots, len(ROWS_COLUMNS)]``.
         groups: the rows by expert.
-        prepared: ``x`` prepared for ``coded_table`` in floating point, with the configuration's ``block_codes``.
+        prepared: ``x`` prepared for ``coded_table``, with ``planes`` and the ``block_codes`` of ``single``.
+        planes: 0, 1 or 2.
         ptx: whether the device has NVIDIA's instructions; the same arithmetic is spelled out otherwise.
         overlap: whether to start while the activations are being prepared.
-        configuration: sizes of blocks.
+        single: sizes of blocks, for groups of one row.
+        several: sizes of blocks, for groups of several.
     """
     rows, in_features = x.shape
     capacity = y.shape[1]
     values, scale, offset = prepared
-    work = rows * triton.cdiv(capacity, configuration.block_out)
-    _head_rows_kernel[(program_count(work, configuration, x.device),)](
-        y,
-        base_out,
-        x,
-        coded_table,
-        rows_table,
-        *groups,
-        values,
-        scale,
-        offset,
-        rows,
-        capacity,
-        base_out.shape[1],
-        in_features,
-        scale.shape[1],
-        BLOCK_ROWS=1 if rows == 1 else 16,
-        BLOCK_OUT=configuration.block_out,
-        BLOCK_CODES=configuration.block_codes,
-        WARPS=configuration.warps,
-        PTX=ptx,
-        OVERLAP=overlap,
-        STAGES=configuration.stages,
-        **configuration.launch_options(),
-        **overlap_options(overlap),
-    )
+    for block_rows, groups_most, sizes in ((1, rows, single), (16, rows // 2, several))[: 1 + (rows > 1)]:
+        work = groups_most * triton.cdiv(capacity, sizes.block_out)
+        _head_rows_kernel[(program_count(work, sizes, x.device),)](
+            y,
+            base_out,
+            x,
+            coded_table,
+            rows_table,
+            *groups,
+            values,
+            scale,
+            offset,
+            rows,
+            capacity,
+            base_out.shape[1],
+            in_features,
+            scale.shape[1],
+            PLANES=planes,
+            BLOCK_ROWS=block_rows,
+            BLOCK_OUT=sizes.block_out,
+            BLOCK_CODES=single.block_codes,
+            WARPS=sizes.warps,
+            PTX=ptx,
+            OVERLAP=overlap,
+            STAGES=sizes.stages,
+            **sizes.launch_options(),
+            **overlap_options(overlap),
+        )
