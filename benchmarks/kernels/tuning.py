@@ -65,7 +65,7 @@ def grid(kind: Kind) -> Iterator[Configuration]:
             )
     elif kind == "single":
         for (block_out, warps), block_codes, registers, programs in itertools.product(
-            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8)), (1024, 2048), (None, 80), (4, 8, 16)
+            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8)), (1024, 2048), (None, 96), (4, 8, 16)
         ):
             yield replace(
                 default, block_out=block_out, warps=warps, block_codes=block_codes, max_registers=registers,
@@ -73,7 +73,7 @@ def grid(kind: Kind) -> Iterator[Configuration]:
             )  # fmt: skip
     else:
         for (block_out, warps), stages, registers, programs in itertools.product(
-            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8)), (2, 3, 4), (None, 128), (1, 2, 4)
+            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8)), (2, 3, 4), (None, 128, 168), (1, 2, 4)
         ):
             yield replace(
                 default, block_out=block_out, warps=warps, stages=stages, max_registers=registers, programs=programs

@@ -19,7 +19,7 @@ __all__ = ["LEVELS", "prepare_serving", "put_weights", "rounded_activations"]
 
 #: Levels on either side of zero that the kernels' numerics round activations to.
 LEVELS = {"int8": 127, "int16": 127 * 256}
-#: Input channels with a scale of their own, as the kernels have it for this shape.
+#: Input channels with a scale of their own.
 _TILE = 1024
 
 
@@ -45,9 +45,10 @@ class _Served(nn.Linear):
 
 
 def rounded_activations(x: Tensor, levels: int) -> Tensor:
-    """Activations ``[..., in]`` as the decode kernels round them for a delta, by the largest of each 1,024 channels.
+    """Activations ``[..., in]`` rounded as by the decode kernels for a delta, by the largest of each 1,024 channels.
 
-    A delta's salient channels, which the kernels leave as they are, are rounded here too: a little worse than they do.
+    Not to the bit: the kernels leave salient channels as they are, which are rounded here too, scale by column steps
+    before, and take other tiles where others are tuned.
 
     >>> rounded_activations(torch.tensor([[1.0, -0.4, 0.1]]), 2)
     tensor([[ 1.0000, -0.5000,  0.0000]])

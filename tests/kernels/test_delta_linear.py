@@ -100,7 +100,7 @@ def check_both(layer: Layer, index: torch.Tensor, dtype: torch.dtype, numerics: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("numerics", ["exact", "int8"])
+@pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, "many_rows"])
 def test_rows_over_experts(distribution: str, numerics: Numerics, device: str) -> None:
     layer = Layer.make(mixed_experts(17, 1100), 17, 1100, device)
@@ -108,7 +108,7 @@ def test_rows_over_experts(distribution: str, numerics: Numerics, device: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("numerics", ["exact", "int8"])
+@pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size: tuple[int, int, int, bool], bits: int, numerics: Numerics, device: str) -> None:

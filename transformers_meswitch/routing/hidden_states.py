@@ -155,7 +155,7 @@ def _hook(layer: int) -> Any:
 
 def _pool_batch(decoder: Any, device: torch.device, rows: list[Sequence[int]], layers: Sequence[int]) -> Tensor:
     """Of rows that go through together, padded on the right, where real tokens of a causal model never look."""
-    length = max(map(len, rows))
+    shortest, length = min(map(len, rows)), max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -166,7 +166,9 @@ def _pool_batch(decoder: Any, device: torch.device, rows: list[Sequence[int]], l
     pooling = _Pooling(mask, layers)
     token = _POOLING.set(pooling)
     try:
-        decoder(input_ids=ids.to(device), attention_mask=mask.to(torch.int64), use_cache=False)
+        # Without padding there is nothing to mask, and without a mask attention takes its fastest way.
+        padded = None if shortest == length else mask.to(torch.int64)
+        decoder(input_ids=ids.to(device), attention_mask=padded, use_cache=False)
     except _Stop:
         pass
     finally:

@@ -38,6 +38,10 @@ class Configuration:
     programs: int = 16
     max_registers: int | None = None
 
+    def __post_init__(self) -> None:
+        # Fewer, and tensor cores would find no turn of their loop in a tile.
+        assert self.block_codes >= 512, self.block_codes
+
     def launch_options(self) -> dict[str, int]:
         """What Triton takes beside a kernel's arguments."""
         return {"num_warps": self.warps} | ({} if self.max_registers is None else {"maxnreg": self.max_registers})
@@ -62,11 +66,8 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
             Key("fused", numerics): Configuration(block_out=8, block_codes=2048, block_in=512, warps=2, stages=3)
             for numerics in _NUMERICS
         },
-        **{Key("single", numerics): Configuration(block_out=32, programs=6) for numerics in _NUMERICS},
-        **{
-            Key("several", numerics): Configuration(block_out=32, stages=3, programs=4, max_registers=168)
-            for numerics in _NUMERICS
-        },
+        **{Key("single", numerics): Configuration(block_out=32, programs=4) for numerics in _NUMERICS},
+        **{Key("several", numerics): Configuration(block_out=32, stages=3, programs=3) for numerics in _NUMERICS},
     },
 }
 _DEFAULT = Configuration()
@@ -83,7 +84,7 @@ def configuration(key: Key, device: torch.device) -> Configuration:
 
 
 def program_count(work: int, configuration: Configuration, device: torch.device) -> int:
-    """Programs to start for so many pieces of work: at most as many as share the device at a time."""
+    """Programs to start for so many pieces of work, at most as many as by the sizes share the device at a time."""
     return max(1, min(work, _multiprocessors(device) * configuration.programs))
 
 

@@ -51,7 +51,7 @@ def delta_linear(
         groups: the rows by expert, of :func:`~meswitch_kernels.group_rows`. A slot that is empty adds nothing; one
             that the table lacks is not checked for.
         out_features: output channels.
-        numerics: how the delta is multiplied by; without loss for the dtype of ``x``, if `None`.
+        numerics: how the delta is multiplied by; 16-bit integers if `None` and ``x`` is of 16 bit, else exactly.
 
     Returns:
         ``[rows, out]`` of the dtype of ``x``, rounded once.
@@ -95,7 +95,7 @@ def fused_linear(
         bias: ``[out]``, the base's.
         table: int64 ``[slots, len(COLUMNS)]``; this and the rest as of :func:`delta_linear`.
         groups: the rows by expert.
-        numerics: how the delta is multiplied by; without loss for the dtype of ``x``, if `None`.
+        numerics: how the delta is multiplied by; 16-bit integers if `None` and ``x`` is of 16 bit, else exactly.
 
     Returns:
         ``[rows, out]`` of the dtype of ``x``, rounded once where Triton runs.

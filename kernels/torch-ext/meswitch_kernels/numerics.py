@@ -26,21 +26,22 @@ if importlib.util.find_spec("triton") is not None:
 __all__ = ["Numerics", "numerics_of", "prepared"]
 
 #: What a delta's codes are multiplied by. ``"exact"``: activations in their own dtype. ``"int8"`` and ``"int16"``:
-#: activations times column steps, quantised to so many bits with a scale every thousand or so codes, in integer dot
-#: products. Sums are float32 throughout; base and salient channels are never quantised. On a device without kernels
-#: all are float32.
+#: activations times column steps, quantised to so many bits with a scale every one or two thousand codes, in integer
+#: dot products; how many share a scale is tuned, for batches of one row and of more. Sums are float32 throughout; base
+#: and salient channels are never quantised. On a device without kernels all are float32.
 Numerics = Literal["exact", "int8", "int16"]
 
 _PLANES = {"exact": 0, "int8": 1, "int16": 2}
 
 
 def numerics_of(dtype: torch.dtype, asked: Numerics | None = None) -> Numerics:
-    """How activations of a dtype are multiplied by: as asked, or without loss beside what the dtype itself rounds.
+    """How activations of a dtype are multiplied by: as asked, or by default about as exactly as the dtype rounds.
 
     Args:
         dtype: of the activations.
-        asked: `None` for the default: ``"int16"`` for 16-bit dtypes, whose own rounding is as large, and ``"exact"``
-            for float32.
+        asked: `None` for the default: ``"int16"`` for 16-bit dtypes, and ``"exact"`` for float32. A 16-bit integer
+            loses less than bfloat16 does, and less than float16 unless the largest activation of a scale is more
+            than some sixteen times the usual one; what is so large is mostly a salient channel, which has no scale.
 
     Raises:
         ValueError: unknown numerics.
@@ -73,7 +74,8 @@ def prepared(
     """
     assert _prepare_with_triton is not None
     planes, ptx = _PLANES[numerics], has_ptx(x.device)
-    overlap = overlaps(x.device, ptx)
+    # Without channels nothing is prepared, and there is no kernel to overlap.
+    overlap = overlaps(x.device, ptx) and x.shape[1] > 0
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):
         yield _prepare_with_triton(x, table, groups, planes, sizes.block_codes, overlap), planes, ptx, overlap

@@ -118,7 +118,7 @@ def prepare_activations_triton(
         table: int64 ``[slots, len(COLUMNS)]``.
         groups: the rows by expert.
         planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
-        block_codes: codes of a tile, a power of two, 128 or more.
+        block_codes: codes of a tile, a power of two, 128 or more; 512 or more for groups of several rows.
         overlap: whether the kernel that follows, which has to wait for this one itself, may start beside it.
 
     Returns:

@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import Configuration, program_count
+from .configurations import Configuration
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import allow_next, overlap_options, wait_for_previous
+from .triton_grids import allow_next, group_launches, overlap_options, wait_for_previous
 
 __all__ = ["delta_linear_triton"]
 
@@ -118,10 +118,8 @@ def delta_linear_triton(
     rows, in_features = x.shape
     out_features = y.shape[1]
     values, scale, offset = prepared
-    # A batch of one row has no group of several.
-    for block_rows, groups_most, sizes in ((1, rows, single), (16, rows // 2, several))[: 1 + (rows > 1)]:
-        work = groups_most * triton.cdiv(out_features, sizes.block_out)
-        _delta_linear_kernel[(program_count(work, sizes, x.device),)](
+    for block_rows, programs, sizes in group_launches(rows, out_features, single, several, x.device):
+        _delta_linear_kernel[(programs,)](
             y,
             y if base_out is None else base_out,  # a pointer that the specialised kernel never reads
             x,

@@ -41,24 +41,52 @@ _BLOCK_SALIENT = tl.constexpr(16)
 
 
 @triton.jit
-def _codes_of(entry, bits, salient_channels, in_features):
-    """Pointer to the codes, the words from one row to the next, and those of them that are used."""
+def _open(table, expert, in_features):
+    """What the table says of an expert, in loads that wait for nothing but its slot.
+
+    Returns:
+        Bits, 0 for the base and empty slots; the pointer to the codes, the words from one row of them to the next, and
+        those that are used; pointers to the steps and the bias difference, the latter perhaps null; the number of
+        salient channels, and pointers to their indices and columns.
+    """
+    entry = table + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
+    bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     codes = tl.multiple_of(tl.load(entry + _CODES).to(tl.pointer_type(tl.int32)), 16)
     row_words = tl.multiple_of(tl.load(entry + _ROW_BYTES) >> 2, 4)
+    step = tl.load(entry + _STEP).to(tl.pointer_type(tl.float32))
+    bias = tl.load(entry + _BIAS)
+    salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
+    salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
+    salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
     # In whole vectors of four words, which rows are padded to.
     used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
-    return codes, row_words, used
+    return bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient
 
 
 @triton.jit
-def _step_and_bias(entry, n, n_mask):
-    """Step sizes, and the bias difference or zero, of some output channels: float32 ``[BLOCK_OUT]``."""
-    step = tl.load(tl.load(entry + _STEP).to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
-    address = tl.load(entry + _BIAS)
-    bias = tl.zeros_like(step)
+def _load_bias(address, n, n_mask):
+    """The bias difference of some output channels, or zero: float32 ``[BLOCK_OUT]``."""
+    bias = tl.zeros(n.shape, tl.float32)
     if address != 0:
         bias = tl.load(address.to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
-    return step, bias
+    return bias
+
+
+@triton.jit
+def _load_salient(salient_index, salient, salient_channels, first, n, n_mask):
+    """Some salient channels from ``first`` on, and which exist, ``[_BLOCK_SALIENT]``; and their columns."""
+    k = first + tl.arange(0, _BLOCK_SALIENT)
+    k_mask = k < salient_channels
+    channel = tl.load(salient_index + k, mask=k_mask, other=0)
+    where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
+    return channel, k_mask, tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+
+
+@triton.jit
+def _salient_of_row(x, channel, k_mask, kept):
+    """Salient columns times one row of ``x``: float32 ``[BLOCK_OUT]``."""
+    xs = tl.load(x + channel, mask=k_mask, other=0.0).to(tl.float32)
+    return tl.sum(kept.to(tl.float32) * xs[None, :], axis=1)
 
 
 @triton.jit
@@ -202,12 +230,11 @@ def delta_of_row(
     ``expert`` is the slot or -1, ``position`` the row's place among the prepared activations, ``n`` the block's output
     channels, ``n_mask`` those that exist.
     """
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
+        table, expert, in_features
+    )
     delta = tl.zeros((BLOCK_OUT,), tl.float32)
-    entry = table + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
-    bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
-        salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes, row_words, used = _codes_of(entry, bits, salient_channels, in_features)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
@@ -235,18 +262,11 @@ def delta_of_row(
                 codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
                 4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
-        step, bias = _step_and_bias(entry, n, n_mask)
-        delta = delta * step + bias
-        salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
-        salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
+        x_row = x + row.to(tl.int64) * in_features
+        delta = delta * tl.load(step + n, mask=n_mask, other=0.0) + _load_bias(bias, n, n_mask)
         for first in range(0, salient_channels, _BLOCK_SALIENT):
-            k = first + tl.arange(0, _BLOCK_SALIENT)
-            k_mask = k < salient_channels
-            channel = tl.load(salient_index + k, mask=k_mask, other=0)
-            xs = tl.load(x + row.to(tl.int64) * in_features + channel, mask=k_mask, other=0.0).to(tl.float32)
-            where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
-            kept = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0).to(tl.float32)
-            delta += tl.sum(kept * xs[None, :], axis=1)
+            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
+            delta += _salient_of_row(x_row, channel, k_mask, kept)
     return delta
 
 
@@ -260,12 +280,11 @@ def delta_of_rows(
 
     ``position`` and ``row`` are ``[BLOCK_ROWS]``.
     """
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
+        table, expert, in_features
+    )
     delta = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    entry = table + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
-    bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
     if bits > 0:
-        salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
-        codes, row_words, used = _codes_of(entry, bits, salient_channels, in_features)
         # Rows that do not exist read another's codes.
         codes_here = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
         place = position.to(tl.int64)
@@ -294,18 +313,11 @@ def delta_of_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
                 4, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
-        step, bias = _step_and_bias(entry, n, n_mask)
-        delta = delta * step[None, :] + bias[None, :]
-        salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
-        salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
+        delta = delta * tl.load(step + n, mask=n_mask, other=0.0)[None, :] + _load_bias(bias, n, n_mask)[None, :]
+        x_rows = x + row.to(tl.int64)[:, None] * in_features
         for first in range(0, salient_channels, _BLOCK_SALIENT):
-            k = first + tl.arange(0, _BLOCK_SALIENT)
-            k_mask = k < salient_channels
-            channel = tl.load(salient_index + k, mask=k_mask, other=0)
-            where = x + row.to(tl.int64)[:, None] * in_features + channel[None, :]
-            xs = tl.load(where, mask=mask[:, None] & k_mask[None, :], other=0.0)
-            where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
-            kept = tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
+            xs = tl.load(x_rows + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
             if x.dtype.element_ty == tl.bfloat16:
                 delta = dot(xs, kept.trans(), delta)
             else:

@@ -32,11 +32,12 @@ def _row_times_weight(
     k = tl.broadcast_to(k, (GROUP, 1, BLOCK_IN))
     products = tl.zeros((GROUP, REPEATS, BLOCK_IN), tl.float32)
     for begin in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
+        here = rows + tl.cast(begin, tl.int64) * weight_in_stride
         if EVEN_IN:
-            w = tl.load(rows + begin * weight_in_stride)
+            w = tl.load(here)
             xs = tl.load(x + begin + k)
         else:
-            w = tl.load(rows + begin * weight_in_stride, mask=begin + k < in_features, other=0.0)
+            w = tl.load(here, mask=begin + k < in_features, other=0.0)
             xs = tl.load(x + begin + k, mask=begin + k < in_features, other=0.0)
         products += w.to(tl.float32) * xs.to(tl.float32)
     return tl.sum(products, axis=2).reshape(BLOCK_OUT)

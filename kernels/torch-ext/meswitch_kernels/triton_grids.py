@@ -1,4 +1,4 @@
-"""Kernels that start before the one before them has ended. Importing this module needs Triton.
+"""Launches: how many programs, and kernels that start before the one before has ended. Needs Triton.
 
 Of two kernels in a row, the second one's programs may start, and do what does not depend on the first, as soon as all
 programs of the first allow it (NVIDIA's programmatic dependent launch, from Hopper on). That hides the microseconds
@@ -8,13 +8,19 @@ between them, which a matrix-vector product notices.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["allow_next", "overlap_options", "overlaps", "wait_for_previous"]
+from .configurations import Configuration, program_count
+
+__all__ = ["allow_next", "group_launches", "overlap_options", "overlaps", "wait_for_previous"]
+
+#: Rows of an operand of tensor cores.
+_TENSOR_CORE_ROWS = 16
 
 
 @triton.jit
@@ -29,6 +35,21 @@ def wait_for_previous(OVERLAP: tl.constexpr) -> None:
     """Wait until the kernel before has ended; what ran before that one had ended anyway."""
     if OVERLAP:
         gdc_wait()
+
+
+def group_launches(
+    rows: int, channels: int, single: Configuration, several: Configuration, device: torch.device
+) -> Iterator[tuple[int, int, Configuration]]:
+    """The kernels of groups of one row and of several: rows of a program, programs, and sizes of blocks.
+
+    >>> sizes = Configuration(block_out=16)
+    >>> [launch[:2] for launch in group_launches(4, 24, sizes, sizes, torch.device("cpu"))]
+    [(1, 8), (16, 4)]
+    """
+    yield 1, program_count(rows * triton.cdiv(channels, single.block_out), single, device), single
+    if rows > 1:
+        pieces = rows // 2 * triton.cdiv(channels, several.block_out)
+        yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
 
 
 @functools.cache

@@ -6,14 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import Configuration, program_count
+from .configurations import Configuration
 from .row_groups import RowGroups
 from .rows_leaves import BASE_ROW, OWN_DTYPES
 from .rows_table import ROWS_COLUMNS
 from .triton_activations import PreparedActivations
 from .triton_dot import dot
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import allow_next, overlap_options, wait_for_previous
+from .triton_grids import allow_next, group_launches, overlap_options, wait_for_previous
 
 __all__ = ["head_rows_triton"]
 
@@ -223,9 +223,8 @@ def head_rows_triton(
     rows, in_features = x.shape
     capacity = y.shape[1]
     values, scale, offset = prepared
-    for block_rows, groups_most, sizes in ((1, rows, single), (16, rows // 2, several))[: 1 + (rows > 1)]:
-        work = groups_most * triton.cdiv(capacity, sizes.block_out)
-        _head_rows_kernel[(program_count(work, sizes, x.device),)](
+    for block_rows, programs, sizes in group_launches(rows, capacity, single, several, x.device):
+        _head_rows_kernel[(programs,)](
             y,
             base_out,
             x,
