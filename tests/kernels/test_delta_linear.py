@@ -108,7 +108,7 @@ def test_rows_over_experts(distribution: str, numerics: Numerics, device: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("numerics", ["exact", "int16"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size: tuple[int, int, int, bool], bits: int, numerics: Numerics, device: str) -> None:
