@@ -135,7 +135,7 @@ def _add_delta(
     """``weight`` is `None` where it is ``out``; ``bias_in_place`` where the bias is ``bias_out``."""
     weight = out if weight is None else weight
     bias = bias_out if bias_in_place else bias
-    _write(weight, table, slot, out, bias, bias_out, first_channel, programs)
+    write_sum(weight, table, 0 if slot is None else slot, out, bias, bias_out, first_channel, programs)
 
 
 def write_sum(
@@ -152,37 +152,24 @@ def write_sum(
 
     ``torch.compile`` does not trace through it, and autograd hears nothing of what it writes.
     """
-    _write(weight, *_split(table, slot), out, bias, bias_out, first_channel, programs)
+    table, slot_tensor = _split(table, slot)
+    if _add_with_triton is not None and has_kernel(weight.device):
+        bias = None if bias is None else bias.contiguous()
+        _add_with_triton(out, weight, bias_out, bias, table, slot_tensor, first_channel, programs)
+        return
+    check_addressable(weight.device)
+    number = 0 if slot_tensor is None else int(slot_tensor)
+    end, in_features = first_channel + weight.shape[0], weight.shape[1]
+    leaves = None if number < 0 else leaves_of_slot(table, number, end, in_features)
+    if leaves is not None and first_channel > 0:
+        leaves = _from_channel(leaves, first_channel)
+    add_delta_reference(weight, leaves, out, bias, bias_out)
 
 
 def _split(table: torch.Tensor, slot: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A table and which of its rows; the first where that is `None`."""
     # A view, so that the number is in no graph's constants.
     return (table[slot : slot + 1], None) if isinstance(slot, int) else (table, slot)
-
-
-def _write(
-    weight: torch.Tensor,
-    table: torch.Tensor,
-    slot: torch.Tensor | None,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    bias_out: torch.Tensor | None,
-    first_channel: int,
-    programs: int | None,
-) -> None:
-    """By the kernel or the reference; a ``slot`` of `None` is the table's first."""
-    if _add_with_triton is not None and has_kernel(weight.device):
-        bias = None if bias is None else bias.contiguous()
-        _add_with_triton(out, weight, bias_out, bias, table, slot, first_channel, programs)
-        return
-    check_addressable(weight.device)
-    number = 0 if slot is None else int(slot)
-    end, in_features = first_channel + weight.shape[0], weight.shape[1]
-    leaves = None if number < 0 else leaves_of_slot(table, number, end, in_features)
-    if leaves is not None and first_channel > 0:
-        leaves = _from_channel(leaves, first_channel)
-    add_delta_reference(weight, leaves, out, bias, bias_out)
 
 
 @_add_delta.register_fake

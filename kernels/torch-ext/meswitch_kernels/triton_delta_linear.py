@@ -10,7 +10,7 @@ from .configurations import Configuration
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import allow_next, group_launches, overlap_options, wait_for_previous
+from .triton_grids import allow_next, group_launches, kernel_options, wait_for_previous
 
 __all__ = ["delta_linear_triton"]
 
@@ -133,14 +133,6 @@ def delta_linear_triton(
             in_features,
             scale.shape[1],
             HAS_BASE=base_out is not None,
-            PLANES=planes,
             BLOCK_ROWS=block_rows,
-            BLOCK_OUT=sizes.block_out,
-            BLOCK_CODES=single.block_codes,
-            WARPS=sizes.warps,
-            PTX=ptx,
-            OVERLAP=overlap,
-            STAGES=sizes.stages,
-            **sizes.launch_options(),
-            **overlap_options(overlap),
+            **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )

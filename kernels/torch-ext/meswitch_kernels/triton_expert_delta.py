@@ -2,8 +2,8 @@
 
 The functions are Triton's and are inlined. ``planes`` says how activations were prepared
 (:mod:`~meswitch_kernels.triton_activations`): 0 for floating point; 1 or 2 for bytes, which go through integer dot
-products: a code is never converted, and four of them cost a shift, a mask and ``dp4a``, which is what keeps the
-arithmetic ahead of the memory. Importing this module needs Triton.
+products: a code is never converted, and four of them cost a mask and ``dp4a`` (of three bits a shift, too), which is
+what keeps the arithmetic ahead of the memory. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -80,13 +80,6 @@ def _load_salient(salient_index, salient, salient_channels, first, n, n_mask):
     channel = tl.load(salient_index + k, mask=k_mask, other=0)
     where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
     return channel, k_mask, tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-
-
-@triton.jit
-def _salient_of_row(x, channel, k_mask, kept):
-    """Salient columns times one row of ``x``: float32 ``[BLOCK_OUT]``."""
-    xs = tl.load(x + channel, mask=k_mask, other=0.0).to(tl.float32)
-    return tl.sum(kept.to(tl.float32) * xs[None, :], axis=1)
 
 
 @triton.jit
@@ -266,7 +259,8 @@ def delta_of_row(
         delta = delta * tl.load(step + n, mask=n_mask, other=0.0) + _load_bias(bias, n, n_mask)
         for first in range(0, salient_channels, _BLOCK_SALIENT):
             channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
-            delta += _salient_of_row(x_row, channel, k_mask, kept)
+            xs = tl.load(x_row + channel, mask=k_mask, other=0.0).to(tl.float32)
+            delta += tl.sum(kept.to(tl.float32) * xs[None, :], axis=1)
     return delta
 
 

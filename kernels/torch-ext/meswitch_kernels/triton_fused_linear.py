@@ -10,7 +10,7 @@ from .configurations import Configuration
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row
-from .triton_grids import overlap_options, wait_for_previous
+from .triton_grids import kernel_options, wait_for_previous
 
 __all__ = ["fused_linear_triton"]
 
@@ -137,15 +137,7 @@ def fused_linear_triton(
         *weight.stride(),
         scale.shape[1],
         HAS_BASE_BIAS=base_bias is not None,
-        PLANES=planes,
-        BLOCK_OUT=configuration.block_out,
-        BLOCK_CODES=configuration.block_codes,
         BLOCK_IN=configuration.block_in,
-        WARPS=configuration.warps,
         EVEN_IN=in_features % configuration.block_in == 0,
-        PTX=ptx,
-        OVERLAP=overlap,
-        STAGES=configuration.stages,
-        **configuration.launch_options(),
-        **overlap_options(overlap),
+        **kernel_options(configuration, configuration.block_codes, planes, ptx, overlap),
     )

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .configurations import Configuration, program_count
 
-__all__ = ["allow_next", "group_launches", "overlap_options", "overlaps", "wait_for_previous"]
+__all__ = ["allow_next", "group_launches", "kernel_options", "overlaps", "wait_for_previous"]
 
 #: Rows of an operand of tensor cores.
 _TENSOR_CORE_ROWS = 16
@@ -58,6 +58,27 @@ def overlaps(device: torch.device, ptx: bool) -> bool:
     return ptx and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def overlap_options(overlap: bool) -> dict[str, bool]:
-    """What Triton takes, beside a kernel's arguments, to start it so; backends without it know no such option."""
-    return {"launch_pdl": True} if overlap else {}
+def kernel_options(
+    sizes: Configuration, block_codes: int, planes: int, ptx: bool, overlap: bool
+) -> dict[str, int | bool]:
+    """What all kernels that multiply by codes are compiled for and launched with, beside what is their own.
+
+    Args:
+        sizes: of blocks; those of codes are ``block_codes``, for which the activations were prepared.
+        block_codes: codes of a tile.
+        planes: 0, 1 or 2.
+        ptx: whether the device has NVIDIA's instructions.
+        overlap: whether to start while the activations are being prepared.
+    """
+    return {
+        "PLANES": planes,
+        "BLOCK_OUT": sizes.block_out,
+        "BLOCK_CODES": block_codes,
+        "WARPS": sizes.warps,
+        "PTX": ptx,
+        "OVERLAP": overlap,
+        "STAGES": sizes.stages,
+        **sizes.launch_options(),
+        # Backends that do not start kernels so know no such option.
+        **({"launch_pdl": True} if overlap else {}),
+    }

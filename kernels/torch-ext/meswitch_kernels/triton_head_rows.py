@@ -13,7 +13,7 @@ from .rows_table import ROWS_COLUMNS
 from .triton_activations import PreparedActivations
 from .triton_dot import dot
 from .triton_expert_delta import delta_of_row, delta_of_rows
-from .triton_grids import allow_next, group_launches, overlap_options, wait_for_previous
+from .triton_grids import allow_next, group_launches, kernel_options, wait_for_previous
 
 __all__ = ["head_rows_triton"]
 
@@ -239,14 +239,6 @@ def head_rows_triton(
             base_out.shape[1],
             in_features,
             scale.shape[1],
-            PLANES=planes,
             BLOCK_ROWS=block_rows,
-            BLOCK_OUT=sizes.block_out,
-            BLOCK_CODES=single.block_codes,
-            WARPS=sizes.warps,
-            PTX=ptx,
-            OVERLAP=overlap,
-            STAGES=sizes.stages,
-            **sizes.launch_options(),
-            **overlap_options(overlap),
+            **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )
