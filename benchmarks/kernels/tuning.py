@@ -56,28 +56,20 @@ def grid(kind: Kind) -> Iterator[Configuration]:
     """The sizes that are tried: those in which neither registers nor loads under way are too few."""
     default = Configuration()
     if kind == "fused":
-        for (block_out, warps), block_in, stages in itertools.product(
-            ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8)), (256, 512), (2, 3, 4, 5)
+        for (block_out, warps), block_codes, registers in itertools.product(
+            ((4, 2), (8, 2), (8, 4), (16, 4), (16, 8)), (512, 1024), (None, 128)
         ):
-            block_codes = 2048 if block_out < 16 else 1024
-            yield replace(
-                default, block_out=block_out, warps=warps, block_codes=block_codes, block_in=block_in, stages=stages
-            )
+            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, max_registers=registers)
     elif kind == "single":
-        for (block_out, warps), block_codes, registers, programs in itertools.product(
-            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8)), (1024, 2048), (None, 96), (4, 8, 16)
+        for (block_out, warps), block_codes, programs in itertools.product(
+            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8)), (512, 1024), (4, 8, 16)
         ):
-            yield replace(
-                default, block_out=block_out, warps=warps, block_codes=block_codes, max_registers=registers,
-                programs=programs,
-            )  # fmt: skip
+            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, programs=programs)
     else:
-        for (block_out, warps), stages, registers, programs in itertools.product(
-            ((16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8)), (2, 3, 4), (None, 128, 168), (1, 2, 4)
+        for (block_out, warps), stages, programs in itertools.product(
+            ((32, 1), (64, 1), (64, 2), (64, 4), (128, 4)), (2, 3), (2, 4, 8)
         ):
-            yield replace(
-                default, block_out=block_out, warps=warps, stages=stages, max_registers=registers, programs=programs
-            )
+            yield replace(default, block_out=block_out, warps=warps, stages=stages, programs=programs)
 
 
 def _cases(kind: Kind, shape: tuple[int, int], bits: int, numerics: Numerics) -> list[Case]:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .expert_table import COLUMNS
 from .row_groups import RowGroups
-from .triton_grids import allow_next
+from .triton_grids import allow_next, overlap_options, wait_for_previous
 
 __all__ = ["PreparedActivations", "prepare_activations_triton"]
 
@@ -49,6 +49,8 @@ def _prepare_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program prepares one tile of one position."""
+    # What the kernel that follows reads before it waits for this one, the activations, is there only from here on.
+    wait_for_previous(OVERLAP)
     allow_next(OVERLAP)
     position = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -119,7 +121,8 @@ def prepare_activations_triton(
         groups: the rows by expert.
         planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
         block_codes: codes of a tile, a power of two, 128 or more; 512 or more for groups of several rows.
-        overlap: whether the kernel that follows, which has to wait for this one itself, may start beside it.
+        overlap: whether this kernel may start beside the one before, and the one that follows, which has to wait for
+            this one itself, beside this one.
 
     Returns:
         Values by position: float32 ``[rows, tiles * block_codes]``, or int8 ``[planes, rows, tiles *
@@ -150,5 +153,6 @@ def prepare_activations_triton(
         BLOCK_CODES=block_codes,
         OVERLAP=overlap,
         num_warps=4,
+        **overlap_options(overlap),
     )
     return values, scale, offset

@@ -46,7 +46,8 @@ def _delta_linear_kernel(
 
     With one row a program, the groups are those of one row; with more, the others. How many groups there are is known
     on the device only; a grid of programs for all that there could be would spend its time on starting those that find
-    nothing to do.
+    nothing to do. A program has neighbouring blocks, so that it finds what it knows of the expert in the first cache,
+    and has the codes of one block brought while it works on those of another.
     """
     allow_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -54,17 +55,20 @@ def _delta_linear_kernel(
     singles = tl.load(group_count)
     skipped = 0 if BLOCK_ROWS == 1 else singles
     count = singles if BLOCK_ROWS == 1 else tl.load(group_count + 1) - singles
-    for work in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
+    share = tl.cdiv(count * blocks, tl.num_programs(0))
+    own = tl.program_id(0) * share
+    for work in range(own, min(own + share, count * blocks)):
         group = skipped + work // blocks
         n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         n_mask = n < out_features
-        first = tl.load(start + group)
+        # The groups of one row come first.
+        first = group if BLOCK_ROWS == 1 else tl.load(start + group)
         expert = tl.load(slot + first)
         if BLOCK_ROWS == 1:
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
-                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                tl.minimum(n + BLOCK_OUT, out_features - 1), PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             where = row.to(tl.int64) * out_features + n
             if HAS_BASE:
@@ -134,5 +138,6 @@ def delta_linear_triton(
             scale.shape[1],
             HAS_BASE=base_out is not None,
             BLOCK_ROWS=block_rows,
+            STAGES=sizes.stages,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .configurations import Configuration, program_count
 
-__all__ = ["allow_next", "group_launches", "kernel_options", "overlaps", "wait_for_previous"]
+__all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
 
 #: Rows of an operand of tensor cores.
 _TENSOR_CORE_ROWS = 16
@@ -77,8 +77,11 @@ def kernel_options(
         "WARPS": sizes.warps,
         "PTX": ptx,
         "OVERLAP": overlap,
-        "STAGES": sizes.stages,
         **sizes.launch_options(),
-        # Backends that do not start kernels so know no such option.
-        **({"launch_pdl": True} if overlap else {}),
+        **overlap_options(overlap),
     }
+
+
+def overlap_options(overlap: bool) -> dict[str, bool]:
+    """What a kernel that waits for the previous one is launched with; backends without such a start know no option."""
+    return {"launch_pdl": True} if overlap else {}

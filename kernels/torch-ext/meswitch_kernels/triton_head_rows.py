@@ -157,7 +157,7 @@ def _head_rows_kernel(
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
                 x, in_features, coded_table, coding, first, row, values, scale, offset, rows, tiles, place, is_coded,
-                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                place, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
             if own_dtype > 0:
@@ -240,5 +240,6 @@ def head_rows_triton(
             in_features,
             scale.shape[1],
             BLOCK_ROWS=block_rows,
+            STAGES=sizes.stages,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )
