@@ -81,7 +81,7 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
     constants = constants_of(sizes, planes, 16 if kind == "several" else 1)
     if kind == "fused":
         del constants["BLOCK_ROWS"]
-        constants |= {"HAS_BASE_BIAS": True, "EVEN_IN": True, "weight_in_stride": 1}
+        constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "EVEN_IN": True, "weight_in_stride": 1}
     else:
         constants |= {"HAS_BASE": True, "STAGES": sizes.stages}
     name = "fused_linear" if kind == "fused" else "delta_linear"

@@ -20,9 +20,10 @@ class Configuration:
 
     Attributes:
         block_out: output channels of a program, a power of two; 16 or more for groups of several rows.
-        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048, and of
-            ``"fused"`` input channels of a tile of the base's weight. Groups of several rows have that of groups of
-            one, for which the same activations are prepared.
+        block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048. Groups of
+            several rows have that of groups of one, for which the same activations are prepared.
+        block_in: input channels of a tile of the base's weight, a power of two, at most ``block_codes``; of
+            ``"fused"`` only.
         warps: warps of a program.
         stages: stages of the pipeline of tiles; of ``"several"`` only.
         programs: programs a multiprocessor; not of ``"fused"``.
@@ -32,6 +33,7 @@ class Configuration:
 
     block_out: int = 16
     block_codes: int = 1024
+    block_in: int = 512
     warps: int = 4
     stages: int = 1
     programs: int = 16
@@ -61,7 +63,7 @@ _NUMERICS = ("exact", "int8", "int16")
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
     # H100, H200. Tuned on an H200 in part, at 2 bits and int16: "fused"; read off the compiled code: the others.
     (9, 0): {
-        **{Key("fused", numerics): Configuration(block_codes=512) for numerics in _NUMERICS},
+        **{Key("fused", numerics): Configuration() for numerics in _NUMERICS},
         **{Key("single", numerics): Configuration(block_out=32, programs=4) for numerics in _NUMERICS},
         **{Key("several", numerics): Configuration(block_out=32, stages=3, programs=3) for numerics in _NUMERICS},
     },

@@ -28,9 +28,8 @@ __all__ = [
 _ONES = tl.constexpr(0x4B000000)
 _ONES_BASE = tl.constexpr(8388608.0)
 
-#: Bytes in a line of the caches, and lines of a row that are asked for at a time.
+#: Bytes in a line of the caches.
 _LINE = tl.constexpr(128)
-_LINES = tl.constexpr(8)
 
 
 @triton.jit
@@ -128,11 +127,14 @@ def ask_for(addresses, PTX: tl.constexpr):
 
 
 @triton.jit
-def ask_for_rows(rows, stride, size, n, PTX: tl.constexpr):
-    """The same of some rows, which begin at the address ``rows`` and every ``stride`` bytes and have ``size``."""
+def ask_for_rows(rows, stride, size, n, LINES: tl.constexpr, PTX: tl.constexpr):
+    """The same of some rows, which begin at the address ``rows`` and every ``stride`` bytes and have ``size``.
+
+    ``LINES`` of a row are asked for at a time, a power of two.
+    """
     if PTX:
-        byte = _LINE * tl.arange(0, _LINES)[None, :]
-        for begin in range(0, size, _LINE * _LINES):
+        byte = _LINE * tl.arange(0, LINES)[None, :]
+        for begin in range(0, size, _LINE * LINES):
             # At the end of a row lines are asked for twice; no other memory is.
             ask_for(rows + n.to(tl.int64)[:, None] * stride + tl.minimum(begin + byte, size - 1), PTX)
 

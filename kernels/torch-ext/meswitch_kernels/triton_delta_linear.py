@@ -61,6 +61,9 @@ def _delta_linear_kernel(
         group = skipped + work // blocks
         n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         n_mask = n < out_features
+        # Of the next block, if that is of the same group: the one after has an expert yet to be found out.
+        next_n = tl.minimum(n + BLOCK_OUT, out_features - 1)
+        is_first = (work == own) | (work % blocks == 0)
         # The groups of one row come first.
         first = group if BLOCK_ROWS == 1 else tl.load(start + group)
         expert = tl.load(slot + first)
@@ -68,7 +71,7 @@ def _delta_linear_kernel(
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
-                tl.minimum(n + BLOCK_OUT, out_features - 1), PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                next_n, is_first, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
             )  # fmt: skip
             where = row.to(tl.int64) * out_features + n
             if HAS_BASE:
@@ -82,7 +85,7 @@ def _delta_linear_kernel(
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
                     x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
-                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                    next_n, is_first, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
                 )  # fmt: skip
                 where = row.to(tl.int64)[:, None] * out_features + n[None, :]
                 both = mask[:, None] & n_mask[None, :]

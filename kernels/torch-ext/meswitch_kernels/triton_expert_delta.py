@@ -244,8 +244,8 @@ def _coded_rows(
 @triton.jit
 def ask_for_delta(codes, row_words, used, step, salient_channels, salient, n, PTX: tl.constexpr):
     """Have what a delta has of some output channels, which exist, brought into the second cache."""
-    ask_for_rows(codes.to(tl.int64), 4 * row_words, 4 * used, n, PTX)
-    ask_for_rows(salient.to(tl.int64), 2 * salient_channels, 2 * salient_channels, n, PTX)
+    ask_for_rows(codes.to(tl.int64), 4 * row_words, 4 * used, n, 8, PTX)
+    ask_for_rows(salient.to(tl.int64), 2 * salient_channels, 2 * salient_channels, n, 1, PTX)
     ask_for((step + n).to(tl.int64), PTX)
 
 
@@ -269,19 +269,22 @@ def rest_of_row(
 
 @triton.jit
 def delta_of_row(
-    x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask, next_n,
+    x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask, next_n, is_first,
     PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``; zero for the base and empty slots.
 
     ``expert`` is the slot or -1, ``position`` the row's place among the prepared activations, ``n`` the block's output
-    channels, ``n_mask`` those that exist, ``next_n`` those whose codes are wanted next.
+    channels, ``n_mask`` those that exist, ``next_n`` those whose codes are wanted next; ``n`` is what was ``next_n``
+    before, unless it ``is_first``.
     """
     bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = open_expert(
         table, expert, in_features
     )
     delta = tl.zeros((BLOCK_OUT,), tl.float32)
     if bits > 0:
+        if is_first:
+            ask_for_delta(codes, row_words, used, step, salient_channels, salient, tl.where(n_mask, n, 0), PTX)
         ask_for_delta(codes, row_words, used, step, salient_channels, salient, next_n, PTX)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
@@ -317,20 +320,45 @@ def delta_of_row(
 
 
 @triton.jit
+def _rest_of_rows(
+    x_rows, mask, step, bias, salient_channels, salient_index, salient, n, n_mask,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """As :func:`rest_of_row`, of several rows: steps ``[BLOCK_OUT]`` and the rest ``[BLOCK_ROWS, BLOCK_OUT]``."""
+    steps = tl.load(step + n, mask=n_mask, other=0.0)
+    rest = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32) + _load_bias(bias, n, n_mask)[None, :]
+    for first in range(0, salient_channels, _BLOCK_SALIENT):
+        channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
+        xs = tl.load(x_rows[:, None] + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
+        if xs.dtype == tl.bfloat16:
+            rest = dot(xs, kept.trans(), rest)
+        else:
+            rest = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), rest)
+    return steps, rest
+
+
+@triton.jit
 def delta_of_rows(
-    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
-    PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
+    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask, next_n,
+    is_first, PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
     PTX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for several rows of one expert: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero for rows that are masked.
 
-    ``position`` and ``row`` are ``[BLOCK_ROWS]``.
+    ``position`` and ``row`` are ``[BLOCK_ROWS]``; ``n`` is what was ``next_n`` before, unless it ``is_first``.
     """
     bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = open_expert(
         table, expert, in_features
     )
     delta = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     if bits > 0:
+        if is_first:
+            ask_for_delta(codes, row_words, used, step, salient_channels, salient, tl.where(n_mask, n, 0), PTX)
+        ask_for_delta(codes, row_words, used, step, salient_channels, salient, next_n, PTX)
+        x_rows = x + row.to(tl.int64) * in_features
+        steps, rest = _rest_of_rows(
+            x_rows, mask, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_ROWS, BLOCK_OUT
+        )
         # Rows that do not exist read another's codes.
         codes_here = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
         place = position.to(tl.int64)
@@ -359,14 +387,6 @@ def delta_of_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
                 4, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
             )  # fmt: skip
-        delta = delta * tl.load(step + n, mask=n_mask, other=0.0)[None, :] + _load_bias(bias, n, n_mask)[None, :]
-        x_rows = x + row.to(tl.int64)[:, None] * in_features
-        for first in range(0, salient_channels, _BLOCK_SALIENT):
-            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
-            xs = tl.load(x_rows + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
-            if x.dtype.element_ty == tl.bfloat16:
-                delta = dot(xs, kept.trans(), delta)
-            else:
-                delta = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), delta)
+        delta = delta * steps[None, :] + rest
         delta = tl.where(mask[:, None], delta, 0.0)
     return delta

@@ -56,21 +56,21 @@ def _fused_row(
     x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
     codes, row_words, used, values, scale, offset, tiles, steps,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    EVEN_IN: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_IN: tl.constexpr, EVEN_IN: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The row times the base's weight and, unless ``BITS`` is 0, an expert's codes: float32 ``[BLOCK_OUT]``.
 
-    A tile of the one is worked on beside a tile of the other, so that the memory has as much to do at any time.
+    Tiles of the one are worked on beside those of the other, so that the memory has as much to do at any time.
     """
     VECTOR: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
     # As of the codes: rows that the threads read at a time, and how often.
-    GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 32 * WARPS * VECTOR // BLOCK_CODES))
+    GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 32 * WARPS * VECTOR // BLOCK_IN))
     REPEATS: tl.constexpr = BLOCK_OUT // GROUP
     WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 or BITS == 0 else 32 // BITS)
     row = tl.where(n_mask, n, 0).to(tl.int64).reshape(GROUP, REPEATS)
     weights = weight + row[:, :, None] * weight_out_stride
-    k = tl.broadcast_to(tl.arange(0, BLOCK_CODES)[None, None, :], (GROUP, 1, BLOCK_CODES))
-    products = tl.zeros((GROUP, REPEATS, BLOCK_CODES // VECTOR), tl.float32)
+    k = tl.broadcast_to(tl.arange(0, BLOCK_IN)[None, None, :], (GROUP, 1, BLOCK_IN))
+    products = tl.zeros((GROUP, REPEATS, BLOCK_IN // VECTOR), tl.float32)
     sums = tl.zeros((), tl.float32)
     # What the next turn needs is on its way while this one's is worked on.
     xs, w = _load_tile(x, weights, k, in_features, weight_in_stride, EVEN_IN)
@@ -78,18 +78,20 @@ def _fused_row(
         rows, total = coded_rows_of(codes, row_words, n, n_mask, BITS, BLOCK_OUT, BLOCK_CODES, WARPS)
         a, b, c = load_words(rows, 0, used, WORDS, BITS)
     for tile in range(tiles):
-        next_xs, next_w = _load_tile(x, weights, (tile + 1) * BLOCK_CODES + k, in_features, weight_in_stride, EVEN_IN)
         if BITS > 0:
             next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
-        product = w.to(tl.float32) * xs.to(tl.float32)
-        products += tl.sum(product.reshape(GROUP, REPEATS, BLOCK_CODES // VECTOR, VECTOR), axis=3)
+        for part in tl.static_range(BLOCK_CODES // BLOCK_IN):
+            begin = tile * BLOCK_CODES + (part + 1) * BLOCK_IN
+            next_xs, next_w = _load_tile(x, weights, begin + k, in_features, weight_in_stride, EVEN_IN)
+            product = w.to(tl.float32) * xs.to(tl.float32)
+            products += tl.sum(product.reshape(GROUP, REPEATS, BLOCK_IN // VECTOR, VECTOR), axis=3)
+            xs, w = next_xs, next_w
         if BITS > 0:
             total, sums = tile_of_row(
                 total, sums, a, b, c, values, scale, offset, tiles * BLOCK_CODES, tile,
                 BITS, PLANES, BLOCK_CODES, PTX,
             )  # fmt: skip
             a, b, c = next_a, next_b, next_c
-        xs, w = next_xs, next_w
     result = tl.sum(products, axis=2).reshape(BLOCK_OUT)
     if BITS > 0:
         result += steps * sum_of_levels(total, sums, BITS, BLOCK_OUT)
@@ -116,6 +118,7 @@ def _fused_linear_kernel(
     PLANES: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
     WARPS: tl.constexpr,
     EVEN_IN: tl.constexpr,
     PTX: tl.constexpr,
@@ -146,31 +149,31 @@ def _fused_linear_kernel(
         total += _fused_row(
             x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
             codes, row_words, used, values, scale, offset, tiles, steps,
-            0, PLANES, BLOCK_OUT, BLOCK_CODES, EVEN_IN, WARPS, PTX,
+            0, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
         )  # fmt: skip
     elif bits == 1:
         total += _fused_row(
             x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
             codes, row_words, used, values, scale, offset, tiles, steps,
-            1, PLANES, BLOCK_OUT, BLOCK_CODES, EVEN_IN, WARPS, PTX,
+            1, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
         )  # fmt: skip
     elif bits == 2:
         total += _fused_row(
             x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
             codes, row_words, used, values, scale, offset, tiles, steps,
-            2, PLANES, BLOCK_OUT, BLOCK_CODES, EVEN_IN, WARPS, PTX,
+            2, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
         )  # fmt: skip
     elif bits == 3:
         total += _fused_row(
             x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
             codes, row_words, used, values, scale, offset, tiles, steps,
-            3, PLANES, BLOCK_OUT, BLOCK_CODES, EVEN_IN, WARPS, PTX,
+            3, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
         )  # fmt: skip
     else:
         total += _fused_row(
             x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
             codes, row_words, used, values, scale, offset, tiles, steps,
-            4, PLANES, BLOCK_OUT, BLOCK_CODES, EVEN_IN, WARPS, PTX,
+            4, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
         )  # fmt: skip
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n_mask)
 
@@ -220,6 +223,7 @@ def fused_linear_triton(
         *weight.stride(),
         scale.shape[1],
         HAS_BASE_BIAS=base_bias is not None,
+        BLOCK_IN=configuration.block_in,
         EVEN_IN=in_features % configuration.block_codes == 0,
         **kernel_options(configuration, configuration.block_codes, planes, ptx, overlap),
     )
