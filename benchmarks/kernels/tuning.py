@@ -56,20 +56,18 @@ def grid(kind: Kind) -> Iterator[Configuration]:
     """The sizes that are tried: those in which neither registers nor loads under way are too few."""
     default = Configuration()
     if kind == "fused":
-        for (block_out, warps, block_codes), block_in in itertools.product(
-            ((4, 1, 1024), (4, 2, 2048), (8, 2, 1024), (8, 4, 2048), (16, 4, 1024), (16, 8, 2048), (32, 8, 1024)),
-            (256, 512, 1024),
+        for (block_out, warps, block_codes), block_in, stages in itertools.product(
+            ((8, 2, 2048), (8, 4, 2048), (16, 4, 1024), (32, 8, 1024)), (256, 512), (2, 3, 4)
         ):
-            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, block_in=block_in)
+            yield replace(
+                default, block_out=block_out, warps=warps, block_codes=block_codes, block_in=block_in, stages=stages
+            )
     elif kind == "single":
-        for (block_out, warps, block_codes), programs in itertools.product(
-            ((8, 1, 1024), (16, 2, 1024), (16, 2, 512), (16, 4, 2048), (32, 4, 1024), (32, 4, 512), (64, 8, 1024)),
-            (4, 8, 16),
-        ):
-            yield replace(default, block_out=block_out, warps=warps, block_codes=block_codes, programs=programs)
+        for (block_out, warps), programs in itertools.product(((16, 2), (32, 4), (64, 8)), (4, 5, 6, 8, 10, 12)):
+            yield replace(default, block_out=block_out, warps=warps, programs=programs)
     else:
         for (block_out, warps), stages, registers, programs in itertools.product(
-            ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4)), (2, 3), (None, 128), (3, 6)
+            ((32, 2), (64, 2), (64, 4)), (2, 3), (None, 128), (3, 4, 6)
         ):
             yield replace(
                 default, block_out=block_out, warps=warps, stages=stages, max_registers=registers, programs=programs

@@ -12,9 +12,12 @@ same batches, of all tasks mixed, so that what differs is the choice of the expe
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import random
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +58,23 @@ def load_family(
         calibration: of :func:`~transformers_meswitch.compress`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        deltas = {}
-        for task in TASKS:
-            weights = ExpertFolder(work / "experts" / str(ExpertId(task, strength, seed))).load()
-            expert = write_checkpoint(base, weights, Path(folder) / f"expert-{task}")
-            deltas[task] = Path(folder) / task
-            compress(base, expert, deltas[task], MESwitchConfig(), calibration, device=device)
+        deltas = {task: Path(folder) / task for task in TASKS}
+        # In processes of their own: most of the time goes into steps that leave a device waiting for the host.
+        with ProcessPoolExecutor(min(len(TASKS), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+            running = []
+            for task, delta in deltas.items():
+                weights = ExpertFolder(work / "experts" / str(ExpertId(task, strength, seed))).load()
+                expert = write_checkpoint(base, weights, Path(folder) / f"expert-{task}")
+                running.append(pool.submit(_compress, base, expert, delta, calibration, device))
+            for future in running:
+                future.result()
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = MESwitchModelForCausalLM.from_pretrained(base, experts=deltas, dtype=dtype, device_map=device)
     return model.eval()
+
+
+def _compress(base: Path, expert: Path, delta: Path, calibration: str | None, device: str) -> None:
+    compress(base, expert, delta, MESwitchConfig(), calibration, device=device)
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]
         "WARPS": sizes.warps,
         "PTX": True,
         "OVERLAP": True,
+        "STAGES": sizes.stages,
     }
 
 
@@ -83,7 +84,7 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
         del constants["BLOCK_ROWS"]
         constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "EVEN_IN": True, "weight_in_stride": 1}
     else:
-        constants |= {"HAS_BASE": True, "STAGES": sizes.stages}
+        constants["HAS_BASE"] = True
     name = "fused_linear" if kind == "fused" else "delta_linear"
     compiled = compile_for_hopper(f"triton_{name}", f"_{name}_kernel", planes, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
@@ -105,7 +106,7 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
 def test_heads(rows: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = _TABLES[9, 0][Key("several" if rows > 1 else "single", "int16")]
-    constants = constants_of(sizes, 2, rows) | {"STAGES": sizes.stages}
+    constants = constants_of(sizes, 2, rows)
     compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 2, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
     # Though the rows of codes that belong to a block's ids need not be neighbours.

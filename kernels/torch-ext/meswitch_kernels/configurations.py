@@ -22,10 +22,9 @@ class Configuration:
         block_out: output channels of a program, a power of two; 16 or more for groups of several rows.
         block_codes: codes of a tile and of a scale of quantised activations, a power of two, 512 to 2048. Groups of
             several rows have that of groups of one, for which the same activations are prepared.
-        block_in: input channels of a tile of the base's weight, a power of two, at most ``block_codes``; of
-            ``"fused"`` only.
+        block_in: input channels of a tile of the base's weight, a power of two, 16 or more; ``"fused"`` only.
         warps: warps of a program.
-        stages: stages of the pipeline of tiles; of ``"several"`` only.
+        stages: stages of the pipeline of tiles: of the base's weight, or of codes for groups of several rows.
         programs: programs a multiprocessor; not of ``"fused"``.
         max_registers: registers of a thread, at most (NVIDIA's compiler), so that enough programs share a
             multiprocessor to keep its memory busy. No limit if `None`.
@@ -33,7 +32,7 @@ class Configuration:
 
     block_out: int = 16
     block_codes: int = 1024
-    block_in: int = 512
+    block_in: int = 256
     warps: int = 4
     stages: int = 1
     programs: int = 16
@@ -61,11 +60,21 @@ _NUMERICS = ("exact", "int8", "int16")
 
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200. Tuned on an H200 in part, at 2 bits and int16: "fused"; read off the compiled code: the others.
+    # H100, H200. Tuned on an H200, at 2 bits. As many programs as the registers leave room for are the fastest.
     (9, 0): {
-        **{Key("fused", numerics): Configuration() for numerics in _NUMERICS},
-        **{Key("single", numerics): Configuration(block_out=32, programs=4) for numerics in _NUMERICS},
-        **{Key("several", numerics): Configuration(block_out=32, stages=3, programs=3) for numerics in _NUMERICS},
+        **{Key("fused", numerics): Configuration(block_in=512, stages=3) for numerics in _NUMERICS},
+        **{
+            Key("fused", numerics, 4096, 14336): Configuration(
+                block_out=8, block_codes=2048, block_in=512, warps=4, stages=3
+            )
+            for numerics in _NUMERICS
+        },
+        Key("single", "exact"): Configuration(block_out=32, programs=4),
+        Key("single", "int8"): Configuration(block_out=32, programs=6),
+        Key("single", "int16"): Configuration(block_out=32, programs=5),
+        Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
+        Key("several", "int8"): Configuration(block_out=64, warps=2, stages=3, programs=6),
+        Key("several", "int16"): Configuration(block_out=64, stages=3, programs=4, max_registers=128),
     },
 }
 _DEFAULT = Configuration()

@@ -49,7 +49,7 @@ def _prepare_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program prepares one tile of one position."""
-    # What the kernel that follows reads before it waits for this one, the activations, is there only from here on.
+    # Only now is all there that the kernel which follows reads before it waits for this one.
     wait_for_previous(OVERLAP)
     allow_next(OVERLAP)
     position = tl.program_id(0).to(tl.int64)

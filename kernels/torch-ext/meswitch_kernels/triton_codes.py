@@ -11,8 +11,6 @@ import triton.language as tl
 
 __all__ = [
     "as_operand",
-    "ask_for",
-    "ask_for_rows",
     "by_byte",
     "codes_in_place",
     "dp4a",
@@ -27,9 +25,6 @@ __all__ = [
 #: unit, which has a quarter of the rate.
 _ONES = tl.constexpr(0x4B000000)
 _ONES_BASE = tl.constexpr(8388608.0)
-
-#: Bytes in a line of the caches.
-_LINE = tl.constexpr(128)
 
 
 @triton.jit
@@ -115,28 +110,6 @@ def _load(codes, word, used):
     word = word[None, None, :] if len(codes.shape) == 3 else word[None, :]
     # Past the first cache, in which the activations stay.
     return tl.load(codes + word, mask=word < used, cache_modifier=".cg")
-
-
-@triton.jit
-def ask_for(addresses, PTX: tl.constexpr):
-    """Have lines of memory brought into the second cache. It takes no registers, and nothing waits for it."""
-    if PTX:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def ask_for_rows(rows, stride, size, n, LINES: tl.constexpr, PTX: tl.constexpr):
-    """The same of some rows, which begin at the address ``rows`` and every ``stride`` bytes and have ``size``.
-
-    ``LINES`` of a row are asked for at a time, a power of two.
-    """
-    if PTX:
-        byte = _LINE * tl.arange(0, LINES)[None, :]
-        for begin in range(0, size, _LINE * LINES):
-            # At the end of a row lines are asked for twice; no other memory is.
-            ask_for(rows + n.to(tl.int64)[:, None] * stride + tl.minimum(begin + byte, size - 1), PTX)
 
 
 @triton.jit

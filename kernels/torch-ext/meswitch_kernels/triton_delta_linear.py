@@ -46,24 +46,17 @@ def _delta_linear_kernel(
 
     With one row a program, the groups are those of one row; with more, the others. How many groups there are is known
     on the device only; a grid of programs for all that there could be would spend its time on starting those that find
-    nothing to do. A program has neighbouring blocks, so that it finds what it knows of the expert in the first cache,
-    and has the codes of one block brought while it works on those of another.
+    nothing to do.
     """
     allow_next(OVERLAP)
-    wait_for_previous(OVERLAP)
     blocks = tl.cdiv(out_features, BLOCK_OUT)
     singles = tl.load(group_count)
     skipped = 0 if BLOCK_ROWS == 1 else singles
     count = singles if BLOCK_ROWS == 1 else tl.load(group_count + 1) - singles
-    share = tl.cdiv(count * blocks, tl.num_programs(0))
-    own = tl.program_id(0) * share
-    for work in range(own, min(own + share, count * blocks)):
+    for work in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
         group = skipped + work // blocks
         n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         n_mask = n < out_features
-        # Of the next block, if that is of the same group: the one after has an expert yet to be found out.
-        next_n = tl.minimum(n + BLOCK_OUT, out_features - 1)
-        is_first = (work == own) | (work % blocks == 0)
         # The groups of one row come first.
         first = group if BLOCK_ROWS == 1 else tl.load(start + group)
         expert = tl.load(slot + first)
@@ -71,7 +64,7 @@ def _delta_linear_kernel(
             row = tl.load(order + first)
             delta = delta_of_row(
                 x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
-                next_n, is_first, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
             where = row.to(tl.int64) * out_features + n
             if HAS_BASE:
@@ -85,13 +78,14 @@ def _delta_linear_kernel(
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
                     x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
-                    next_n, is_first, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, OVERLAP, STAGES,
                 )  # fmt: skip
                 where = row.to(tl.int64)[:, None] * out_features + n[None, :]
                 both = mask[:, None] & n_mask[None, :]
                 if HAS_BASE:
                     delta += tl.load(base_out + where, mask=both, other=0.0).to(tl.float32)
                 tl.store(y + where, delta.to(y.dtype.element_ty), mask=both)
+    wait_for_previous(OVERLAP)
 
 
 def delta_linear_triton(
@@ -141,6 +135,5 @@ def delta_linear_triton(
             scale.shape[1],
             HAS_BASE=base_out is not None,
             BLOCK_ROWS=block_rows,
-            STAGES=sizes.stages,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )

@@ -14,8 +14,6 @@ import triton.language as tl
 from .expert_table import COLUMNS
 from .triton_codes import (
     as_operand,
-    ask_for,
-    ask_for_rows,
     by_byte,
     codes_in_place,
     dp4a,
@@ -26,17 +24,9 @@ from .triton_codes import (
     split_in_four,
 )
 from .triton_dot import dot
+from .triton_grids import wait_for_previous
 
-__all__ = [
-    "ask_for_delta",
-    "coded_rows_of",
-    "delta_of_row",
-    "delta_of_rows",
-    "open_expert",
-    "rest_of_row",
-    "sum_of_levels",
-    "tile_of_row",
-]
+__all__ = ["delta_of_row", "delta_of_rows"]
 
 _COLUMNS = tl.constexpr(len(COLUMNS))
 _CODES = tl.constexpr(COLUMNS.index("codes"))
@@ -52,7 +42,7 @@ _BLOCK_SALIENT = tl.constexpr(16)
 
 
 @triton.jit
-def open_expert(table, expert, in_features):
+def _open(table, expert, in_features):
     """What the table says of an expert, in loads that wait for nothing but its slot.
 
     Returns:
@@ -109,7 +99,7 @@ def _bytes_of_row(total, four, x, j, PTX: tl.constexpr):
 
 
 @triton.jit
-def tile_of_row(
+def _tile_of_row(
     total, sums, a, b, c, x, scale, offset, low_plane, tile,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -149,46 +139,30 @@ def tile_of_row(
 
 
 @triton.jit
-def coded_rows_of(
-    codes, row_words, n, n_mask,
-    BITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
+def _coded_row(
+    codes, row_words, used, n, n_mask, x, scale, offset, low_plane, tiles,
+    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
+    PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the codes of some output channels, ``[group, repeats, 1]``, and zeros for what they add up to.
-
-    A group is rows that the threads read at a time, in vectors of four words; a thread has its words of several.
-    """
+    """Levels times activations of one row, summed over the codes: float32 ``[BLOCK_OUT]``."""
     WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 else 32 // BITS)
+    # Rows that the threads read at a time, in vectors of four words; a thread has its words of several such groups.
     GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 128 * WARPS // WORDS))
     REPEATS: tl.constexpr = BLOCK_OUT // GROUP
     # Rows that do not exist read another's codes, without a mask, which would wait with the loads.
     row = tl.where(n_mask, n, 0).to(tl.int64).reshape(GROUP, REPEATS)
-    return codes + row[:, :, None] * row_words, tl.zeros((GROUP, REPEATS, WORDS // 4), tl.float32)
-
-
-@triton.jit
-def _coded_row(
-    codes, row_words, used, n, n_mask, x, scale, offset, low_plane, tiles,
-    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Levels times activations of one row, summed over the codes: float32 ``[BLOCK_OUT]``."""
-    WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 else 32 // BITS)
-    rows, total = coded_rows_of(codes, row_words, n, n_mask, BITS, BLOCK_OUT, BLOCK_CODES, WARPS)
+    rows = codes + row[:, :, None] * row_words
+    total = tl.zeros((GROUP, REPEATS, WORDS // 4), tl.float32)
     sums = tl.zeros((), tl.float32)
     # The words of the next tile are on their way while those of this one are worked on.
     a, b, c = load_words(rows, 0, used, WORDS, BITS)
+    wait_for_previous(OVERLAP)
     for tile in range(tiles):
         next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
-        total, sums = tile_of_row(
+        total, sums = _tile_of_row(
             total, sums, a, b, c, x, scale, offset, low_plane, tile, BITS, PLANES, BLOCK_CODES, PTX
         )
         a, b, c = next_a, next_b, next_c
-    return sum_of_levels(total, sums, BITS, BLOCK_OUT)
-
-
-@triton.jit
-def sum_of_levels(total, sums, BITS: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """What :func:`tile_of_row` has added up, as float32 ``[BLOCK_OUT]``."""
     # A level is less than its code by the same for all, so the sum of the activations suffices.
     return tl.sum(total, axis=2).reshape(BLOCK_OUT) - ((1 << BITS) - 1) * 0.5 * sums
 
@@ -197,7 +171,7 @@ def sum_of_levels(total, sums, BITS: tl.constexpr, BLOCK_OUT: tl.constexpr):
 def _coded_rows(
     codes, used, x, scale, offset, low_plane, mask, tiles,
     BITS: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
-    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of several rows, on tensor cores: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero where masked.
 
@@ -218,6 +192,7 @@ def _coded_rows(
     here = x[:, None] + ((column // WIDTH) * (WIDTH // PART * WORDS) + column % WIDTH)[None, :]
     total = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.float32)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
+    wait_for_previous(OVERLAP)
     for turn in tl.range(tiles * TURNS, num_stages=STAGES):
         tile = turn // TURNS
         product = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.int32)
@@ -242,123 +217,89 @@ def _coded_rows(
 
 
 @triton.jit
-def ask_for_delta(codes, row_words, used, step, salient_channels, salient, n, PTX: tl.constexpr):
-    """Have what a delta has of some output channels, which exist, brought into the second cache."""
-    ask_for_rows(codes.to(tl.int64), 4 * row_words, 4 * used, n, 8, PTX)
-    ask_for_rows(salient.to(tl.int64), 2 * salient_channels, 2 * salient_channels, n, 1, PTX)
-    ask_for((step + n).to(tl.int64), PTX)
-
-
-@triton.jit
-def rest_of_row(
+def _rest_of_row(
     x_row, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """What a delta has beside codes, at some output channels: steps, and bias and salient channels times ``x_row``.
 
-    Both float32 ``[BLOCK_OUT]``. Nothing of it depends on the codes, so it is asked for before they are.
+    Both float32 ``[BLOCK_OUT]``.
     """
-    steps = tl.load(step + n, mask=n_mask, other=0.0)
-    rest = _load_bias(bias, n, n_mask)
     products = tl.zeros((BLOCK_OUT, _BLOCK_SALIENT), tl.float32)
     for first in range(0, salient_channels, _BLOCK_SALIENT):
         channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
         xs = tl.load(x_row + channel, mask=k_mask, other=0.0).to(tl.float32)
         products += kept.to(tl.float32) * xs[None, :]
-    return steps, rest + tl.sum(products, axis=1)
+    steps = tl.load(step + n, mask=n_mask, other=0.0)
+    return steps, _load_bias(bias, n, n_mask) + tl.sum(products, axis=1)
 
 
 @triton.jit
 def delta_of_row(
-    x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask, next_n, is_first,
+    x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``; zero for the base and empty slots.
 
     ``expert`` is the slot or -1, ``position`` the row's place among the prepared activations, ``n`` the block's output
-    channels, ``n_mask`` those that exist, ``next_n`` those whose codes are wanted next; ``n`` is what was ``next_n``
-    before, unless it ``is_first``.
+    channels, ``n_mask`` those that exist. Prepared activations are waited for, if there is an ``OVERLAP``, when the
+    first codes are on their way.
     """
-    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = open_expert(
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
         table, expert, in_features
     )
     delta = tl.zeros((BLOCK_OUT,), tl.float32)
     if bits > 0:
-        if is_first:
-            ask_for_delta(codes, row_words, used, step, salient_channels, salient, tl.where(n_mask, n, 0), PTX)
-        ask_for_delta(codes, row_words, used, step, salient_channels, salient, next_n, PTX)
         place = position.to(tl.int64)
         width = tiles * BLOCK_CODES
         x_here = values + place * width
         low_plane = tl.cast(rows, tl.int64) * width
         scale_here, offset_here = scale + place * tiles, offset + place * tiles
-        x_row = x + row.to(tl.int64) * in_features
-        steps, rest = rest_of_row(x_row, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_OUT)
         # One kernel for all numbers of bits: a batch mixes them, and a kernel a number would be launched, and its
         # programs started, for all groups that it then skips. The branch is taken once a block and is uniform.
         if bits == 1:
             delta = _coded_row(
                 codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
-                1, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                1, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_row(
                 codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
-                2, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                2, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_row(
                 codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
-                3, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                3, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         else:
             delta = _coded_row(
                 codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles,
-                4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
+        steps, rest = _rest_of_row(
+            x + row.to(tl.int64) * in_features, step, bias, salient_channels, salient_index, salient, n, n_mask,
+            BLOCK_OUT,
+        )  # fmt: skip
         delta = delta * steps + rest
     return delta
 
 
 @triton.jit
-def _rest_of_rows(
-    x_rows, mask, step, bias, salient_channels, salient_index, salient, n, n_mask,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    """As :func:`rest_of_row`, of several rows: steps ``[BLOCK_OUT]`` and the rest ``[BLOCK_ROWS, BLOCK_OUT]``."""
-    steps = tl.load(step + n, mask=n_mask, other=0.0)
-    rest = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32) + _load_bias(bias, n, n_mask)[None, :]
-    for first in range(0, salient_channels, _BLOCK_SALIENT):
-        channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
-        xs = tl.load(x_rows[:, None] + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
-        if xs.dtype == tl.bfloat16:
-            rest = dot(xs, kept.trans(), rest)
-        else:
-            rest = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), rest)
-    return steps, rest
-
-
-@triton.jit
 def delta_of_rows(
-    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask, next_n,
-    is_first, PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    PTX: tl.constexpr, STAGES: tl.constexpr,
+    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
+    PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
+    PTX: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for several rows of one expert: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero for rows that are masked.
 
-    ``position`` and ``row`` are ``[BLOCK_ROWS]``; ``n`` is what was ``next_n`` before, unless it ``is_first``.
+    ``position`` and ``row`` are ``[BLOCK_ROWS]``.
     """
-    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = open_expert(
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
         table, expert, in_features
     )
     delta = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     if bits > 0:
-        if is_first:
-            ask_for_delta(codes, row_words, used, step, salient_channels, salient, tl.where(n_mask, n, 0), PTX)
-        ask_for_delta(codes, row_words, used, step, salient_channels, salient, next_n, PTX)
-        x_rows = x + row.to(tl.int64) * in_features
-        steps, rest = _rest_of_rows(
-            x_rows, mask, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_ROWS, BLOCK_OUT
-        )
         # Rows that do not exist read another's codes.
         codes_here = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
         place = position.to(tl.int64)
@@ -370,23 +311,31 @@ def delta_of_rows(
         if bits == 1:
             delta = _coded_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                1, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
+                1, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
             )  # fmt: skip
         elif bits == 2:
             delta = _coded_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                2, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
+                2, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
             )  # fmt: skip
         elif bits == 3:
             delta = _coded_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                3, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
+                3, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
             )  # fmt: skip
         else:
             delta = _coded_rows(
                 codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                4, PLANES, DTYPE, BLOCK_CODES, PTX, STAGES,
+                4, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
             )  # fmt: skip
-        delta = delta * steps[None, :] + rest
+        delta = delta * tl.load(step + n, mask=n_mask, other=0.0)[None, :] + _load_bias(bias, n, n_mask)[None, :]
+        x_rows = x + row.to(tl.int64)[:, None] * in_features
+        for first in range(0, salient_channels, _BLOCK_SALIENT):
+            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
+            xs = tl.load(x_rows + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
+            if x.dtype.element_ty == tl.bfloat16:
+                delta = dot(xs, kept.trans(), delta)
+            else:
+                delta = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), delta)
         delta = tl.where(mask[:, None], delta, 0.0)
     return delta

@@ -9,93 +9,38 @@ import triton.language as tl
 from .configurations import Configuration
 from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
-from .triton_codes import ask_for, load_words
-from .triton_expert_delta import (
-    ask_for_delta,
-    coded_rows_of,
-    open_expert,
-    rest_of_row,
-    sum_of_levels,
-    tile_of_row,
-)
+from .triton_expert_delta import delta_of_row
 from .triton_grids import allow_next, kernel_options, wait_for_previous
 
 __all__ = ["fused_linear_triton"]
 
-#: Lines of a row of the base's weight that are asked for before anything else is done.
-_FIRST_LINES = tl.constexpr(32)
-_LINE = tl.constexpr(128)
-
 
 @triton.jit
-def _ask_for_weight(weight, row, in_features, weight_out_stride, weight_in_stride, PTX: tl.constexpr):
-    """Have the beginnings of some rows of the base's weight brought into the second cache."""
-    ELEMENTS: tl.constexpr = _LINE * 8 // weight.dtype.element_ty.primitive_bitwidth
-    k = tl.minimum(ELEMENTS * tl.arange(0, _FIRST_LINES), in_features - 1).to(tl.int64)
-    where = weight + row[:, None] * weight_out_stride + k[None, :] * weight_in_stride
-    ask_for(where.to(tl.int64), PTX)
-
-
-@triton.jit
-def _load_tile(x, weights, k, in_features, weight_in_stride, EVEN_IN: tl.constexpr):
-    """Input channels ``k`` of the row and of the base's weight, or what is multiplied by zeros or not at all."""
-    mask = k < in_features
-    where = weights + k.to(tl.int64) * weight_in_stride
-    if EVEN_IN:
-        # All of a tile exists or nothing of it.
-        return tl.load(x + k, mask=mask), tl.load(where, mask=mask, cache_modifier=".cg")
-    else:  # noqa: RET505  # what follows a return is compiled too
-        return (
-            tl.load(x + k, mask=mask, other=0.0),
-            tl.load(where, mask=mask, other=0.0, cache_modifier=".cg"),
-        )
-
-
-@triton.jit
-def _fused_row(
+def _row_times_weight(
     x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-    codes, row_words, used, values, scale, offset, tiles, steps,
-    BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    BLOCK_IN: tl.constexpr, EVEN_IN: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
+    EVEN_IN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The row times the base's weight and, unless ``BITS`` is 0, an expert's codes: float32 ``[BLOCK_OUT]``.
-
-    Tiles of the one are worked on beside those of the other, so that the memory has as much to do at any time.
-    """
+    """One row times the base's weight at some output channels: float32 ``[BLOCK_OUT]``."""
     VECTOR: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
     # As of the codes: rows that the threads read at a time, and how often.
     GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 32 * WARPS * VECTOR // BLOCK_IN))
     REPEATS: tl.constexpr = BLOCK_OUT // GROUP
-    WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 or BITS == 0 else 32 // BITS)
     row = tl.where(n_mask, n, 0).to(tl.int64).reshape(GROUP, REPEATS)
-    weights = weight + row[:, :, None] * weight_out_stride
-    k = tl.broadcast_to(tl.arange(0, BLOCK_IN)[None, None, :], (GROUP, 1, BLOCK_IN))
-    products = tl.zeros((GROUP, REPEATS, BLOCK_IN // VECTOR), tl.float32)
-    sums = tl.zeros((), tl.float32)
-    # What the next turn needs is on its way while this one's is worked on.
-    xs, w = _load_tile(x, weights, k, in_features, weight_in_stride, EVEN_IN)
-    if BITS > 0:
-        rows, total = coded_rows_of(codes, row_words, n, n_mask, BITS, BLOCK_OUT, BLOCK_CODES, WARPS)
-        a, b, c = load_words(rows, 0, used, WORDS, BITS)
-    for tile in range(tiles):
-        if BITS > 0:
-            next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
-        for part in tl.static_range(BLOCK_CODES // BLOCK_IN):
-            begin = tile * BLOCK_CODES + (part + 1) * BLOCK_IN
-            next_xs, next_w = _load_tile(x, weights, begin + k, in_features, weight_in_stride, EVEN_IN)
-            product = w.to(tl.float32) * xs.to(tl.float32)
-            products += tl.sum(product.reshape(GROUP, REPEATS, BLOCK_IN // VECTOR, VECTOR), axis=3)
-            xs, w = next_xs, next_w
-        if BITS > 0:
-            total, sums = tile_of_row(
-                total, sums, a, b, c, values, scale, offset, tiles * BLOCK_CODES, tile,
-                BITS, PLANES, BLOCK_CODES, PTX,
-            )  # fmt: skip
-            a, b, c = next_a, next_b, next_c
-    result = tl.sum(products, axis=2).reshape(BLOCK_OUT)
-    if BITS > 0:
-        result += steps * sum_of_levels(total, sums, BITS, BLOCK_OUT)
-    return result
+    k = tl.arange(0, BLOCK_IN)[None, None, :]
+    rows = weight + row[:, :, None] * weight_out_stride + k.to(tl.int64) * weight_in_stride
+    k = tl.broadcast_to(k, (GROUP, 1, BLOCK_IN))
+    products = tl.zeros((GROUP, REPEATS, BLOCK_IN), tl.float32)
+    for begin in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
+        here = rows + tl.cast(begin, tl.int64) * weight_in_stride
+        if EVEN_IN:
+            w = tl.load(here)
+            xs = tl.load(x + begin + k)
+        else:
+            w = tl.load(here, mask=begin + k < in_features, other=0.0)
+            xs = tl.load(x + begin + k, mask=begin + k < in_features, other=0.0)
+        products += w.to(tl.float32) * xs.to(tl.float32)
+    return tl.sum(products, axis=2).reshape(BLOCK_OUT)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -123,58 +68,28 @@ def _fused_linear_kernel(
     EVEN_IN: tl.constexpr,
     PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program has a block of output channels of the one row: the base and its expert.
 
-    So the row needs neither a second kernel nor the base's output from memory. While it is found out what the expert
-    has, and the activations are prepared, memory that is needed for certain is on its way.
+    So the row needs neither a second kernel nor the base's output from memory, and the base's weight is read while
+    the activations are being prepared.
     """
     allow_next(OVERLAP)
     n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     n_mask = n < out_features
-    exists = tl.minimum(n, out_features - 1)
-    _ask_for_weight(weight, exists.to(tl.int64), in_features, weight_out_stride, weight_in_stride, PTX)
-    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = open_expert(
-        table, tl.load(slot), in_features
-    )
-    total = tl.zeros((BLOCK_OUT,), tl.float32)
-    steps = total
-    if bits > 0:
-        ask_for_delta(codes, row_words, used, step, salient_channels, salient, exists, PTX)
-        steps, total = rest_of_row(x, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_OUT)
+    total = _row_times_weight(
+        x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
+        EVEN_IN, BLOCK_IN, BLOCK_OUT, WARPS, STAGES,
+    )  # fmt: skip
     if HAS_BASE_BIAS:
         total += tl.load(base_bias + n, mask=n_mask, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
-    if bits == 0:
-        total += _fused_row(
-            x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-            codes, row_words, used, values, scale, offset, tiles, steps,
-            0, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
-        )  # fmt: skip
-    elif bits == 1:
-        total += _fused_row(
-            x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-            codes, row_words, used, values, scale, offset, tiles, steps,
-            1, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
-        )  # fmt: skip
-    elif bits == 2:
-        total += _fused_row(
-            x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-            codes, row_words, used, values, scale, offset, tiles, steps,
-            2, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
-        )  # fmt: skip
-    elif bits == 3:
-        total += _fused_row(
-            x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-            codes, row_words, used, values, scale, offset, tiles, steps,
-            3, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
-        )  # fmt: skip
-    else:
-        total += _fused_row(
-            x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
-            codes, row_words, used, values, scale, offset, tiles, steps,
-            4, PLANES, BLOCK_OUT, BLOCK_CODES, BLOCK_IN, EVEN_IN, WARPS, PTX,
-        )  # fmt: skip
+    row = tl.full((), 0, tl.int32)
+    total += delta_of_row(
+        x, in_features, table, tl.load(slot), row, row, values, scale, offset, 1, tiles, n, n_mask,
+        PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
+    )  # fmt: skip
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n_mask)
 
 
@@ -224,6 +139,6 @@ def fused_linear_triton(
         scale.shape[1],
         HAS_BASE_BIAS=base_bias is not None,
         BLOCK_IN=configuration.block_in,
-        EVEN_IN=in_features % configuration.block_codes == 0,
+        EVEN_IN=in_features % configuration.block_in == 0,
         **kernel_options(configuration, configuration.block_codes, planes, ptx, overlap),
     )

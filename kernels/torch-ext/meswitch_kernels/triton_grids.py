@@ -25,7 +25,11 @@ _TENSOR_CORE_ROWS = 16
 
 @triton.jit
 def allow_next(OVERLAP: tl.constexpr) -> None:
-    """Let the next kernel of the stream start; what this one stores it sees after :func:`wait_for_previous`."""
+    """Let the next kernel of the stream start; what this one stores it sees after :func:`wait_for_previous`.
+
+    A kernel that other kernels of this package may follow has to wait for the one before it in each of its programs,
+    if only at its end, so that whatever waits for it has waited for all that came before.
+    """
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -77,6 +81,7 @@ def kernel_options(
         "WARPS": sizes.warps,
         "PTX": ptx,
         "OVERLAP": overlap,
+        "STAGES": sizes.stages,
         **sizes.launch_options(),
         **overlap_options(overlap),
     }

@@ -157,7 +157,7 @@ def _head_rows_kernel(
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
                 x, in_features, coded_table, coding, first, row, values, scale, offset, rows, tiles, place, is_coded,
-                place, True, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX,
+                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
             if own_dtype > 0:
@@ -177,7 +177,7 @@ def _head_rows_kernel(
                 logits = tl.load(from_base, mask=both & in_base[None, :], other=0.0).to(tl.float32)
                 delta = delta_of_rows(
                     x, in_features, coded_table, coding, position, row, mask, values, scale, offset, rows, tiles,
-                    place, is_coded, place, True, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, STAGES,
+                    place, is_coded, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, False, STAGES,
                 )  # fmt: skip
                 logits += tl.where(is_coded[None, :], delta, 0.0)
                 if own_dtype > 0:
@@ -240,6 +240,5 @@ def head_rows_triton(
             in_features,
             scale.shape[1],
             BLOCK_ROWS=block_rows,
-            STAGES=sizes.stages,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )
