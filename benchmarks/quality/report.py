@@ -117,7 +117,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['date']}.",
         "",
         "Greedy answers, the delta's output added to the base's in every layer; of `+merged`, of base + delta rounded "
-        "to bfloat16. The interval of expert − method is of paired items.",
+        "to bfloat16, and of `+merged-prompts`, of that for prompts alone. Of `+int8` and `+int16`, what deltas are "
+        "multiplied by is rounded about as the decode kernels do. The interval of expert − method is of paired items.",
     ]
     experts = sorted({cell["expert"] for cell in cells})
     for expert in experts:
