@@ -18,9 +18,9 @@ from .delta_format.spec import LinearRecord
 __all__ = ["MEASURED_DEVICES", "delta_linear", "dequantize_delta", "merged_weight", "runs_kernels"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Types of devices on which the kernels for decoding and merging have been run and measured. Elsewhere deltas are made
-#: dense, as before there were such kernels; Triton's interpreter runs them on a CPU.
-MEASURED_DEVICES: frozenset[str] = frozenset()
+#: Types of devices on which the kernels for decoding and merging have been run and measured. On others deltas are made
+#: dense; Triton's interpreter runs them on a CPU.
+MEASURED_DEVICES: frozenset[str] = frozenset({"cuda"})
 
 
 def runs_kernels(device: torch.device) -> bool:

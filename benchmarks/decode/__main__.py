@@ -85,6 +85,8 @@ def measure(
     names = [f"expert{number}" for number in range(experts)]
     for seed, name in enumerate(names):
         delta, tensors = random_expert(config, request, seed, rows_bits=rows_bits, device=device)
+        # From the host, as from a file, so that the device does not hold an expert twice.
+        tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
         model.load_adapter(adapter_name=name, peft_config=delta, adapter_state_dict=tensors)
         del tensors
     memory = torch.cuda.max_memory_allocated() if cuda else None

@@ -12,7 +12,7 @@ import torch
 from tests.fixtures_models import UNCHANGED_IN_MATH, TinyFamily
 from tests.model_state import prompt
 from tests.triton_interpreter import check_interpreted
-from transformers_meswitch import MESwitchModelForCausalLM, ops
+from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.linear_layer import LinearLayer
@@ -25,8 +25,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture
-def model(tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(ops, "MEASURED_DEVICES", frozenset({"cuda"}))
+def model(tiny_family: TinyFamily) -> Any:
     return MESwitchModelForCausalLM.from_pretrained(
         tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
     )

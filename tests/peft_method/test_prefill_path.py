@@ -14,7 +14,7 @@ from tests.fixtures_models import TinyFamily, build_tiny_family
 from tests.model_state import prompt
 from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, check, linears, model, needs_kernels
 from tests.triton_interpreter import check_interpreted
-from transformers_meswitch import MESwitchModelForCausalLM, ops
+from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import kernel_path
 
 __all__ = ["model"]
@@ -64,7 +64,6 @@ def test_a_wrong_slot_is_noticed(model: Any, monkeypatch: Any) -> None:
 @needs_kernels
 def test_biases_are_the_experts_own(tmp_path: Path, monkeypatch: Any) -> None:
     family = build_tiny_family(tmp_path, attention_bias=True)
-    monkeypatch.setattr(ops, "MEASURED_DEVICES", frozenset({"cuda"}))
     model = MESwitchModelForCausalLM.from_pretrained(
         family.base, experts=family.deltas, dtype=torch.float32, device_map=DEVICE
     )

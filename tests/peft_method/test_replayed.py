@@ -11,7 +11,7 @@ from torch import nn
 from tests.fixtures_models import TinyFamily
 from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, linears, needs_kernels
 from tests.triton_interpreter import check_interpreted
-from transformers_meswitch import MESwitchModelForCausalLM, ops
+from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.errors import UnsupportedOperationError
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.live_choice import LiveChoice
@@ -20,8 +20,7 @@ from transformers_meswitch.peft_method.values_stack import run_with_rows, takes_
 
 
 @pytest.fixture
-def model(tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(ops, "MEASURED_DEVICES", frozenset({"cuda"}))
+def model(tiny_family: TinyFamily) -> Any:
     return MESwitchModelForCausalLM.from_pretrained(
         tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
     )
