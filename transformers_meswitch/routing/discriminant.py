@@ -25,7 +25,7 @@ class Discriminant:
         weight: float64 ``[classes, rank]``.
         bias: float64 ``[classes]``.
         whitening: float64 ``[rank, rank]``, lower triangular: ``whitening⁻¹ (x − mean)`` has covariance 1.
-        means: float64 ``[classes, rank]``.
+        whitened_means: float64 ``[classes, rank]``: ``whitening⁻¹ mean``.
 
     >>> points = {"a": torch.tensor([[0.0], [2.0]]), "b": torch.tensor([[4.0], [6.0]])}
     >>> head = Discriminant.of(ClassStatistics.of(points), shrinkage=0.0)
@@ -37,7 +37,7 @@ class Discriminant:
     weight: Tensor
     bias: Tensor
     whitening: Tensor
-    means: Tensor
+    whitened_means: Tensor
 
     @classmethod
     def of(cls, statistics: ClassStatistics, shrinkage: float) -> Discriminant:
@@ -56,7 +56,7 @@ class Discriminant:
         whitening = torch.linalg.cholesky(shrunk)
         means = statistics.means.double()
         weight = torch.cholesky_solve(means.T, whitening).T
-        return cls(weight, -0.5 * (weight * means).sum(dim=1), whitening, means)
+        return cls(weight, -0.5 * (weight * means).sum(dim=1), whitening, _whitened(means, whitening))
 
     def scores(self, points: Tensor) -> Tensor:
         """Log-likelihoods of points ``[n, rank]`` up to a constant a point: float64 ``[n, classes]``."""
@@ -68,9 +68,14 @@ class Discriminant:
         What is far from every class is like nothing the router was fitted to, however clear-cut its probabilities are
         (Lee et al., "A simple unified framework for detecting out-of-distribution samples", arXiv 1807.03888, eq. 2).
         """
-        offsets = points.double().unsqueeze(1) - self.means
-        whitened = torch.linalg.solve_triangular(self.whitening, offsets.flatten(0, 1).T, upper=False)
-        return whitened.square().sum(dim=0).view(len(points), -1).amin(dim=1)
+        # The points are whitened, not their offsets from each mean, so that many classes cost no more than few.
+        offsets = _whitened(points.double(), self.whitening).unsqueeze(1) - self.whitened_means
+        return offsets.square().sum(dim=2).amin(dim=1)
+
+
+def _whitened(points: Tensor, whitening: Tensor) -> Tensor:
+    """``whitening⁻¹`` times each of the points ``[n, rank]``."""
+    return torch.linalg.solve_triangular(whitening, points.T, upper=False).T
 
 
 def calibrated_temperature(scores: Tensor, classes: Tensor) -> float:
