@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +72,7 @@ def test_tensors_that_change_are_noticed(model: Any) -> None:
 
 
 def test_nothing_is_kept_where_memory_is_short(model: Any, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=24, total=100))
+    monkeypatch.setattr(dense_cache, "free_share", lambda: 0.24)
     model.set_expert("math")
     first = logits(model)
     made.clear()

@@ -6,17 +6,17 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .deltas import LinearDelta, QuantizedRowsDelta
+from .host_memory import free_share
 from .kernel_path import is_plain_linear, wants_gradients
 
 __all__ = ["DenseCache"]
 
-#: Nothing is kept when less than this share of the machine's memory is free.
+#: Nothing is kept when less than this share of the memory is free.
 _FREE = 0.25
 
 
@@ -108,7 +108,6 @@ class DenseCache:
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             dense = make()
-        memory = psutil.virtual_memory()
-        if memory.available >= _FREE * memory.total:
+        if free_share() >= _FREE:
             self._kept = x.dtype, tensors, versions, dense
         return dense
