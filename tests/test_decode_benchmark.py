@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from benchmarks.decode import __main__ as benchmark
 from benchmarks.decode.step import DecodeStep
 from benchmarks.load.random_family import random_expert
-from transformers_meswitch import MESwitchConfig, ops
+from transformers_meswitch import MESwitchConfig
 
 TINY = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -22,7 +22,6 @@ TINY = LlamaConfig(
 
 
 def test_every_row_is_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(ops, "MEASURED_DEVICES", ops.MEASURED_DEVICES)
     monkeypatch.setitem(benchmark.SHAPES, "deep", TINY)
     monkeypatch.setattr(sys, "argv", ["decode", "--experts", "2", "--output", str(tmp_path / "result.json")])
     benchmark.main()

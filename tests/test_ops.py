@@ -10,7 +10,7 @@ import torch
 import meswitch_kernels
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
-from transformers_meswitch.ops import delta_linear, dequantize_delta, merged_weight
+from transformers_meswitch.ops import delta_linear, dequantize_delta, merged_weight, runs_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -88,3 +88,11 @@ def test_gradients_reach_the_input() -> None:
     x = torch.randn(4, 83, requires_grad=True)
     delta_linear(x, stored.record, stored.tensors).sum().backward()
     torch.testing.assert_close(x.grad, reconstruct_linear(stored.record, stored.tensors).sum(0).expand(4, 83))
+
+
+def test_kernels_are_for_devices_that_they_were_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meswitch_kernels, "has_kernel", lambda device: device.type != "mps")
+    assert [name for name in ("cpu", "cuda", "xpu", "mps") if runs_kernels(torch.device(name))] == ["cpu", "cuda"]
+    # AMD's devices go by the same name.
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not runs_kernels(torch.device("cuda"))

@@ -18,8 +18,8 @@ from .delta_format.spec import LinearRecord
 __all__ = ["MEASURED_DEVICES", "delta_linear", "dequantize_delta", "merged_weight", "runs_kernels"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Types of devices on which the kernels for decoding and merging have been run and measured. On others deltas are made
-#: dense; Triton's interpreter runs them on a CPU.
+#: Types of devices on which the kernels for decoding and merging have been run and measured: NVIDIA's, an H200. On
+#: others, AMD's among them, deltas are made dense; Triton's interpreter runs the kernels on a CPU.
 MEASURED_DEVICES: frozenset[str] = frozenset({"cuda"})
 
 
@@ -29,7 +29,10 @@ def runs_kernels(device: torch.device) -> bool:
     >>> runs_kernels(torch.device("meta"))
     False
     """
-    return meswitch_kernels.has_kernel(device) and (device.type == "cpu" or device.type in MEASURED_DEVICES)
+    if not meswitch_kernels.has_kernel(device):
+        return False
+    # torch calls AMD's devices "cuda", too.
+    return device.type == "cpu" or (device.type in MEASURED_DEVICES and torch.version.hip is None)
 
 
 def dequantize_delta(

@@ -23,7 +23,7 @@ from benchmarks.decode.step import DecodeStep, median_ms
 from benchmarks.load.random_family import SHAPES, random_expert
 from benchmarks.provenance import device_name, provenance, write_result
 from benchmarks.timing import attempt
-from transformers_meswitch import MESwitchConfig, ops
+from transformers_meswitch import MESwitchConfig
 from transformers_meswitch.peft_method.naming import LEAF_PREFIX, module_key
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -68,7 +68,6 @@ def measure(
 ) -> dict[str, Any]:
     """The rows of the table, and the memory of base and experts."""
     cuda = device == "cuda"
-    ops.MEASURED_DEVICES = frozenset({device})  # which is what this run is for
     bandwidth = 0.0
     if cuda:
         from benchmarks.kernels.timing import read_bandwidth

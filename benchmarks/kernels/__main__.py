@@ -8,7 +8,8 @@
 
 A CUDA graph runs each case on copies of its data that the cache does not hold; the time is the median of its replays.
 The limit is the time of the bytes that have to be read and written, at the bandwidth of a plain read measured in the
-same run; of merging, at that of a copy. Random weights: for time and for the error of the kernels' own arithmetic.
+same run; of merging, at that of a copy. Sections that are measured replace those in the result file and leave others
+there, each with the run that it is of. Random weights: for time and for the error of the kernels' own arithmetic.
 ``tune`` prints lines for ``kernels/torch-ext/meswitch_kernels/configurations.py``, ``tune-merge`` what the sizes in
 ``triton_add_delta.py`` could be. The result goes to ``benchmarks/results``. It needs a GPU.
 """
@@ -16,6 +17,7 @@ same run; of merging, at that of a copy. Random weights: for time and for the er
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -110,6 +112,33 @@ def render(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def merged(known: dict[str, Any], run: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A result with the sections of a run put in, in the place of what it knew of them.
+
+    Args:
+        known: an earlier result of the same device, or nothing.
+        run: how the rows were measured: its ``sections`` among it.
+        rows: of these sections.
+
+    >>> old = merged({}, {"date": "1", "sections": ["bits", "merge"]}, [{"section": "bits"}, {"section": "merge"}])
+    >>> new = merged(old, {"date": "2", "sections": ["merge"]}, [{"section": "merge", "microseconds": 1.0}])
+    >>> new["runs"]
+    [{'date': '1', 'sections': ['bits']}, {'date': '2', 'sections': ['merge']}]
+    >>> new["rows"]
+    [{'section': 'bits'}, {'section': 'merge', 'microseconds': 1.0}]
+    """
+    runs = []
+    for earlier in known.get("runs", []):
+        left = [section for section in earlier["sections"] if section not in run["sections"]]
+        runs += [{**earlier, "sections": left}] if left else []
+    kept = [row for row in known.get("rows", []) if row["section"] not in run["sections"]]
+    return {
+        "weights": "random: for time and for the kernels' own error",
+        "runs": [*runs, run],
+        "rows": [*kept, *rows],
+    }
+
+
 def default_output(device: str) -> Path:
     """``kernels_nvidia-h100-80gb-hbm3.json``."""
     return RESULTS / f"kernels_{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
@@ -137,16 +166,18 @@ def main() -> None:
         tune_merge()
         return
     bandwidth = read_bandwidth()
-    rows = measure_sections(args.section or [*SECTIONS, *DENSE_SECTIONS], bandwidth, args.bitdelta)
+    sections = args.section or [*SECTIONS, *DENSE_SECTIONS]
+    rows = measure_sections(sections, bandwidth, args.bitdelta)
     add_ratios(rows)
     device = device_name("cuda")
-    result = {
+    run = {
         **provenance("benchmarks.kernels", device),
-        "weights": "random: for time and for the kernels' own error",
         "read_bandwidth_tb_per_second": bandwidth / 1e12,
-        "rows": rows,
+        "sections": sections,
     }
-    write_result(args.output or default_output(device), result)
+    output = args.output or default_output(device)
+    known = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    write_result(output, merged(known, run, rows))
     print(f"{device}, reads at {bandwidth / 1e12:.2f} TB/s\n\n{render(rows)}")
 
 

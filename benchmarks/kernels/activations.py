@@ -22,21 +22,18 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.provenance import device_name, provenance, write_result
+from benchmarks.quality.serving import LEVELS, rounded_activations
 from meswitch_kernels import Numerics
 from transformers_meswitch.compression.calibration import DEFAULT, read_samples
 from transformers_meswitch.compression.layered_model import decoder_layers
 
-__all__ = ["linear_inputs", "numerics_errors", "rounded_activations"]
+__all__ = ["linear_inputs", "measure", "numerics_errors"]
 
 RESULT = Path(__file__).parents[1] / "results" / "numerics_smollm2.json"
 _BITS, _SALIENT_CHANNELS = 2, 16
-#: Codes that share a scale, and levels on either side of zero.
-_TILE = 1024
-_LEVELS: dict[str, int] = {"int8": 127, "int16": 127 * 256}
 
 
 @torch.no_grad()
@@ -98,27 +95,10 @@ def numerics_errors(x: Tensor, energy: Tensor, out: int) -> Iterator[tuple[Numer
     salient = energy.topk(min(_SALIENT_CHANNELS, x.shape[1])).indices
     expected = x.double() @ delta.T
     for numerics in get_args(Numerics):
-        y = (rounded_activations(x, salient, numerics) @ delta.T).to(x.dtype)
+        used = x if numerics == "exact" else rounded_activations(x.double(), LEVELS[numerics], salient)
+        y = (used.double() @ delta.T).to(x.dtype)
         lost = y.double() - expected
         yield numerics, float(lost.norm() / expected.norm()), float((lost.norm(dim=1) / expected.norm(dim=1)).max())
-
-
-def rounded_activations(x: Tensor, salient: Tensor, numerics: Numerics) -> Tensor:
-    """Activations ``[rows, in]`` as the kernels multiply codes and salient columns by them, float64.
-
-    >>> rounded_activations(torch.tensor([[127.0, 0.6, 1e4]]), torch.tensor([2]), "int8")
-    tensor([[1.2700e+02, 1.0000e+00, 1.0000e+04]], dtype=torch.float64)
-    """
-    known = x.double()
-    if numerics == "exact":
-        return known
-    coded = known.clone()
-    coded[:, salient] = 0
-    tiles = F.pad(coded, (0, -x.shape[1] % _TILE)).unflatten(1, (-1, _TILE))
-    unit = tiles.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _LEVELS[numerics]
-    rounded = ((tiles / unit + 0.5).floor() * unit).flatten(1)[:, : x.shape[1]]
-    rounded[:, salient] = known[:, salient]
-    return rounded
 
 
 def measure(model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[int], tokens: int) -> dict[str, Any]:

@@ -22,16 +22,31 @@ from meswitch_kernels import (
     group_rows,
 )
 
-__all__ = ["SECTIONS", "Case", "Layers", "call_once", "error", "measure", "random_leaves"]
+__all__ = [
+    "DOWN",
+    "GATE",
+    "GATE_UP",
+    "KEY",
+    "OUT",
+    "QKV",
+    "SECTIONS",
+    "Case",
+    "Layers",
+    "call_once",
+    "error",
+    "measure",
+    "random_leaves",
+]
 
 #: ``delta`` over the base's output; ``fused`` with its matmul, in one kernel if of one row; ``both``: the base's
 #: ``F.linear``, then the delta.
 #: Peers: ``linear``, the base alone, and ``dense``, the base, each expert's dense delta written and multiplied.
 Launch = Literal["delta", "fused", "both", "linear", "dense"]
 
-#: Linears of Mistral-7B, fused where a kernel may fuse them.
+#: Linears of Mistral-7B, fused where a kernel may fuse them, and those that models have apart.
 QKV, OUT, GATE_UP, DOWN = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)
-_NAMES = {QKV: "qkv", OUT: "o", GATE_UP: "gate_up", DOWN: "down"}
+KEY, GATE = (1024, 4096), (14336, 4096)
+_NAMES = {QKV: "qkv", OUT: "o", GATE_UP: "gate_up", DOWN: "down", KEY: "k or v", GATE: "gate or up"}
 _NUMERICS: tuple[Numerics, ...] = ("int8", "int16", "exact")
 _SALIENT_CHANNELS = 16
 

@@ -1,4 +1,4 @@
-"""A model whose linears add a delta's output to the base's, as the package's layers do, with both exchanged in place.
+"""A model whose linears add a delta's output to the base's, as the package's layers do, both exchanged in place.
 
 Merging rounds ``base + delta`` to bfloat16 once more, and the rounding of a small delta on a large weight is an error
 of its own, which is not the compression's; see ``docs/quality.md``.
@@ -44,19 +44,28 @@ class _Served(nn.Linear):
         return F.linear(input, self.weight, self.bias) + F.linear(rounded, self.delta)
 
 
-def rounded_activations(x: Tensor, levels: int) -> Tensor:
+def rounded_activations(x: Tensor, levels: int, salient: Tensor | None = None) -> Tensor:
     """Activations ``[..., in]`` rounded as by the decode kernels for a delta, by the largest of each 1,024 channels.
 
-    Not to the bit: the kernels leave salient channels as they are, which are rounded here too, scale by column steps
-    before, and take other tiles where others are tuned.
+    Not to the bit: the kernels count channels without the salient ones, scale by column steps before, and take other
+    tiles where others are tuned.
+
+    Args:
+        x: the activations.
+        levels: on either side of zero.
+        salient: channels that are left as they are; none if `None`.
 
     >>> rounded_activations(torch.tensor([[1.0, -0.4, 0.1]]), 2)
     tensor([[ 1.0000, -0.5000,  0.0000]])
+    >>> rounded_activations(torch.tensor([[9.9, 1.0, -0.4]]), 2, torch.tensor([0]))
+    tensor([[ 9.9000,  1.0000, -0.5000]])
     """
     width = x.shape[-1]
-    tiles = F.pad(x.float(), (0, -width % _TILE)).unflatten(-1, (-1, _TILE))
+    coded = x.float() if salient is None else x.float().index_fill(-1, salient, 0.0)
+    tiles = F.pad(coded, (0, -width % _TILE)).unflatten(-1, (-1, _TILE))
     unit = tiles.abs().amax(-1, keepdim=True).clamp(min=1e-30) / levels
-    return ((tiles / unit).round() * unit).flatten(-2)[..., :width].to(x.dtype)
+    rounded = ((tiles / unit).round() * unit).flatten(-2)[..., :width].to(x.dtype)
+    return rounded if salient is None else rounded.index_copy(-1, salient, x[..., salient])
 
 
 def prepare_serving(model: PreTrainedModel) -> None:

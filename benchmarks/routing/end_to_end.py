@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import random
 import tempfile
 from collections.abc import Sequence
@@ -59,8 +58,9 @@ def load_family(
     """
     with tempfile.TemporaryDirectory() as folder:
         deltas = {task: Path(folder) / task for task in TASKS}
-        # In processes of their own: most of the time goes into steps that leave a device waiting for the host.
-        with ProcessPoolExecutor(min(len(TASKS), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        # On a GPU side by side: most of the time goes into steps that leave the device waiting for the host.
+        workers = len(TASKS) if device == "cuda" else 1
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             running = []
             for task, delta in deltas.items():
                 weights = ExpertFolder(work / "experts" / str(ExpertId(task, strength, seed))).load()

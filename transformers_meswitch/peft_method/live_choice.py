@@ -38,6 +38,7 @@ class LiveChoice:
         self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
         self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
+        self._indices: dict[tuple[int, int], torch.Tensor] = {}
         self._groups: dict[tuple[int, int], RowGroups] = {}
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
@@ -61,9 +62,15 @@ class LiveChoice:
     def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
         """Slots of ``batch`` rows of which each stands ``repeats`` times, int32 ``[batch * repeats]``.
 
-        The rows of the request are spread over beams and return sequences when the batch is a multiple of them.
+        The rows of the request are spread over beams and return sequences when the batch is a multiple of them. Worked
+        out once a call, as every norm asks.
         """
-        return self._names[self._row_of_request(batch, repeats)]
+        if torch.compiler.is_compiling():
+            # One computation in the compiled code, however often it is asked for.
+            return self._names[self._row_of_request(batch, repeats)]
+        if (batch, repeats) not in self._indices:
+            self._indices[batch, repeats] = self._names[self._row_of_request(batch, repeats)]
+        return self._indices[batch, repeats]
 
     def known(self, batch: int) -> torch.Tensor:
         """How many ids the expert of each of ``batch`` rows knows, int32 ``[batch]``."""
@@ -75,12 +82,11 @@ class LiveChoice:
 
     def begin(self) -> None:
         """A call of the model begins: forget what an earlier one worked out, which may be of another graph."""
-        self._groups = {}
+        self._indices, self._groups = {}, {}
 
     def groups(self, batch: int, repeats: int) -> RowGroups:
         """The rows by expert, as the kernels take them; worked out once a call."""
         if torch.compiler.is_compiling():
-            # One computation in the compiled code, however often it is asked for.
             return group_rows(self.index(batch, repeats))
         if (batch, repeats) not in self._groups:
             self._groups[batch, repeats] = group_rows(self.index(batch, repeats))

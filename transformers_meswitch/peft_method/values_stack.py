@@ -18,7 +18,8 @@ __all__ = ["ValuesStack", "run_with_rows", "takes_rows"]
 class ValuesStack(nn.Module):
     """The experts' own parameters of a small module, by slot, for code that picks them by tensors alone.
 
-    A second copy of a few thousand numbers an expert, so that no loop over experts is needed.
+    A second copy of a few thousand numbers an expert, so that no loop over experts is needed. The last row is the
+    base's: it has nothing of its own, and -1 is its index.
 
     Args:
         base: the base's module.
@@ -29,11 +30,11 @@ class ValuesStack(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         first = next(base.parameters())
-        self.register_buffer("has", torch.zeros(ROOM, dtype=torch.bool, device=first.device), persistent=False)
+        self.register_buffer("has", torch.zeros(ROOM + 1, dtype=torch.bool, device=first.device), persistent=False)
         self._names = [name for name, _ in base.named_parameters(recurse=False)]
         self._slots: dict[str, int] = {}
         for name, parameter in base.named_parameters(recurse=False):
-            self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM, *parameter.shape), persistent=False)
+            self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM + 1, *parameter.shape), persistent=False)
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
         """Enter an expert: its name, its slot, and its own parameters by name.
@@ -61,11 +62,11 @@ class ValuesStack(nn.Module):
             base: the base's module.
             index: int32 ``[rows]``, slots, -1 for the base.
         """
-        slot = index.clamp_min(0)
-        own = self.has[slot] & (index >= 0)
+        # Each of these is a kernel of microseconds in a step that has two norms a layer, so they are few.
+        own = self.has[index]
         picked = {}
         for name in self._names:
-            rows = getattr(self, f"of_{name}")[slot]
+            rows = getattr(self, f"of_{name}")[index]
             picked[name] = torch.where(own.view(-1, *[1] * (rows.ndim - 1)), rows, getattr(base, name))
         return picked
 

@@ -68,7 +68,7 @@ class Discriminant:
         What is far from every class is like nothing the router was fitted to, however clear-cut its probabilities are
         (Lee et al., "A simple unified framework for detecting out-of-distribution samples", arXiv 1807.03888, eq. 2).
         """
-        # The points are whitened, not their offsets from each mean, so that many classes cost no more than few.
+        # The points are whitened, not their offsets from each mean, so that the solve does not grow with the classes.
         offsets = _whitened(points.double(), self.whitening).unsqueeze(1) - self.whitened_means
         return offsets.square().sum(dim=2).amin(dim=1)
 

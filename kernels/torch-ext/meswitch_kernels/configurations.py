@@ -60,7 +60,8 @@ _NUMERICS = ("exact", "int8", "int16")
 
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200. Tuned on an H200, at 2 bits. As many programs as the registers leave room for are the fastest.
+    # H100, H200. Tuned on an H200 at 2 bits with int8 and int16, whose sizes exact numerics have, too, but for groups
+    # of several rows, where they need more registers. As many programs as the registers allow are the fastest.
     (9, 0): {
         **{Key("fused", numerics): Configuration(block_in=512, stages=3) for numerics in _NUMERICS},
         **{

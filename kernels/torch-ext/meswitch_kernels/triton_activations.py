@@ -49,7 +49,7 @@ def _prepare_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program prepares one tile of one position."""
-    # Only now is all there that the kernel which follows reads before it waits for this one.
+    # In this order: after the wait all is there that the kernel which follows reads before it waits for this one.
     wait_for_previous(OVERLAP)
     allow_next(OVERLAP)
     position = tl.program_id(0).to(tl.int64)

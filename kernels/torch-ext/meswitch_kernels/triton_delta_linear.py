@@ -85,6 +85,7 @@ def _delta_linear_kernel(
                 if HAS_BASE:
                     delta += tl.load(base_out + where, mask=both, other=0.0).to(tl.float32)
                 tl.store(y + where, delta.to(y.dtype.element_ty), mask=both)
+    # Programs that found nothing to do have to, too: see :func:`allow_next`.
     wait_for_previous(OVERLAP)
 
 

@@ -27,8 +27,10 @@ _TENSOR_CORE_ROWS = 16
 def allow_next(OVERLAP: tl.constexpr) -> None:
     """Let the next kernel of the stream start; what this one stores it sees after :func:`wait_for_previous`.
 
-    A kernel that other kernels of this package may follow has to wait for the one before it in each of its programs,
-    if only at its end, so that whatever waits for it has waited for all that came before.
+    Who waits for a kernel has waited for what came before it only if that kernel waited itself, in each of its
+    programs, if only at its end. The kernels here do, and what runs before them has to, whoever made it. The first of
+    a call lets the next one start after its own wait: so the next may read, before it waits, what was there before
+    the call: inputs, groups and tables, but not what the first one writes.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -36,7 +38,7 @@ def allow_next(OVERLAP: tl.constexpr) -> None:
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr) -> None:
-    """Wait until the kernel before has ended; what ran before that one had ended anyway."""
+    """Wait until the kernel before has ended, and see what it wrote."""
     if OVERLAP:
         gdc_wait()
 
