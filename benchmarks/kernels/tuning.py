@@ -27,8 +27,8 @@ _KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Rows over experts. Sizes are for all of a kind, since a graph does not know which it will meet.
 _ROWS: dict[Kind, tuple[tuple[int, int], ...]] = {
     "fused": ((1, 1),),
-    "single": ((1, 1), (16, 16)),
-    "several": ((2, 1), (16, 1), (16, 4), (16, 8)),
+    "single": ((1, 1), (2, 1), (16, 8), (16, 16)),
+    "several": ((4, 1), (16, 1), (16, 2), (16, 4)),
 }
 _SHOWN = 5
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .configurations import Configuration, program_count
+from .row_groups import FEW_ROWS
 
 __all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
 
@@ -50,11 +51,11 @@ def group_launches(
 
     >>> sizes = Configuration(block_out=16)
     >>> [launch[:2] for launch in group_launches(4, 24, sizes, sizes, torch.device("cpu"))]
-    [(1, 8), (16, 4)]
+    [(1, 8), (16, 2)]
     """
     yield 1, program_count(rows * triton.cdiv(channels, single.block_out), single, device), single
-    if rows > 1:
-        pieces = rows // 2 * triton.cdiv(channels, several.block_out)
+    if rows > FEW_ROWS:
+        pieces = rows // (FEW_ROWS + 1) * triton.cdiv(channels, several.block_out)
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
 
 
