@@ -93,11 +93,12 @@ def test_table() -> None:
 
 
 class _NoCompilers:
-    """Compiles nothing; sizes with eight warps do not compile."""
+    """Compiles nothing; sizes with the fewest channels do not compile."""
 
     def map(self, _: Any, cases: list[Case], candidates: Any) -> list[str | None]:
         assert len(cases) == len(candidates)
-        return ["too large" if candidate.warps == 8 else None for candidate in candidates]
+        least = min(candidate.block_out for candidate in candidates)
+        return ["too large" if candidate.block_out == least else None for candidate in candidates]
 
 
 @pytest.mark.parametrize("kind", ["fused", "single", "several"])
@@ -105,22 +106,22 @@ def test_the_search_finds_the_best_sizes(
     kind: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The sizes that are best by all cases together, of those that compile; first in what is printed."""
-    best = next(sizes for sizes in reversed(list(tuning.grid(kind))) if sizes.warps != 8)
-    seen = set()
+    sizes = list(tuning.grid(kind))
+    best, least = sizes[-1], min(candidate.block_out for candidate in sizes)
+    cases = tuning._cases(kind, (4096, 4096), 2, "int16")
 
     def time(case: Case, layers: Any, sizes: Configuration) -> float:
-        assert sizes.warps != 8
-        seen.add(case.experts)
+        assert sizes.block_out != least
         # Others are a little better in one case, and much worse in another.
         return 10.0 if sizes == best else 9.0 if case.experts == 1 and kind != "fused" else 20.0
 
     monkeypatch.setattr(tuning, "_time", time)
     monkeypatch.setattr(tuning, "Layers", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    tuning._tune_kernel(kind, "int16", [tuning._cases(kind, (4096, 4096), 2, "int16")], _NoCompilers())  # type: ignore[arg-type]
+    tuning._tune_kernel(kind, "int16", [cases], _NoCompilers())  # type: ignore[arg-type]
     printed = capsys.readouterr().out.splitlines()
     assert any("too large" in line for line in printed)
-    times = ", ".join(["10.0"] * len(seen))
+    times = ", ".join(["10.0"] * len(cases))
     chosen = next(line for line in printed if not line.startswith("#"))
     assert chosen == f"{Key(kind, 'int16', 4096, 4096)!r}: {best!r},  # {times} µs"
 

@@ -57,6 +57,7 @@ class LiveChoice:
             )
         self._names[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
         self._known[: len(slots)].copy_(torch.tensor(known, dtype=torch.int32))
+        self._indices = {}
         self._count.fill_(len(slots))
 
     def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
