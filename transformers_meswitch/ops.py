@@ -15,24 +15,21 @@ import meswitch_kernels
 from .compression.linear import reconstruct_linear
 from .delta_format.spec import LinearRecord
 
-__all__ = ["MEASURED_DEVICES", "delta_linear", "dequantize_delta", "merged_weight", "runs_kernels"]
+__all__ = ["delta_linear", "dequantize_delta", "merged_weight", "runs_kernels"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Types of devices on which the kernels for decoding and merging have been run and measured: NVIDIA's, an H200. On
-#: others, AMD's among them, deltas are made dense; Triton's interpreter runs the kernels on a CPU.
-MEASURED_DEVICES: frozenset[str] = frozenset({"cuda"})
 
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether layers on a device read codes through kernels, rather than make deltas dense.
 
+    On NVIDIA's devices, where the kernels for decoding and merging have been run and measured, and on a CPU in
+    Triton's interpreter; on others, AMD's among them, they have not been.
+
     >>> runs_kernels(torch.device("meta"))
     False
     """
-    if not meswitch_kernels.has_kernel(device):
-        return False
-    # torch calls AMD's devices "cuda", too.
-    return device.type == "cpu" or (device.type in MEASURED_DEVICES and torch.version.hip is None)
+    return meswitch_kernels.has_kernel(device) and (device.type == "cpu" or meswitch_kernels.is_nvidia(device))
 
 
 def dequantize_delta(

@@ -104,9 +104,11 @@ def numerics_errors(x: Tensor, energy: Tensor, out: int) -> Iterator[tuple[Numer
 def measure(model: PreTrainedModel, sequences: Sequence[Tensor], layers: Sequence[int], tokens: int) -> dict[str, Any]:
     """Of each projection and numerics: the median error over the layers, and the worst layer's, with its worst row."""
     found: dict[str, dict[str, list[tuple[float, float, int]]]] = defaultdict(lambda: defaultdict(list))
+    decoder = decoder_layers(model)
+    assert decoder is not None
     for name, (x, energy) in linear_inputs(model, sequences, layers, tokens).items():
         number, projection = name.split(".", 1)
-        module = next(m for key, m in model.named_modules() if key.endswith(f"layers.{name}"))
+        module = decoder[1].get_submodule(name)
         assert isinstance(module, nn.Linear)
         for numerics, error, worst_row in numerics_errors(x, energy, module.out_features):
             found[projection][numerics].append((error, worst_row, int(number)))

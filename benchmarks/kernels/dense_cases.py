@@ -32,6 +32,7 @@ _LAYERS = 4
 _SCRATCH: dict[str, dict[str, Any]] = {
     "scratch": {"chunk_bytes": None, "ahead": False},
     "scratch, ahead": {"chunk_bytes": None},
+    "scratch, ahead, 256 programs": {"chunk_bytes": None, "programs": 256},
 }
 for _size in (8, 16, 32):
     _SCRATCH[f"{_size} MiB"] = {"chunk_bytes": _size << 20, "ahead": False}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,8 +39,7 @@ class LiveChoice:
         self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
         self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
-        self._indices: dict[tuple[int, int], torch.Tensor] = {}
-        self._groups: dict[tuple[int, int], RowGroups] = {}
+        self._worked_out: dict[tuple[str, int, int], Any] = {}
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """Take over a choice.
@@ -57,8 +57,8 @@ class LiveChoice:
             )
         self._names[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
         self._known[: len(slots)].copy_(torch.tensor(known, dtype=torch.int32))
-        self._indices = {}
         self._count.fill_(len(slots))
+        self._worked_out = {}
 
     def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
         """Slots of ``batch`` rows of which each stands ``repeats`` times, int32 ``[batch * repeats]``.
@@ -66,12 +66,10 @@ class LiveChoice:
         The rows of the request are spread over beams and return sequences when the batch is a multiple of them. Worked
         out once a call, as every norm asks.
         """
-        if torch.compiler.is_compiling():
-            # One computation in the compiled code, however often it is asked for.
-            return self._names[self._row_of_request(batch, repeats)]
-        if (batch, repeats) not in self._indices:
-            self._indices[batch, repeats] = self._names[self._row_of_request(batch, repeats)]
-        return self._indices[batch, repeats]
+        index: torch.Tensor = self._once(
+            ("index", batch, repeats), lambda: self._names[self._row_of_request(batch, repeats)]
+        )
+        return index
 
     def known(self, batch: int) -> torch.Tensor:
         """How many ids the expert of each of ``batch`` rows knows, int32 ``[batch]``."""
@@ -83,12 +81,17 @@ class LiveChoice:
 
     def begin(self) -> None:
         """A call of the model begins: forget what an earlier one worked out, which may be of another graph."""
-        self._indices, self._groups = {}, {}
+        self._worked_out = {}
 
     def groups(self, batch: int, repeats: int) -> RowGroups:
         """The rows by expert, as the kernels take them; worked out once a call."""
+        groups: RowGroups = self._once(("groups", batch, repeats), lambda: group_rows(self.index(batch, repeats)))
+        return groups
+
+    def _once(self, what: tuple[str, int, int], work_out: Callable[[], Any]) -> Any:
         if torch.compiler.is_compiling():
-            return group_rows(self.index(batch, repeats))
-        if (batch, repeats) not in self._groups:
-            self._groups[batch, repeats] = group_rows(self.index(batch, repeats))
-        return self._groups[batch, repeats]
+            # One computation in the compiled code, however often it is asked for.
+            return work_out()
+        if what not in self._worked_out:
+            self._worked_out[what] = work_out()
+        return self._worked_out[what]

@@ -9,7 +9,7 @@ from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
 from .linear import delta_linear, fused_linear
 from .numerics import Numerics
-from .op import dequantize_delta, has_kernel
+from .op import dequantize_delta, has_kernel, is_nvidia
 from .prefill import PrefillLayer, prefill_linear
 from .reference import add_delta_reference, delta_linear_reference, dequantize_delta_reference
 from .rounding import round_in_turn, round_in_turn_reference
@@ -43,6 +43,7 @@ __all__ = [
     "has_kernel",
     "head_rows",
     "head_rows_reference",
+    "is_nvidia",
     "map_rows",
     "merged_weight",
     "prefill_linear",

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .op import is_nvidia
+
 __all__ = ["Configuration", "Key", "Kind", "configuration", "program_count"]
 
 #: One row's base and delta in one kernel; the deltas of groups of one row; those of groups of several rows.
@@ -98,8 +100,7 @@ def program_count(work: int, configuration: Configuration, device: torch.device)
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+    return torch.cuda.get_device_capability(device) if is_nvidia(device) else (0, 0)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _write_with_triton = dequantize_delta_triton
 
-__all__ = ["dequantize_delta", "has_kernel", "has_ptx"]
+__all__ = ["dequantize_delta", "has_kernel", "has_ptx", "is_nvidia"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +42,15 @@ def has_kernel(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether a device is NVIDIA's: torch calls AMD's "cuda", too.
+
+    >>> is_nvidia(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def has_ptx(device: torch.device) -> bool:
     """Whether kernels on a device may use NVIDIA's instructions.
 
@@ -49,7 +58,7 @@ def has_ptx(device: torch.device) -> bool:
     False
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return device.type == "cuda" and torch.version.hip is None and not interpreted
+    return is_nvidia(device) and not interpreted
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dequantize_delta"), mutates_args=())
