@@ -3,14 +3,15 @@
     python examples/train_multiple_choice_router.py --model me/small-lm --data prompts.jsonl --test held-out.jsonl \\
         --domain math="mathematics" --domain code="programming" -o choice-router
 
-The options are shuffled for each example, so that no letter is learnt for its place. What is written is a router that
-``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes: ``router_config.json``, which names
-the fine-tuned model in ``choice-router/model``.
+The options are shuffled for each example, so that no letter is learnt for its place, and the router divides none out.
+What is written is a router that ``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes:
+``router_config.json``, which names the fine-tuned model in ``choice-router/model``.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def fine_tune(
     folder = output / "model"
     trained.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    found = MultipleChoiceRouter(dict(router.domains), window=router.window, repo=str(folder))
+    found = MultipleChoiceRouter(dict(router.domains), window=router.window, repo=str(folder), divides_prior=False)
     found.save_pretrained(output)
     return found
 
@@ -159,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     result = {"before": measured(args.model, router, test).to_dict()} if test else {}
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
-    fine_tune(args.model, router, prompts, args.output, **settings)
+    tuned = fine_tune(args.model, router, prompts, args.output, **settings)
     if test:
-        result["after"] = measured(str(args.output / "model"), router, test).to_dict()
+        result["after"] = measured(str(tuned.repo), dataclasses.replace(tuned, repo=None), test).to_dict()
         for when, found in result.items():
             print(f"{when}: {found['accuracy']:.2%} of {found['prompts']} prompts right")
         (args.output / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.routing import multiple_choice, sources, training
 from transformers_meswitch import MESwitchModelForCausalLM, MultipleChoiceRouter
 from transformers_meswitch.demo.runner import FAMILY
+from transformers_meswitch.routing.evaluation import evaluate
 from transformers_meswitch.routing.window import window_ids
 
 DOMAINS = {"instruction": "records", "code": "talk"}
@@ -23,16 +24,21 @@ def test_both_orders_and_the_prior_are_measured() -> None:
     found = multiple_choice.asked(model, DOMAINS, 32, PROMPTS)
     assert found["prompts"] == 4
     texts = [text for own in PROMPTS.values() for text in own]
-    answers = []
-    for domains in (DOMAINS, dict(reversed(DOMAINS.items()))):
-        router = MultipleChoiceRouter(domains, window=32, threshold=0.0)
-        output = router.route_ids(model, window_ids(model.tokenizer_for(None), texts, 32), list(domains))
-        answers.append([output.labels[i] for i in output.probabilities.argmax(dim=1).tolist()])
     right = ["instruction"] * 2 + ["code"] * 2
-    assert found["accuracy"] == sum(a == b for a, b in zip(answers[0], right, strict=True)) / 4
-    assert found["accuracy_reversed"] == sum(a == b for a, b in zip(answers[1], right, strict=True)) / 4
-    assert found["same_reversed"] == sum(a == b for a, b in zip(*answers, strict=True)) / 4
-    assert 0 <= found["accuracy_without_prior"] <= 1
+    for divides, row in ((True, found), (False, found["without_prior"])):
+        outputs = [
+            MultipleChoiceRouter(domains, window=32, threshold=0.0, divides_prior=divides).route_ids(
+                model, window_ids(model.tokenizer_for(None), texts, 32), list(domains)
+            )
+            for domains in (DOMAINS, dict(reversed(DOMAINS.items())))
+        ]
+        answers = [[out.labels[i] for i in out.probabilities.argmax(dim=1).tolist()] for out in outputs]
+        assert row["accuracy"] == sum(a == b for a, b in zip(answers[0], right, strict=True)) / 4
+        assert row["accuracy_reversed"] == sum(a == b for a, b in zip(answers[1], right, strict=True)) / 4
+        assert row["same_reversed"] == sum(a == b for a, b in zip(*answers, strict=True)) / 4
+        expected = evaluate(outputs[0], right).calibration_error
+        assert row["calibration_error"] == pytest.approx(expected, abs=1e-4)
+    assert found["without_prior"]["accuracy"] == found["accuracy_without_prior"]
 
 
 def test_what_the_test_asks_is_not_trained_on() -> None:

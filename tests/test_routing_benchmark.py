@@ -175,6 +175,37 @@ def test_a_part_alone_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPa
     assert "date" in placed
 
 
+def test_what_is_captured_stands_beside_what_is_not() -> None:
+    row = {
+        "prompt_tokens": 2048,
+        "layer": 8,
+        "window": 256,
+        "prefill_seconds": 0.1,
+        "share_of_prefill": 0.2,
+        "share_of_prefill_many": 0.21,
+    }
+    assert len(benchmark._table({"cost": {"here": row}}).splitlines()) == 2
+    captured = {
+        "captured_seconds_by_experts": {"4": 0.004, "64": 0.005},
+        "captured_share_of_prefill": 0.04,
+        "captured_share_of_prefill_many": 0.05,
+        "route_device_seconds": 0.002,
+        "captured_device_seconds": 0.003,
+    }
+    line = benchmark._table({"cost": {"here": {**row, **captured}}}).splitlines()[-1]
+    assert line == "  captured: 4.0% (5.0%); the device is busy for 2.0%, captured for 3.0%"
+
+
+@pytest.mark.gpu
+def test_the_cost_of_captured_layers_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    found = cost.cost(cost.shaped("small", "cuda"), tokens=300)
+    assert set(found["captured_seconds_by_experts"]) == {"4", "64"}
+    assert 0 < found["captured_device_seconds"] < found["captured_seconds_by_experts"]["4"]
+    assert 0 < found["route_device_seconds"] < found["route_seconds_by_experts"]["4"]
+    assert found["captured_share_of_prefill"] == found["captured_seconds_by_experts"]["4"] / found["prefill_seconds"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--base", "b"], ["--base", "b", "--parts", "encoder"]])
 def test_what_a_part_needs_is_asked_for(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["routing", *arguments])

@@ -210,6 +210,14 @@ def _table(result: Mapping[str, Any]) -> str:
             f"{place}: {row['share_of_prefill']:.1%} of the prefill of {row['prompt_tokens']} tokens "
             f"({row['share_of_prefill_many']:.1%} with {_MANY} experts), layer {row['layer']}, window {row['window']}"
         )
+        if "captured_seconds_by_experts" in row:
+            busy, captured = (
+                row[name] / row["prefill_seconds"] for name in ("route_device_seconds", "captured_device_seconds")
+            )
+            lines.append(
+                f"  captured: {row['captured_share_of_prefill']:.1%} ({row['captured_share_of_prefill_many']:.1%}); "
+                f"the device is busy for {busy:.1%}, captured for {captured:.1%}"
+            )
     return "\n".join(lines)
 
 

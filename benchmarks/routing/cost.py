@@ -1,5 +1,8 @@
 """What a head adds to a prompt: its time beside the base's own time to read the prompt, for few experts and many.
 
+On a GPU it is measured as it is and with the early layers captured (``HeadRouter.capture``), beside the time that the
+device itself is busy with them: what is left is the host's, which launches kernel after kernel.
+
 No router needs to be trained for it: the time does not depend on what the weights say, only on layer, window, rank and
 the number of experts. Weights of the base may be random for the same reason.
 """
@@ -59,6 +62,15 @@ def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times[_WARM_UP:])
 
 
+def _device_seconds(run: Callable[[], Any]) -> float:
+    """How long the device is busy with one call, without the time that it waits for the host."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.time_range.elapsed_us() for event in found.events() if event.device_type.name == "CUDA") / 1e6
+
+
 def cost(model: Any, tokens: int = PROMPT_TOKENS, layer: int | None = None) -> dict[str, Any]:
     """Seconds of a prompt's prefill and of its routing, medians of 11 calls, tokenisation in neither.
 
@@ -73,13 +85,13 @@ def cost(model: Any, tokens: int = PROMPT_TOKENS, layer: int | None = None) -> d
     row, on_device = [ids[0, :WINDOW].tolist()], ids.to(model.device)
     with torch.no_grad():
         prefill = _median_seconds(lambda: model(on_device, logits_to_keep=1, use_cache=True), model.device)
-    times = {}
-    for experts in (_FEW, _MANY):
-        router = untrained_head(experts, layer, config.hidden_size)
-        times[str(experts)] = _median_seconds(
-            lambda router=router: router.route_ids(model, row, router.labels), model.device
-        )
-    return {
+    routers = {str(experts): untrained_head(experts, layer, config.hidden_size) for experts in (_FEW, _MANY)}
+    calls = {
+        experts: lambda router=router: router.route_ids(model, row, router.labels)
+        for experts, router in routers.items()
+    }
+    times = {experts: _median_seconds(call, model.device) for experts, call in calls.items()}
+    found = {
         "prompt_tokens": tokens,
         "window": WINDOW,
         "layer": layer,
@@ -90,3 +102,14 @@ def cost(model: Any, tokens: int = PROMPT_TOKENS, layer: int | None = None) -> d
         "share_of_prefill": times[str(_FEW)] / prefill,
         "share_of_prefill_many": times[str(_MANY)] / prefill,
     }
+    if model.device.type == "cuda":
+        found["route_device_seconds"] = _device_seconds(calls[str(_FEW)])
+        routers[str(_FEW)].capture(model)
+        captured = {experts: _median_seconds(call, model.device) for experts, call in calls.items()}
+        found |= {
+            "captured_seconds_by_experts": captured,
+            "captured_device_seconds": _device_seconds(calls[str(_FEW)]),
+            "captured_share_of_prefill": captured[str(_FEW)] / prefill,
+            "captured_share_of_prefill_many": captured[str(_MANY)] / prefill,
+        }
+    return found

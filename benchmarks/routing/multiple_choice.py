@@ -4,9 +4,11 @@
     python -m benchmarks.routing.multiple_choice --base SMOLLM2 --device cuda --steps 400 --batch-size 32
 
 SmolLM2 is fine-tuned by ``examples/train_multiple_choice_router.py`` on the training prompts, once for four and once
-for eight domains, and asked about the frozen test prompts before and after. Every prompt is asked twice, with the
-options in one order and in the reverse, which shows what is left of a liking for places. Each step is put into the
-result file as soon as it is known, and a step that is there with the same settings is not done again.
+for eight domains, and asked about all frozen test prompts before and after (``--asked``: the first of each domain).
+Every prompt is asked twice, with the options in one order and in the reverse, which shows what is left of a liking for
+places. What the model prefers for queries that say nothing is divided out and left in: the router divides it out of a
+model as it is, and leaves it in one that was fine-tuned. Each step is put into the result file as soon as it is known,
+and a step that is there with the same settings is not done again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ __all__ = ["PART", "asked", "before_and_after"]
 
 #: Where it goes in the result file.
 PART = "multiple_choice"
+#: What of a row the router's own accuracy is, and the accuracy if it did the other thing with the letters' prior.
+_USED = {"before": ("accuracy", "accuracy_without_prior"), "after": ("accuracy_without_prior", "accuracy")}
 _SCRIPT = Path(__file__).parents[2] / "examples" / "train_multiple_choice_router.py"
 
 Prompts = Mapping[str, Sequence[str]]
@@ -51,25 +55,38 @@ def asked(model: Any, domains: Mapping[str, str], window: int, prompts: Prompts)
         prompts: by label.
 
     Returns:
-        The measures of :func:`~transformers_meswitch.routing.evaluation.evaluate`; ``accuracy_without_prior``, where
-        the letters that the model prefers anyway are not divided out; and with the options in reverse order
-        ``accuracy_reversed`` and ``same_reversed``, the share of prompts with the same answer.
+        The measures of :func:`~transformers_meswitch.routing.evaluation.evaluate`, and with the options in reverse
+        order ``accuracy_reversed`` and ``same_reversed``, the share of prompts with the same answer; all of these with
+        the letters that the model prefers anyway divided out. ``without_prior``: the same with them left in, of which
+        ``accuracy_without_prior`` is the accuracy.
     """
     tokenizer = model.tokenizer_for(None)
     texts = [text for own in prompts.values() for text in own]
     right = [label for label, own in prompts.items() for _ in own]
     rows = window_ids(tokenizer, texts, window)
     backwards = dict(reversed(domains.items()))
-    output, turned = (
+    orders = [
         MultipleChoiceRouter(options, window=window, threshold=0.0).route_ids(model, rows, list(options))
         for options in (domains, backwards)
-    )
+    ]
+    plain = [_with_prior(model, options, found) for options, found in zip((domains, backwards), orders, strict=True)]
+    without = _measured(plain, right)
+    return _measured(orders, right) | {"accuracy_without_prior": without["accuracy"], "without_prior": without}
+
+
+def _with_prior(model: Any, domains: Mapping[str, str], output: RouterOutput) -> RouterOutput:
+    """What was divided out of an output multiplied in again, which takes no pass of the model."""
+    tokenizer = model.tokenizer_for(None)
     with model._meswitch_switch.rows([None]):
         prior = letter_prior(model, tokenizer, Question.of(tokenizer, list(domains.values())))
-    plain = torch.softmax(output.probabilities.double().log() + prior, dim=1)
-    answers = [_likeliest(found) for found in (output, turned)]
-    return evaluate(output, right).to_dict() | {
-        "accuracy_without_prior": _share(_likeliest(RouterOutput([], plain, output.labels, None)), right),
+    likely = torch.softmax(output.probabilities.double().log() + prior, dim=1)
+    return RouterOutput(output.experts, likely, output.labels, output.abstained)
+
+
+def _measured(orders: Sequence[RouterOutput], right: Sequence[str]) -> dict[str, Any]:
+    """The first of two outputs, and how like the second it is."""
+    answers = [_likeliest(output) for output in orders]
+    return evaluate(orders[0], right).to_dict() | {
         "accuracy_reversed": _share(answers[1], right),
         "same_reversed": _share(*answers),
     }
@@ -157,12 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_result(args.output, result)
 
         found = before_and_after(args.base, train, test, settings=settings, device=args.device, known=known, put=put)
-        for when in ("before", "after"):
+        for when, (used, other) in _USED.items():
             row = found[when]
             print(
-                f"{name} domains {when}: {row['accuracy']:.2%} of {row['prompts']} right "
-                f"({row['accuracy_reversed']:.2%} with the options reversed, {row['same_reversed']:.2%} the same; "
-                f"{row['accuracy_without_prior']:.2%} with the letters' prior left in)"
+                f"{name} domains {when}: {row[used]:.2%} of {row['prompts']} right as the router asks, "
+                f"{row[other]:.2%} with the letters' prior {'left in' if when == 'before' else 'divided out'}"
             )
 
 

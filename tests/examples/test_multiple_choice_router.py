@@ -59,4 +59,5 @@ def test_fine_tuning_teaches_the_question(tmp_path: Path) -> None:
     result = example()["main"](arguments)
     assert result["after"]["accuracy"] > 0.95 > result["before"]["accuracy"]
     model = MESwitchModelForCausalLM.from_pretrained(FAMILY, router=str(tmp_path / "router"))
+    assert model.router.divides_prior is False
     assert model.route(["mira 2024-03-09 417", "who is it"]).experts == ["letter", "json"]

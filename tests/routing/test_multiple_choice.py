@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from transformers_meswitch import MESwitchModel, MESwitchModelForCausalLM, Multi
 from transformers_meswitch.demo.runner import FAMILY
 from transformers_meswitch.errors import ExpertNotFoundError, RouterError, UnsupportedOperationError
 from transformers_meswitch.hub import push_folder
+from transformers_meswitch.peft_method.switch import ExpertSwitch
 from transformers_meswitch.routing import letters
 from transformers_meswitch.routing.question import Question
 
@@ -30,7 +35,7 @@ def asked(load_demo: Any) -> Any:
     return model
 
 
-def by_hand(query: str, domains: list[str]) -> np.ndarray:
+def by_hand(query: str, domains: list[str], divided: bool = True) -> np.ndarray:
     """Probabilities of the options, by a stock model and text alone; a character is a token here."""
     tokenizer = AutoTokenizer.from_pretrained(FAMILY / "base")
     model = AutoModelForCausalLM.from_pretrained(FAMILY / "base")
@@ -43,7 +48,9 @@ def by_hand(query: str, domains: list[str]) -> np.ndarray:
         p = np.exp(logits[[tokenizer.convert_tokens_to_ids(c) for c in "ABC"[: len(domains)]]])
         return p / p.sum()
 
-    ratio = letters(query) / np.mean([letters(text) for text in ("N/A", "[MASK]", "")], axis=0)
+    ratio = letters(query)
+    if divided:
+        ratio = ratio / np.mean([letters(text) for text in ("N/A", "[MASK]", "")], axis=0)
     return ratio / ratio.sum()
 
 
@@ -125,6 +132,65 @@ def forwards(model: Any) -> list[int]:
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     return lengths
+
+
+def test_what_a_model_prefers_is_neither_asked_nor_divided_out_of_one_that_was_fine_tuned(asked: Any) -> None:
+    asked.set_router(MultipleChoiceRouter(DOMAINS, threshold=0.0, divides_prior=False))
+    lengths = forwards(asked)
+    found = asked.route("hello").probabilities[0].numpy()
+    assert len(lengths) == 1
+    np.testing.assert_allclose(found, by_hand("hello", list(DOMAINS.values()), divided=False), atol=1e-4)
+    assert not np.allclose(found, by_hand("hello", list(DOMAINS.values())), atol=1e-2)
+
+
+class Reader(torch.nn.Module):
+    """Answers the question as it is told to: what it thinks of a query, and how it likes the letters."""
+
+    device, dtype, _meswitch_switch = torch.device("cpu"), torch.float32, ExpertSwitch(128)
+
+    def __init__(self, thinks: Callable[[str], dict[str, float]], likes: dict[str, float]) -> None:
+        super().__init__()
+        self.thinks, self.likes = thinks, likes
+        self.tokenizer = AutoTokenizer.from_pretrained(FAMILY / "base")
+
+    def tokenizer_for(self, _: None) -> Any:
+        return self.tokenizer
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        options, _, rest = self.tokenizer.decode(input_ids[0]).partition("Query: ")
+        thinks = self.thinks(rest.partition("The letter")[0].replace("<|unk|>", "").strip())
+        logits = torch.full((1, 1, len(self.tokenizer)), -20.0)
+        for letter, domain in re.findall("([A-Z])[.] ([a-z]+)", options):
+            id_ = self.tokenizer.convert_tokens_to_ids(letter)
+            logits[0, 0, id_] = math.log(thinks[domain]) + self.likes.get(letter, 0.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_domain_that_saying_nothing_is_taken_for_keeps_its_prompts() -> None:
+    """A fine-tuned model is sure of some domain for "N/A", one that was not prefers a letter: each is read its way."""
+
+    def tuned(query: str) -> dict[str, float]:
+        talk = 0.02 if any(c.isdigit() for c in query) else 0.8 if "who" in query else 0.99
+        return {"talk": talk, "records": 1 - talk}
+
+    def unsure(query: str) -> dict[str, float]:
+        talk = 0.5 if query in ("N/A", "[MASK]", "") else 0.4 if "417" in query else 0.6
+        return {"talk": talk, "records": 1 - talk}
+
+    def likeliest(model: Reader, domains: dict[str, str], divides: bool) -> list[str]:
+        router = MultipleChoiceRouter(domains, threshold=0.0, divides_prior=divides)
+        ids = [model.tokenizer(text)["input_ids"] for text in ("mira 417", "who is it")]
+        output = router.route_ids(model, ids, list(domains))
+        return [output.labels[i] for i in output.probabilities.argmax(dim=1).tolist()]
+
+    domains = {"json": "records", "letter": "talk"}
+    for options in (domains, dict(reversed(domains.items()))):
+        model = Reader(tuned, {})
+        assert likeliest(model, options, divides=False) == ["json", "letter"]
+        assert likeliest(model, options, divides=True) == ["json", "json"]  # "who is it" is kept from its domain
+        model = Reader(unsure, {"A": 3.0})
+        assert likeliest(model, options, divides=True) == ["json", "letter"]
+        assert len(set(likeliest(model, options, divides=False))) == 1  # the letter decides
 
 
 def test_what_a_model_prefers_is_asked_once(asked: Any) -> None:
@@ -234,14 +300,30 @@ def test_a_model_is_loaded_once_by_many_threads(asked: Any, monkeypatch: pytest.
 
 
 def test_saved_with_the_family(asked: Any, tmp_path: Path) -> None:
-    asked.set_router(MultipleChoiceRouter(DOMAINS, window=64, temperature=2.0, threshold=0.1, default_expert="json"))
+    router = MultipleChoiceRouter(
+        DOMAINS, window=64, temperature=2.0, threshold=0.1, default_expert="json", divides_prior=False
+    )
+    asked.set_router(router)
     asked.save_pretrained(tmp_path)
     assert not (tmp_path / "router.safetensors").exists()
     assert json.loads((tmp_path / "config.json").read_text())["router"] == {"router_type": "multiple_choice"}
     router = MESwitchModelForCausalLM.from_pretrained(tmp_path).router
-    for name in ("domains", "window", "temperature", "threshold", "default_expert", "repo"):
+    for name in ("domains", "window", "temperature", "threshold", "default_expert", "repo", "divides_prior"):
         assert getattr(router, name) == getattr(asked.router, name)
     assert MultipleChoiceRouter.from_pretrained(tmp_path).labels == list(DOMAINS)
+
+
+def test_the_prior_is_divided_out_unless_the_config_says_otherwise(tmp_path: Path) -> None:
+    MultipleChoiceRouter(DOMAINS).save_pretrained(tmp_path)
+    path = tmp_path / "router_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("divides_prior") is True
+    path.write_text(json.dumps(config))  # as earlier releases wrote it
+    assert MultipleChoiceRouter.from_pretrained(tmp_path).divides_prior is True
+    assert MultipleChoiceRouter(DOMAINS, divides_prior=False).with_expert("redact", "privacy").divides_prior is False
+    path.write_text(json.dumps({**config, "divides_prior": "no"}))
+    with pytest.raises(RouterError, match="divides_prior is 'no', expected true or false"):
+        MultipleChoiceRouter.from_pretrained(tmp_path)
 
 
 def test_a_model_of_this_machine_is_not_published(asked: Any, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,17 +13,31 @@ from meswitch_kernels import RowGroups, group_rows
 
 from ..errors import UnsupportedOperationError
 
-__all__ = ["LiveChoice", "is_replayed"]
+__all__ = ["LiveChoice", "as_chosen", "is_replayed"]
 
 _MOST_NAMES = 4096
+#: Whether what this thread captures is to keep the choice of now.
+_AS_CHOSEN: ContextVar[bool] = ContextVar("meswitch_as_chosen", default=False)
+
+
+@contextmanager
+def as_chosen() -> Iterator[None]:
+    """CUDA graphs that are captured inside keep the experts that are chosen now, and nothing else is captured."""
+    token = _AS_CHOSEN.set(True)
+    try:
+        yield
+    finally:
+        _AS_CHOSEN.reset(token)
 
 
 def is_replayed() -> bool:
     """Whether what runs now is recorded, to be run again without asking Python which experts are chosen.
 
-    While ``torch.compile`` traces a model, or a CUDA graph captures one.
+    While ``torch.compile`` traces a model, or a CUDA graph captures one, unless :func:`as_chosen`.
     """
-    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() and not _AS_CHOSEN.get()
 
 
 class LiveChoice:

@@ -19,6 +19,7 @@ from ..errors import ExpertNameError, ExpertNotFoundError, RouterError
 from ..peft_method.naming import check_expert_name
 from .base import BaseRouter, check_integer, check_number, listed
 from .discriminant import Discriminant
+from .early_graphs import capture, replayed
 from .files import read_tensors, write
 from .head_fit import LayerScore, check_prompts, fit_head
 from .hidden_states import check_layers, early_layers, pooled_hidden_states
@@ -202,6 +203,28 @@ class HeadRouter(BaseRouter):
         likely = (head.scores(points) / self.temperature).softmax(dim=1)
         return likely, head.distances(points) > self.distance_limit
 
+    def capture(self, model: Any) -> None:
+        """Capture the base's first layers in CUDA graphs, so that a GPU does not wait for Python when routing.
+
+        From then on prompts that are routed one at a time replay them. They take memory for the activations of one
+        window. Where the base was moved, cast or changed since, is in training mode, or has hooks in those layers,
+        prompts are read without them, until they are captured again. Weights may be written to, and experts come and
+        go.
+
+        Call it before other threads use the GPU: with PyTorch before 2.13, one that draws random numbers meanwhile may
+        fail.
+
+        Args:
+            model: a model with the experts, all of it on one GPU and in evaluation mode.
+
+        Raises:
+            RouterError: it was fitted to another base.
+            UnsupportedOperationError: a model whose layers cannot be captured as they are, such as a quantised one.
+            UnsupportedModelError: layers that do what cannot be captured.
+        """
+        self.check(model)
+        capture(model, self.layer, self.window)
+
     def _points(self, pooled: Tensor) -> Tensor:
         """Float32 ``[rows, width]`` to float64 ``[rows, rank]``."""
         return project(pooled, self.statistics.rank)
@@ -331,6 +354,8 @@ def _pooled(
     """Features of the base, float32 ``[rows, layers, width]``, with the experts off."""
     found = []
     with model._meswitch_switch.rows([None]):
+        if len(rows) == len(layers) == 1 and (alone := replayed(model, rows[0], layers[0])) is not None:
+            return alone
         for start in range(0, len(rows), _BATCH):
             found.append(pooled_hidden_states(model, rows[start : start + _BATCH], layers))
             done(len(found[-1]))

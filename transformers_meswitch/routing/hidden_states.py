@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compression.layered_model import decoder_layers
 from ..errors import UnsupportedModelError
 
-__all__ = ["check_layers", "early_layers", "pooled_hidden_states"]
+__all__ = ["check_layers", "early_layers", "find_layers", "pool", "pooled_hidden_states", "stopped_before"]
 
 #: Rows that go through the model at once.
 _ROWS = 16
@@ -64,7 +64,7 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.where(weight, hidden / size, 0.0).sum(dim=1) / weight.sum(dim=1)
 
 
-def _find_layers(model: Any) -> nn.ModuleList:
+def find_layers(model: Any) -> nn.ModuleList:
     """The decoder layers, searched for once a model: with experts a search goes through thousands of modules."""
     if (name := _LAYERS.get(model)) is not None:
         with suppress(AttributeError):  # the model was taken apart since
@@ -88,7 +88,7 @@ def early_layers(model: Any) -> list[int]:
     Raises:
         UnsupportedModelError: the model's layers cannot be told apart from the rest.
     """
-    count = len(_find_layers(model))
+    count = len(find_layers(model))
     return list(range(1, max(min(3, count), count // 4 + 1))) or [0]
 
 
@@ -98,7 +98,7 @@ def check_layers(model: Any, layers: Sequence[int]) -> None:
     Raises:
         UnsupportedModelError: names the layer and how many there are.
     """
-    count = len(_find_layers(model))
+    count = len(find_layers(model))
     wrong = next((layer for layer in layers if not 0 <= layer < count), None)
     if wrong is not None:
         raise UnsupportedModelError(
@@ -127,14 +127,9 @@ def pooled_hidden_states(model: Any, rows: Sequence[Sequence[int]], layers: Sequ
         UnsupportedModelError: there is no such layer.
     """
     check_layers(model, layers)
-    modules = _find_layers(model)
-    decoder = getattr(model, model.base_model_prefix, model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pooled: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
-        for layer in set(layers):
-            handle = modules[layer].register_forward_pre_hook(_hook(layer), with_kwargs=True, prepend=True)
-            hooks.callback(handle.remove)
+    with stopped_before(model, layers) as decoder:
         for start in range(0, len(rows), _ROWS):
             numbers = order[start : start + _ROWS]
             for i, states in zip(
@@ -142,6 +137,22 @@ def pooled_hidden_states(model: Any, rows: Sequence[Sequence[int]], layers: Sequ
             ):
                 pooled[i] = states
     return torch.stack([pooled[i] for i in range(len(rows))])
+
+
+@contextmanager
+def stopped_before(model: Any, layers: Sequence[int]) -> Iterator[nn.Module]:
+    """The decoder of a model, which :func:`pool` may run inside the block.
+
+    Args:
+        model: a causal LM or its decoder.
+        layers: whose inputs are asked for; the last of them is not run.
+    """
+    modules = find_layers(model)
+    with ExitStack() as hooks:
+        for layer in set(layers):
+            handle = modules[layer].register_forward_pre_hook(_hook(layer), with_kwargs=True, prepend=True)
+            hooks.callback(handle.remove)
+        yield getattr(model, model.base_model_prefix, model)
 
 
 def _hook(layer: int) -> Any:
@@ -162,15 +173,29 @@ def _pool_batch(decoder: Any, device: torch.device, rows: list[Sequence[int]], l
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
     # Moved before the layers are queued: a copy to a GPU after them would wait for them.
-    mask = mask.to(device)
+    return pool(decoder, ids.to(device), mask.to(device), layers, padded=shortest < length).cpu()
+
+
+def pool(decoder: Any, ids: Tensor, mask: Tensor, layers: Sequence[int], *, padded: bool) -> Tensor:
+    """Pooled hidden states of one batch, left on the device.
+
+    Args:
+        decoder: of :func:`stopped_before`, for the same layers.
+        ids: int64 ``[rows, length]``, on the model's device.
+        mask: bool ``[rows, length]``, false at padding.
+        layers: as there.
+        padded: whether there is padding.
+
+    Returns:
+        float32 ``[rows, layers, width]`` on the device.
+    """
     pooling = _Pooling(mask, layers)
     token = _POOLING.set(pooling)
     try:
         # Without padding there is nothing to mask, and without a mask attention takes its fastest way.
-        padded = None if shortest == length else mask.to(torch.int64)
-        decoder(input_ids=ids.to(device), attention_mask=padded, use_cache=False)
+        decoder(input_ids=ids, attention_mask=mask.to(torch.int64) if padded else None, use_cache=False)
     except _Stop:
         pass
     finally:
         _POOLING.reset(token)
-    return torch.stack([pooling.pooled[layer] for layer in layers], dim=1).cpu()
+    return torch.stack([pooling.pooled[layer] for layer in layers], dim=1)

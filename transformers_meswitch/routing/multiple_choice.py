@@ -39,7 +39,8 @@ class MultipleChoiceRouter(BaseRouter):
     the options' letters, in one forward pass for each prompt.
 
     Models prefer some letters whatever the question. What they prefer is measured on queries that say nothing and
-    divided out, see :mod:`.letters`.
+    divided out, see :mod:`.letters`. A model that was fine-tuned with shuffled options has little of that left, and
+    takes those queries for some domain: dividing by its answer would send that domain's prompts to others.
 
     Attributes:
         domains: what each expert is for, in words, by label; the label ``"base"`` is the base.
@@ -49,6 +50,8 @@ class MultipleChoiceRouter(BaseRouter):
         default_expert: who answers where it abstains; `None` is the base.
         repo: Hub id or folder of the causal LM to ask, a folder by its absolute path; `None` is the base that is
             loaded.
+        divides_prior: whether the letters that the model prefers anyway are divided out; false for a model that was
+            fine-tuned with shuffled options.
 
     >>> router = MultipleChoiceRouter({"math": "mathematics", "code": "programming"})
     >>> router.labels
@@ -61,6 +64,7 @@ class MultipleChoiceRouter(BaseRouter):
     threshold: float = 0.5
     default_expert: str | None = None
     repo: str | None = None
+    divides_prior: bool = True
     _asked: dict[str, Any] = field(default_factory=dict, repr=False)
 
     router_type = "multiple_choice"
@@ -82,6 +86,8 @@ class MultipleChoiceRouter(BaseRouter):
         check_number("threshold", self.threshold, 0.0, 1.0)
         if self.repo is not None and not isinstance(self.repo, str):
             raise RouterError(f"repo is {self.repo!r}, expected the Hub id or folder of a causal LM, or None.")
+        if not isinstance(self.divides_prior, bool):
+            raise RouterError(f"divides_prior is {self.divides_prior!r}, expected true or false.")
         if self.repo is not None and Path(self.repo).is_dir():  # which from another folder could be read as a Hub id
             object.__setattr__(self, "repo", str(Path(self.repo).resolve()))
 
@@ -122,8 +128,9 @@ class MultipleChoiceRouter(BaseRouter):
             rows = window_ids(tokenizer, texts, self.window)  # other tokens, and perhaps more of them
         question = Question.of(tokenizer, [self.domains[label] for label in labels])
         with model._meswitch_switch.rows([None]):
-            answers = torch.stack([letter_logs(asked, question, row) for row in rows])
-            scores = answers - letter_prior(asked, tokenizer, question)
+            scores = torch.stack([letter_logs(asked, question, row) for row in rows])
+            if self.divides_prior:
+                scores = scores - letter_prior(asked, tokenizer, question)
         return (scores / self.temperature).softmax(dim=1), torch.zeros(len(rows), dtype=torch.bool)
 
     def _to_ask(self, model: Any) -> tuple[Any, Any]:
@@ -144,7 +151,7 @@ class MultipleChoiceRouter(BaseRouter):
 
         One inside the folder is named relative to it, as ``./model``, any other local one by its absolute path.
         """
-        names = ("window", "temperature", "threshold", "default_expert")
+        names = ("window", "temperature", "threshold", "default_expert", "divides_prior")
         config = {"router_type": self.router_type, "domains": dict(self.domains)}
         config |= {name: getattr(self, name) for name in names}
         repo, folder = self.repo, Path(save_directory).resolve()

@@ -44,6 +44,16 @@ def _signs_and_kept(width: int, rank: int) -> tuple[Tensor, Tensor]:
         return torch.tensor(signs, dtype=torch.float64, device="cpu"), torch.tensor(kept, device="cpu")
 
 
+@lru_cache(maxsize=16)
+def _hadamard(power: int) -> Tensor:
+    """Hadamard's matrix of size 2 to some power in Sylvester's order, float64, on the CPU."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        for _ in range(power):
+            matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+        return matrix
+
+
 def project(features: Tensor, rank: int) -> Tensor:
     """Subsampled randomised Hadamard transform: it keeps distances between points, about, in far fewer dimensions.
 
@@ -71,9 +81,8 @@ def project(features: Tensor, rank: int) -> Tensor:
     signs, kept = (part.to(features.device) for part in _signs_and_kept(width, rank))
     mixed = features.new_zeros(rows, size)
     mixed[:, :width] = features * signs
-    block = 1
-    while block < size:
-        pairs = mixed.view(rows, -1, 2, block)
-        mixed = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
-        block *= 2
-    return mixed.view(rows, size)[:, kept] / rank**0.5
+    # The matrix is the Kronecker product of two small ones, so two products do instead of a step for each power of 2.
+    half = size.bit_length() // 2
+    left, right = (_hadamard(n).to(features.device) for n in (half, size.bit_length() - 1 - half))
+    mixed = left @ mixed.view(rows, 1 << half, -1) @ right
+    return mixed.reshape(rows, size)[:, kept] / rank**0.5
