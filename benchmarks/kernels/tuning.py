@@ -27,8 +27,8 @@ _KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Rows over experts. Sizes are for all of a kind, since a graph does not know which it will meet.
 _ROWS: dict[Kind, tuple[tuple[int, int], ...]] = {
     "fused": ((1, 1),),
-    "single": ((1, 1), (2, 1), (16, 8), (16, 16)),
-    "several": ((4, 1), (16, 1), (16, 2), (16, 4)),
+    "single": ((1, 1), (16, 16)),
+    "several": ((2, 1), (4, 1), (16, 1), (16, 2), (16, 4), (16, 8)),
 }
 _SHOWN = 5
 
@@ -66,11 +66,18 @@ def grid(kind: Kind) -> Iterator[Configuration]:
         for (block_out, warps), programs in itertools.product(((16, 2), (32, 4), (64, 8)), (4, 5, 6, 8, 10, 12)):
             yield replace(default, block_out=block_out, warps=warps, programs=programs)
     else:
-        for (block_out, warps), stages, registers, programs in itertools.product(
-            ((32, 2), (64, 2), (64, 4)), (2, 3), (None, 128), (3, 4, 6)
+        for (block_out, warps, sharers), registers in itertools.product(
+            ((32, 4, 4), (64, 4, 2), (64, 8, 4), (32, 8, 8)), (128, 168)
         ):
+            # As many programs as by their registers share a multiprocessor.
+            programs = 2048 // (registers * warps)
             yield replace(
-                default, block_out=block_out, warps=warps, stages=stages, max_registers=registers, programs=programs
+                default,
+                block_out=block_out,
+                warps=warps,
+                sharers=sharers,
+                max_registers=registers,
+                programs=programs,
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -31,6 +32,7 @@ MULTIPLES = ("out_features", "in_features", "weight_out_stride", "capacity", "ba
 @dataclass(frozen=True)
 class Compiled:
     ptx: str
+    ttgir: str
     shared_bytes: int
 
 
@@ -48,7 +50,7 @@ def compile_for_hopper(module: str, name: str, planes: int, constants: dict[str,
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = compile_kernel(source, target=HOPPER, options=options)
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared)
+    return Compiled(compiled.asm["ptx"], compiled.asm["ttgir"], compiled.metadata.shared)
 
 
 def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]:
@@ -58,10 +60,15 @@ def constants_of(sizes: Configuration, planes: int, rows: int) -> dict[str, Any]
         "BLOCK_OUT": sizes.block_out,
         "BLOCK_CODES": sizes.block_codes,
         "WARPS": sizes.warps,
+        "SHARERS": sizes.sharers,
         "PTX": True,
         "OVERLAP": True,
         "STAGES": sizes.stages,
     }
+
+
+def several_of_bytes() -> list[Configuration]:
+    return list(dict.fromkeys(v for k, v in _TABLES[9, 0].items() if k.kind == "several" and k.numerics != "exact"))
 
 
 def cases() -> list[Any]:
@@ -81,7 +88,7 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = constants_of(sizes, planes, 16 if kind == "several" else 1)
     if kind == "fused":
-        del constants["BLOCK_ROWS"]
+        del constants["BLOCK_ROWS"], constants["SHARERS"]
         constants |= {"HAS_BASE_BIAS": True, "BLOCK_IN": sizes.block_in, "EVEN_IN": True, "weight_in_stride": 1}
     else:
         constants["HAS_BASE"] = True
@@ -89,9 +96,32 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
     compiled = compile_for_hopper(f"triton_{name}", f"_{name}_kernel", planes, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
     # Codes come in wide loads, or in wide copies to shared memory; the base's weight, in the latter if at all.
-    assert ("cp.async.cg.shared.global" if kind == "several" and sizes.stages > 1 else "v4.b32") in compiled.ptx
+    by_copies = kind == "several" and planes == 0 and sizes.stages > 1
+    assert ("cp.async.cg.shared.global" if by_copies else "v4.b32") in compiled.ptx
     assert ("dp4a" in compiled.ptx) == (planes > 0 and kind != "several")
+    assert ("mma.sync.aligned.m16n8k32" in compiled.ptx) == (planes > 0 and kind == "several")
     assert ("mma.sync" in compiled.ptx) == (kind == "several")
+
+
+def layouts_of_products(ttgir: str) -> set[str]:
+    """How the tensors lie that products of bytes take, without the order of their dimensions."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*), order", ttgir, re.MULTILINE))
+    products = [line for line in ttgir.splitlines() if "mma.sync.aligned.m16n8k32" in line]
+    return {layouts[name] for line in products for name in re.findall(r"xi32, (#\w+)>", line)}
+
+
+@pytest.mark.parametrize("sizes", [Configuration(block_out=16), *several_of_bytes()], ids=repr)
+def test_threads_hold_what_products_of_bytes_take(sizes: Configuration, tmp_path, monkeypatch) -> None:
+    """The instruction multiplies what the threads of a warp hold, wherever that comes from in Triton's tensors."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = constants_of(sizes, 2, 16) | {"HAS_BASE": True}
+    options = sizes.launch_options()
+    compiled = compile_for_hopper("triton_delta_linear", "_delta_linear_kernel", 2, constants, **options)
+    ones, threads, warps = "[1, 1, 1]", "[1, 1, 32]", f"[1, 1, {sizes.warps}]"
+    in_order = f"blocked<{{sizePerThread = {ones}, threadsPerWarp = {threads}, warpsPerCTA = {warps}"
+    assert layouts_of_products(compiled.ttgir) == {in_order}
+    moved = compiled.ttgir.replace("threadsPerWarp = [1, 1, 32]", "threadsPerWarp = [1, 2, 16]")
+    assert layouts_of_products(moved) != {in_order}
 
 
 @pytest.mark.parametrize("planes", [0, 1, 2])

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from meswitch_kernels import DeltaLeaves, ExpertTable, align_rows, group_rows
 from meswitch_kernels.expert_table import COLUMNS
-from meswitch_kernels.row_groups import FEW_ROWS
 from meswitch_kernels.table_views import leaves_of_slot
 from tests.kernels.random_deltas import move, random_leaves
 
@@ -123,11 +122,12 @@ def test_groups(index: list[int], dtype: torch.dtype) -> None:
     singles, whole = count
     assert [group for group in groups if group] == groups[:whole]
     assert all(len(set(group)) <= 1 for group in groups)
-    # Those of one row first, an expert of few rows as often as it has rows; then each of the others, once and whole.
-    few = [expert for expert in sorted(experts) if experts.count(expert) <= FEW_ROWS]
-    assert groups[:singles] == [[expert] for expert in few]
-    many = sorted(set(experts) - set(few))
-    assert groups[singles:whole] == [[expert] * experts.count(expert) for expert in many]
+    # Those of one row first, the experts of either in order, and each once.
+    assert {len(group) for group in groups[:singles]} <= {1}
+    assert all(len(group) > 1 for group in groups[singles:whole])
+    for part in (groups[:singles], groups[singles:whole]):
+        assert [group[0] for group in part] == sorted({group[0] for group in part})
+    assert sorted(group[0] for group in groups[:whole]) == sorted(set(experts))
 
 
 def test_columns_are_those_that_the_kernels_read() -> None:

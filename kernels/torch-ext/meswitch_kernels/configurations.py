@@ -27,6 +27,8 @@ class Configuration:
         block_in: input channels of a tile of the base's weight, a power of two, 16 or more; ``"fused"`` only.
         warps: warps of a program.
         stages: stages of the pipeline of tiles: of the base's weight, or of codes for groups of several rows.
+        sharers: warps that share output channels, each with a part of their codes: ``warps`` or a divisor of it; for
+            groups of several rows of integer numerics. A warp has 16 output channels or more.
         programs: programs a multiprocessor; not of ``"fused"``.
         max_registers: registers of a thread, at most (NVIDIA's compiler), so that enough programs share a
             multiprocessor to keep its memory busy. No limit if `None`.
@@ -37,6 +39,7 @@ class Configuration:
     block_in: int = 256
     warps: int = 4
     stages: int = 1
+    sharers: int = 4
     programs: int = 16
     max_registers: int | None = None
 
@@ -76,8 +79,8 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
         Key("single", "int8"): Configuration(block_out=32, programs=6),
         Key("single", "int16"): Configuration(block_out=32, programs=5),
         Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
-        Key("several", "int8"): Configuration(block_out=64, warps=2, stages=3, programs=6),
-        Key("several", "int16"): Configuration(block_out=64, stages=3, programs=4, max_registers=128),
+        Key("several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
+        Key("several", "int16"): Configuration(block_out=32, programs=3, max_registers=168),
     },
 }
 _DEFAULT = Configuration()

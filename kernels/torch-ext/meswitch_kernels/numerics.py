@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from .configurations import Configuration
-from .op import has_ptx
+from .op import has_ptx, multiplies_bytes
 from .row_groups import RowGroups
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ __all__ = ["Numerics", "numerics_of", "prepared"]
 #: What a delta's codes are multiplied by. ``"exact"``: activations in their own dtype. ``"int8"`` and ``"int16"``:
 #: activations times column steps, quantised to so many bits with a scale every one or two thousand codes, in integer
 #: dot products; how many share a scale is tuned, for batches of one row and of more. Sums are float32 throughout; base
-#: and salient channels are never quantised. On a device without kernels all are float32.
+#: and salient channels are never quantised. On a device without kernels all are float32, and on one whose tensor cores
+#: do not multiply bytes (:func:`~meswitch_kernels.op.multiplies_bytes`) all are exact.
 Numerics = Literal["exact", "int8", "int16"]
 
 _PLANES = {"exact": 0, "int8": 1, "int16": 2}
@@ -73,7 +74,7 @@ def prepared(
         The prepared activations, ``planes``, ``ptx`` and ``overlap``.
     """
     assert _prepare_with_triton is not None
-    planes, ptx = _PLANES[numerics], has_ptx(x.device)
+    planes, ptx = _PLANES[numerics] if multiplies_bytes(x.device) else 0, has_ptx(x.device)
     # Without channels nothing is prepared, and there is no kernel to overlap.
     overlap = overlaps(x.device, ptx) and x.shape[1] > 0
     # Triton launches on the current device, which need not be the tensors'.

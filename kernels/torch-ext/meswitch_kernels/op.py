@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _write_with_triton = dequantize_delta_triton
 
-__all__ = ["dequantize_delta", "has_kernel", "has_ptx", "is_nvidia"]
+__all__ = ["dequantize_delta", "has_kernel", "has_ptx", "is_nvidia", "multiplies_bytes"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +59,17 @@ def has_ptx(device: torch.device) -> bool:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return is_nvidia(device) and not interpreted
+
+
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether the kernels multiply bytes on a device: in the interpreter, and where NVIDIA's tensor cores do it.
+
+    >>> multiplies_bytes(torch.device("meta"))
+    False
+    """
+    if device.type == "cpu":
+        return has_kernel(device)
+    return has_ptx(device) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dequantize_delta"), mutates_args=())

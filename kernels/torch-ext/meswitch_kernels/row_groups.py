@@ -6,18 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["FEW_ROWS", "RowGroups", "group_rows"]
-
-#: As many rows of an expert, or fewer, are groups of one row each, for each of which a delta is read: on an H200 the
-#: kernel of such groups takes less time for 16 experts than that of groups of several takes for 8 with two rows each.
-FEW_ROWS = 2
+__all__ = ["RowGroups", "group_rows"]
 
 
 class RowGroups(NamedTuple):
     """The rows of a batch in an order in which those of one expert are neighbours. The same for all layers of a step.
 
-    Groups of one row come first: their kernel is another than that of groups of several. An expert with
-    :data:`FEW_ROWS` or fewer is as many groups of one row. Among either, slots ascend.
+    Groups of one row come first: their kernel is another than that of groups of several. Among either, slots ascend.
 
     Attributes:
         order: int32 ``[rows]``, the row at each position.
@@ -42,22 +37,23 @@ def group_rows(expert_index: torch.Tensor) -> RowGroups:
     Returns:
         The groups, on the same device.
 
-    >>> groups = group_rows(torch.tensor([3, -1, 3, 0, -1, -1]))
+    >>> groups = group_rows(torch.tensor([3, -1, 3, 0, -1, 1]))
     >>> groups.order.tolist(), groups.slot.tolist(), groups.start.tolist(), groups.group_count.tolist()
-    ([3, 0, 2, 1, 4, 5], [0, 3, 3, -1, -1, -1], [0, 1, 2, 3, 6, 6, 6], [3, 4])
+    ([3, 5, 1, 4, 0, 2], [0, 1, -1, -1, 3, 3], [0, 1, 2, 4, 6, 6, 6], [2, 4])
     """
     rows = expert_index.shape[0]
     slot, order = torch.sort(expert_index.clamp(min=-1), stable=True)
-    few = torch.searchsorted(slot, slot, right=True) - torch.searchsorted(slot, slot) <= FEW_ROWS
-    moved = torch.argsort((~few).to(torch.uint8), stable=True)
-    slot, order, few = slot[moved], order[moved], few[moved]
-    is_first = _differs_from_last(slot) | few
+    alone = _differs_from_last(slot)
+    alone[:-1] &= alone[1:].clone()
+    moved = torch.argsort((~alone).to(torch.uint8), stable=True)
+    slot, order = slot[moved], order[moved]
+    is_first = _differs_from_last(slot)
     group = torch.cumsum(is_first, 0)
     position = torch.arange(rows, dtype=torch.int32, device=slot.device)
     # Position by group; rows that are not the first of theirs go to a place that is cut off.
     start = torch.full((rows + 2,), rows, dtype=torch.int32, device=slot.device)
     start.scatter_(0, torch.where(is_first, group - 1, rows + 1), position)
-    group_count = torch.stack([few.sum(dtype=torch.int32), is_first.sum(dtype=torch.int32)])
+    group_count = torch.stack([alone.sum(dtype=torch.int32), is_first.sum(dtype=torch.int32)])
     return RowGroups(order.to(torch.int32), slot.to(torch.int32), start[: rows + 1], group_count)
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "four_codes",
     "load_words",
     "planes",
+    "regroup",
     "split_in_four",
 ]
 
@@ -75,7 +76,7 @@ def _pick_bytes(a, b, SELECTOR: tl.constexpr):
 
 
 @triton.jit
-def _by_byte(w0, w1, w2, PTX: tl.constexpr):
+def regroup(w0, w1, w2, PTX: tl.constexpr):
     """Twelve bytes in three words, regrouped so that word ``b`` has the bytes ``3 * i + b``."""
     if PTX:
         p0 = _pick_bytes(_pick_bytes(w0, w1, 0x0630), w2, 0x5210)
@@ -114,7 +115,7 @@ def _load(codes, word, used):
 
 @triton.jit
 def by_byte(a, b, c, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Loaded words as :func:`four_codes` takes them: with three bits, as :func:`_by_byte` has them."""
+    """Loaded words as :func:`four_codes` takes them: with three bits, as :func:`regroup` has them."""
     if BITS != 3:
         return a, b, c
     COLUMNS: tl.constexpr = a.shape[len(a.shape) - 1]
@@ -122,10 +123,10 @@ def by_byte(a, b, c, BITS: tl.constexpr, PTX: tl.constexpr):
     a0, a1, a2, a3 = split_in_four(a.reshape(ROWS, COLUMNS))
     b0, b1, b2, b3 = split_in_four(b.reshape(ROWS, COLUMNS))
     c0, c1, c2, c3 = split_in_four(c.reshape(ROWS, COLUMNS))
-    a0, a1, a2 = _by_byte(a0, a1, a2, PTX)
-    a3, b0, b1 = _by_byte(a3, b0, b1, PTX)
-    b2, b3, c0 = _by_byte(b2, b3, c0, PTX)
-    c1, c2, c3 = _by_byte(c1, c2, c3, PTX)
+    a0, a1, a2 = regroup(a0, a1, a2, PTX)
+    a3, b0, b1 = regroup(a3, b0, b1, PTX)
+    b2, b3, c0 = regroup(b2, b3, c0, PTX)
+    c1, c2, c3 = regroup(c1, c2, c3, PTX)
     w0, w1, w2 = _merge_four(a0, a3, b2, c1), _merge_four(a1, b0, b3, c2), _merge_four(a2, b1, c0, c3)
     return w0.reshape(a.shape), w1.reshape(a.shape), w2.reshape(a.shape)
 
@@ -172,30 +173,17 @@ def float_code(four, BYTE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _bytes(four, PTX: tl.constexpr):
-    """The bytes of words, int8 ``[rows, 4 * words]``."""
-    if PTX:
-        # Four copies are the same register four times, which then counts as four bytes: nothing is taken apart.
-        copies = tl.join(tl.join(four, four), tl.join(four, four)).reshape(four.shape[0], 4 * four.shape[1])
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [copies], dtype=tl.int8, is_pure=True, pack=4
-        )
-    return _merge_four(four.to(tl.int8), (four >> 8).to(tl.int8), (four >> 16).to(tl.int8), (four >> 24).to(tl.int8))
-
-
-@triton.jit
 def as_operand(values, SEGMENTS: tl.constexpr):
     """``[rows, columns]`` with the columns of each segment in the order in which tensor cores take an operand.
 
-    A thread reads four neighbouring words, but of an operand it owns four bytes of every sixteen: the order of a sum
-    is free, so what a thread has read is put where it is wanted, and nothing goes through shared memory. Of words'
-    bytes a segment is a shift, and of floats, one a word, a shift and byte.
+    A thread reads four neighbouring words, but of an operand it owns one or two of every four or eight: the order of a
+    sum is free, so what a thread has read is put where it is wanted, and nothing goes through shared memory. A segment
+    is a shift and byte.
     """
     ROWS: tl.constexpr = values.shape[0]
     COLUMNS: tl.constexpr = values.shape[1]
     UNIT: tl.constexpr = 64 // values.dtype.primitive_bitwidth
-    HELD: tl.constexpr = 16 if values.dtype == tl.int8 else 4
-    apart = values.reshape(ROWS, SEGMENTS, COLUMNS // SEGMENTS // HELD, HELD // UNIT, UNIT)
+    apart = values.reshape(ROWS, SEGMENTS, COLUMNS // SEGMENTS // 4, 4 // UNIT, UNIT)
     return apart.permute(0, 1, 3, 2, 4).reshape(ROWS, COLUMNS)
 
 
@@ -203,8 +191,6 @@ def as_operand(values, SEGMENTS: tl.constexpr):
 def _plane(w0, w1, w2, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The codes at one shift, ``[rows, 4 * words]`` of the activations' dtype and in their order."""
     four = four_codes(w0, w1, w2, SHIFT, BITS)
-    if tl.int8 == DTYPE:
-        return _bytes(four, PTX)
     # Exact in every dtype: a code has at most four bits.
     f0, f1 = float_code(four, 0, PTX).to(DTYPE), float_code(four, 1, PTX).to(DTYPE)
     f2, f3 = float_code(four, 2, PTX).to(DTYPE), float_code(four, 3, PTX).to(DTYPE)

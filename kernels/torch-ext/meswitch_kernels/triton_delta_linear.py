@@ -38,6 +38,7 @@ def _delta_linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
     WARPS: tl.constexpr,
+    SHARERS: tl.constexpr,
     PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -73,12 +74,13 @@ def _delta_linear_kernel(
         else:
             last = tl.load(start + group + 1)
             for begin in range(first, last, BLOCK_ROWS):
+                end = tl.minimum(begin + BLOCK_ROWS, last)
                 position = begin + tl.arange(0, BLOCK_ROWS)
                 mask = position < last
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
-                    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
-                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, OVERLAP, STAGES,
+                    x, in_features, table, expert, begin, end, row, values, scale, offset, rows, tiles, n, n_mask,
+                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP, STAGES,
                 )  # fmt: skip
                 where = row.to(tl.int64)[:, None] * out_features + n[None, :]
                 both = mask[:, None] & n_mask[None, :]
@@ -136,5 +138,6 @@ def delta_linear_triton(
             scale.shape[1],
             HAS_BASE=base_out is not None,
             BLOCK_ROWS=block_rows,
+            SHARERS=sizes.sharers,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )

@@ -1,9 +1,10 @@
 """What one expert's delta makes of one row, or of several, for a block of output channels: the kernels' common part.
 
 The functions are Triton's and are inlined. ``planes`` says how activations were prepared
-(:mod:`~meswitch_kernels.triton_activations`): 0 for floating point; 1 or 2 for bytes, which go through integer dot
-products: a code is never converted, and four of them cost a mask and ``dp4a`` (of three bits a shift, too), which is
-what keeps the arithmetic ahead of the memory. Importing this module needs Triton.
+(:mod:`~meswitch_kernels.triton_activations`): 0 for floating point; 1 or 2 for bytes, which go through integer
+products: a code is never converted, and four of them cost a mask and ``dp4a`` (of three bits a shift, too), or of
+several rows a share in a matrix product (:mod:`~meswitch_kernels.triton_coded_columns`). That is what keeps the
+arithmetic ahead of the memory. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .expert_table import COLUMNS
+from .triton_coded_columns import coded_columns
 from .triton_codes import (
     as_operand,
     by_byte,
@@ -169,14 +171,11 @@ def _coded_row(
 
 @triton.jit
 def _coded_rows(
-    codes, used, x, scale, offset, low_plane, mask, tiles,
-    BITS: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
-    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    codes, row_words, used, n, n_mask, x, offset, mask, tiles,
+    BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of several rows, on tensor cores: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero where masked.
-
-    ``codes`` are the rows' pointers ``[BLOCK_OUT, 1]``.
-    """
+    """Levels times floating-point activations of several rows, on tensor cores: float32 ``[BLOCK_ROWS, n]``."""
     BLOCK_ROWS: tl.constexpr = x.shape[0]
     SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
@@ -186,34 +185,50 @@ def _coded_rows(
     # A turn of the loop has 512 codes of a row, of whatever bits: enough to be worth its barriers; and their
     # activations, which are more bytes than the codes, leave room in shared memory for several programs.
     TURNS: tl.constexpr = BLOCK_CODES // 512
-    SEGMENTS: tl.constexpr = SHIFTS if PLANES > 0 else 4 * SHIFTS
-    WIDTH: tl.constexpr = 4 * SHIFTS * PART // SEGMENTS
-    column = tl.arange(0, 4 * SHIFTS * PART)
-    here = x[:, None] + ((column // WIDTH) * (WIDTH // PART * WORDS) + column % WIDTH)[None, :]
-    total = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.float32)
+    SEGMENTS: tl.constexpr = 4 * SHIFTS
+    # Rows that do not exist read another's codes.
+    rows = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
+    column = tl.arange(0, SEGMENTS * PART)
+    here = x[:, None] + ((column // PART) * WORDS + column % PART)[None, :]
+    total = tl.zeros((BLOCK_ROWS, n.shape[0]), tl.float32)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
     wait_for_previous(OVERLAP)
     for turn in tl.range(tiles * TURNS, num_stages=STAGES):
         tile = turn // TURNS
-        product = tl.zeros((BLOCK_ROWS, codes.shape[0]), tl.int32)
         for own_part in tl.static_range(PARTS // TURNS):
             part = turn % TURNS * (PARTS // TURNS) + own_part
-            a, b, c = load_words(codes, tile * PARTS + part, used, PART, BITS)
+            a, b, c = load_words(rows, tile * PARTS + part, used, PART, BITS)
             w0, w1, w2 = by_byte(a, b, c, BITS, PTX)
             code = as_operand(planes(w0, w1, w2, 0, SHIFTS, BITS, DTYPE, PTX), SEGMENTS).trans()
-            where = here + tile * BLOCK_CODES + part * WIDTH
+            where = here + tile * BLOCK_CODES + part * PART
             xs = as_operand(tl.load(where, mask=mask[:, None], other=0).to(DTYPE), SEGMENTS)
-            if PLANES == 0:
-                total = dot(xs, code, total)
-            elif PLANES == 1:
-                product = tl.dot(xs, code, product, out_dtype=tl.int32)
-            else:
-                low = as_operand(tl.load(where + low_plane, mask=mask[:, None], other=0), SEGMENTS)
-                product += tl.dot(xs, code, out_dtype=tl.int32) * 256 + tl.dot(low, code, out_dtype=tl.int32)
-        if PLANES > 0:
-            total += product.to(tl.float32) * tl.load(scale + tile, mask=mask, other=0.0)[:, None]
+            total = dot(xs, code, total)
         sums += tl.load(offset + tile, mask=mask & (turn % TURNS == 0), other=0.0)
     return total - ((1 << BITS) - 1) * 0.5 * sums[:, None]
+
+
+@triton.jit
+def _bytes_of_rows(
+    codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, rows, tiles,
+    PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
+    WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The same of activations in bytes, where there are codes."""
+    low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
+    # As many as have eight columns of bytes, the fewest that tensor cores take, together.
+    FEW: tl.constexpr = 8 // PLANES
+    if last - first <= FEW:
+        few = coded_columns(
+            codes, row_words, used, bits, n, n_mask, values, scale, offset, low_plane, first, last, tiles,
+            PLANES, FEW, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        )  # fmt: skip
+        levels = tl.broadcast_to(few[None], (BLOCK_ROWS // FEW, FEW, BLOCK_OUT)).reshape(BLOCK_ROWS, BLOCK_OUT)
+    else:
+        levels = coded_columns(
+            codes, row_words, used, bits, n, n_mask, values, scale, offset, low_plane, first, last, tiles,
+            PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        )  # fmt: skip
+    return levels
 
 
 @triton.jit
@@ -287,55 +302,57 @@ def delta_of_row(
 
 @triton.jit
 def delta_of_rows(
-    x, in_features, table, expert, position, row, mask, values, scale, offset, rows, tiles, n, n_mask,
+    x, in_features, table, expert, first, last, row, values, scale, offset, rows, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    PTX: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same for several rows of one expert: float32 ``[BLOCK_ROWS, BLOCK_OUT]``; zero for rows that are masked.
+    """The same for several rows of one expert: float32 ``[BLOCK_ROWS, BLOCK_OUT]``.
 
-    ``position`` and ``row`` are ``[BLOCK_ROWS]``.
+    ``row`` ``[BLOCK_ROWS]`` are those at the positions from ``first`` on. What is returned for positions from ``last``
+    on may be anything.
     """
     bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
         table, expert, in_features
     )
     delta = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     if bits > 0:
-        # Rows that do not exist read another's codes.
-        codes_here = codes + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
-        place = position.to(tl.int64)
-        width = tiles * BLOCK_CODES
-        x_here = values + place * width
-        low_plane = tl.cast(rows, tl.int64) * width
-        scale_here, offset_here = scale + place * tiles, offset + place * tiles
-        DTYPE: tl.constexpr = x.dtype.element_ty if PLANES == 0 else tl.int8
-        if bits == 1:
-            delta = _coded_rows(
-                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                1, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
-            )  # fmt: skip
-        elif bits == 2:
-            delta = _coded_rows(
-                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                2, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
-            )  # fmt: skip
-        elif bits == 3:
-            delta = _coded_rows(
-                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                3, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
-            )  # fmt: skip
-        else:
-            delta = _coded_rows(
-                codes_here, used, x_here, scale_here, offset_here, low_plane, mask, tiles,
-                4, PLANES, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
+        if PLANES == 0:
+            position = first + tl.arange(0, BLOCK_ROWS)
+            x_here = values + position.to(tl.int64) * (tiles * BLOCK_CODES)
+            offset_here = offset + position.to(tl.int64) * tiles
+            DTYPE: tl.constexpr = x.dtype.element_ty
+            if bits == 1:
+                delta = _coded_rows(
+                    codes, row_words, used, n, n_mask, x_here, offset_here, position < last, tiles,
+                    1, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
+                )  # fmt: skip
+            elif bits == 2:
+                delta = _coded_rows(
+                    codes, row_words, used, n, n_mask, x_here, offset_here, position < last, tiles,
+                    2, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
+                )  # fmt: skip
+            elif bits == 3:
+                delta = _coded_rows(
+                    codes, row_words, used, n, n_mask, x_here, offset_here, position < last, tiles,
+                    3, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
+                )  # fmt: skip
+            else:
+                delta = _coded_rows(
+                    codes, row_words, used, n, n_mask, x_here, offset_here, position < last, tiles,
+                    4, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
+                )  # fmt: skip
+        elif used > 0:
+            delta = _bytes_of_rows(
+                codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, rows, tiles,
+                PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
             )  # fmt: skip
         delta = delta * tl.load(step + n, mask=n_mask, other=0.0)[None, :] + _load_bias(bias, n, n_mask)[None, :]
         x_rows = x + row.to(tl.int64)[:, None] * in_features
-        for first in range(0, salient_channels, _BLOCK_SALIENT):
-            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
-            xs = tl.load(x_rows + channel[None, :], mask=mask[:, None] & k_mask[None, :], other=0.0)
+        for begin in range(0, salient_channels, _BLOCK_SALIENT):
+            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, begin, n, n_mask)
+            xs = tl.load(x_rows + channel[None, :], mask=k_mask[None, :], other=0.0)
             if x.dtype.element_ty == tl.bfloat16:
                 delta = dot(xs, kept.trans(), delta)
             else:
                 delta = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), delta)
-        delta = tl.where(mask[:, None], delta, 0.0)
     return delta

@@ -16,7 +16,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .configurations import Configuration, program_count
-from .row_groups import FEW_ROWS
 
 __all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
 
@@ -54,8 +53,8 @@ def group_launches(
     [(1, 8), (16, 2)]
     """
     yield 1, program_count(rows * triton.cdiv(channels, single.block_out), single, device), single
-    if rows > FEW_ROWS:
-        pieces = rows // (FEW_ROWS + 1) * triton.cdiv(channels, several.block_out)
+    if rows > 1:
+        pieces = rows // 2 * triton.cdiv(channels, several.block_out)
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
 
 

@@ -111,6 +111,7 @@ def _head_rows_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_CODES: tl.constexpr,
     WARPS: tl.constexpr,
+    SHARERS: tl.constexpr,
     PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -169,6 +170,7 @@ def _head_rows_kernel(
         else:
             last = tl.load(start + group + 1)
             for begin in range(first, last, BLOCK_ROWS):
+                end = tl.minimum(begin + BLOCK_ROWS, last)
                 position = begin + tl.arange(0, BLOCK_ROWS)
                 mask = position < last
                 row = tl.load(order + position, mask=mask, other=0).to(tl.int64)
@@ -176,8 +178,8 @@ def _head_rows_kernel(
                 from_base = base_out + row[:, None] * base_width + n[None, :]
                 logits = tl.load(from_base, mask=both & in_base[None, :], other=0.0).to(tl.float32)
                 delta = delta_of_rows(
-                    x, in_features, coded_table, coding, position, row, mask, values, scale, offset, rows, tiles,
-                    place, is_coded, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, PTX, False, STAGES,
+                    x, in_features, coded_table, coding, begin, end, row, values, scale, offset, rows, tiles,
+                    place, is_coded, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, False, STAGES,
                 )  # fmt: skip
                 logits += tl.where(is_coded[None, :], delta, 0.0)
                 if own_dtype > 0:
@@ -240,5 +242,6 @@ def head_rows_triton(
             in_features,
             scale.shape[1],
             BLOCK_ROWS=block_rows,
+            SHARERS=sizes.sharers,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),
         )
