@@ -67,7 +67,7 @@ def grid(kind: Kind) -> Iterator[Configuration]:
             yield replace(default, block_out=block_out, warps=warps, programs=programs)
     else:
         for (block_out, warps, sharers), registers in itertools.product(
-            ((32, 4, 4), (64, 4, 2), (64, 8, 4), (32, 8, 8)), (128, 168)
+            ((32, 4, 4), (32, 8, 8), (64, 4, 2), (64, 8, 4)), (128, 168)
         ):
             # As many programs as by their registers share a multiprocessor.
             programs = 2048 // (registers * warps)

@@ -26,7 +26,8 @@ class Configuration:
             several rows have that of groups of one, for which the same activations are prepared.
         block_in: input channels of a tile of the base's weight, a power of two, 16 or more; ``"fused"`` only.
         warps: warps of a program.
-        stages: stages of the pipeline of tiles: of the base's weight, or of codes for groups of several rows.
+        stages: stages of the pipeline of tiles: of the base's weight, or of codes for groups of several rows of exact
+            numerics.
         sharers: warps that share output channels, each with a part of their codes: ``warps`` or a divisor of it; for
             groups of several rows of integer numerics. A warp has 16 output channels or more.
         programs: programs a multiprocessor; not of ``"fused"``.
@@ -65,8 +66,8 @@ _NUMERICS = ("exact", "int8", "int16")
 
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200. Tuned on an H200 at 2 bits with int8 and int16, whose sizes exact numerics have, too, but for groups
-    # of several rows, where they need more registers. As many programs as the registers allow are the fastest.
+    # H100, H200. Tuned on an H200 at 2 bits with int8 and int16, groups of several rows with int16 alone; exact
+    # numerics have the same sizes but for those. As many programs as the registers allow are the fastest.
     (9, 0): {
         **{Key("fused", numerics): Configuration(block_in=512, stages=3) for numerics in _NUMERICS},
         **{
