@@ -131,4 +131,6 @@ def test_the_grids_have_sizes_that_the_kernels_take() -> None:
         sizes = list(tuning.grid(kind))
         assert len(sizes) == len(set(sizes))
         assert all(512 <= candidate.block_codes <= 2048 for candidate in sizes)
-        assert kind != "several" or all(candidate.block_out >= 16 for candidate in sizes)
+        if kind != "fused":
+            assert all(candidate.warps % candidate.sharers == 0 for candidate in sizes)
+            assert all(candidate.block_out >= 16 * candidate.warps // candidate.sharers for candidate in sizes)

@@ -64,7 +64,8 @@ def grid(kind: Kind) -> Iterator[Configuration]:
             )
     elif kind == "single":
         for (block_out, warps), programs in itertools.product(((16, 2), (32, 4), (64, 8)), (4, 5, 6, 8, 10, 12)):
-            yield replace(default, block_out=block_out, warps=warps, programs=programs)
+            # Groups of several rows, of which there are none here, are compiled with these sizes, too.
+            yield replace(default, block_out=block_out, warps=warps, sharers=min(4, warps), programs=programs)
     else:
         for (block_out, warps, sharers), registers in itertools.product(
             ((32, 4, 4), (32, 8, 8), (64, 4, 2), (64, 8, 4)), (128, 168)

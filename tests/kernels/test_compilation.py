@@ -111,12 +111,15 @@ def layouts_of_products(ttgir: str) -> set[str]:
 
 
 @pytest.mark.parametrize("sizes", [Configuration(block_out=16), *several_of_bytes()], ids=repr)
-def test_threads_hold_what_products_of_bytes_take(sizes: Configuration, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "planes"), [("delta_linear", 1), ("delta_linear", 2), ("head_rows", 2)])
+def test_threads_hold_what_products_of_bytes_take(
+    name: str, planes: int, sizes: Configuration, tmp_path, monkeypatch
+) -> None:
     """The instruction multiplies what the threads of a warp hold, wherever that comes from in Triton's tensors."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = constants_of(sizes, 2, 16) | {"HAS_BASE": True}
+    constants = constants_of(sizes, planes, 16) | ({"HAS_BASE": True} if name == "delta_linear" else {})
     options = sizes.launch_options()
-    compiled = compile_for_hopper("triton_delta_linear", "_delta_linear_kernel", 2, constants, **options)
+    compiled = compile_for_hopper(f"triton_{name}", f"_{name}_kernel", planes, constants, **options)
     ones, threads, warps = "[1, 1, 1]", "[1, 1, 32]", f"[1, 1, {sizes.warps}]"
     in_order = f"blocked<{{sizePerThread = {ones}, threadsPerWarp = {threads}, warpsPerCTA = {warps}"
     assert layouts_of_products(compiled.ttgir) == {in_order}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import meswitch_kernels
 from meswitch_kernels import DeltaLeaves, delta_linear, delta_linear_reference, fused_linear, group_rows, has_kernel
+from meswitch_kernels.configurations import Configuration
 from meswitch_kernels.linear import Numerics
 from tests.kernels.random_deltas import DISTRIBUTIONS, Layer, dense_delta, expert_indices, move, random_leaves
 from tests.triton_interpreter import check_interpreted
@@ -198,6 +199,18 @@ def test_runs_give_the_same_bits(numerics: Numerics, device: str) -> None:
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("sharers", "numerics"), [(1, "int8"), (2, "int16")])
+def test_warps_with_channels_of_their_own(
+    sharers: int, numerics: Numerics, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a group of more rows than a program takes at a time, the rest of which are few."""
+    sizes = Configuration(block_out=64, block_codes=512 * sharers, sharers=sharers)
+    monkeypatch.setattr(importlib.import_module("meswitch_kernels.linear"), "configuration", lambda *_: sizes)
+    layer = Layer.make(mixed_experts(70, 1100, 8), 70, 1100, device)
+    check_both(layer, torch.tensor([0] * 19 + [3, 3]), torch.float32, numerics)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 @pytest.mark.parametrize(
     "tests",
@@ -210,6 +223,7 @@ def test_runs_give_the_same_bits(numerics: Numerics, device: str) -> None:
             test_the_check_sees_what_is_wrong,
             test_a_slot_that_changes_is_seen_at_once,
             test_runs_give_the_same_bits,
+            test_warps_with_channels_of_their_own,
         ),
     ],
     ids=["rows", "rest"],

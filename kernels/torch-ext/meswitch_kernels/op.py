@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -69,7 +70,12 @@ def multiplies_bytes(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         return has_kernel(device)
-    return has_ptx(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_ptx(device) and _capability(device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dequantize_delta"), mutates_args=())

@@ -192,12 +192,17 @@ def coded_columns(
             bytes the low ones are from the high ones.
         first: the first of the positions, and ``last`` the one after the last: rows beyond it are like the last.
         tiles: scales of a position.
+        BLOCK_ROWS: rows, of which a matrix has eight columns, or with two planes four rows' columns.
+        WARPS: warps of the program.
         SHARERS: warps that share output channels.
     """
     THREADS: tl.constexpr = 32 * WARPS
     OWNERS: tl.constexpr = WARPS // SHARERS
     OUT_TILES: tl.constexpr = BLOCK_OUT // 16 // OWNERS
     COLUMN_TILES: tl.constexpr = BLOCK_ROWS * PLANES // 8
+    tl.static_assert(
+        WARPS % SHARERS == 0 and BLOCK_OUT % (16 * OWNERS) == 0, "a warp has a share of 16 channels or more"
+    )
     thread = tl.arange(0, THREADS)
     sharer, eighth, fourth = thread // 32 % SHARERS, (thread % 32) // 4, thread % 4
 

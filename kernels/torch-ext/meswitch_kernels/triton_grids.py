@@ -19,7 +19,7 @@ from .configurations import Configuration, program_count
 
 __all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
 
-#: Rows of an operand of tensor cores.
+#: Rows of a group that a program takes at a time, as many as an operand of tensor cores has.
 _TENSOR_CORE_ROWS = 16
 
 

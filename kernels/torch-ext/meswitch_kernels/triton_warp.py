@@ -42,14 +42,14 @@ def multiply_bytes(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
             pack=1,
         )
     # All at once rather than in helpers: the interpreter takes its time for each call.
-    WARPS: tl.constexpr = c0.numel // 32
+    COUNT: tl.constexpr = c0.numel // 32
     left = 24 - 8 * tl.arange(0, 4)
-    a = tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape(WARPS, 8, 8, 2).permute(0, 3, 1, 2).reshape(WARPS, 16, 8, 1)
-    a = (((a << left) >> 24) & 0xFF).reshape(WARPS, 16, 1, 32)
-    b = ((tl.join(b0, b1).reshape(WARPS, 8, 8, 1) << left) >> 24).reshape(WARPS, 1, 8, 32)
+    a = tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape(COUNT, 8, 8, 2).permute(0, 3, 1, 2).reshape(COUNT, 16, 8, 1)
+    a = (((a << left) >> 24) & 0xFF).reshape(COUNT, 16, 1, 32)
+    b = ((tl.join(b0, b1).reshape(COUNT, 8, 8, 1) << left) >> 24).reshape(COUNT, 1, 8, 32)
     c = (
         tl.sum(a * b, axis=3)
-        .reshape(WARPS, 2, 8, 4, 2)
+        .reshape(COUNT, 2, 8, 4, 2)
         .permute(0, 2, 3, 4, 1)
         .reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2)
     )
