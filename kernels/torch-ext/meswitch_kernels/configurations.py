@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .op import is_nvidia
+from .op import capability
 
 __all__ = ["Configuration", "Key", "Kind", "configuration", "program_count"]
 
@@ -93,18 +93,13 @@ def configuration(key: Key, device: torch.device) -> Configuration:
     >>> configuration(Key("single", "int8", 4096, 4096), torch.device("cpu")) == Configuration()
     True
     """
-    table = _TABLES.get(_capability(device), {})
+    table = _TABLES.get(capability(device), {})
     return table.get(key) or table.get(key._replace(out_features=0, in_features=0)) or _DEFAULT
 
 
 def program_count(work: int, configuration: Configuration, device: torch.device) -> int:
     """Programs to start for so many pieces of work, at most as many as by the sizes share the device at a time."""
     return max(1, min(work, _multiprocessors(device) * configuration.programs))
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if is_nvidia(device) else (0, 0)
 
 
 @functools.cache

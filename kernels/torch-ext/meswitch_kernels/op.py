@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _write_with_triton = dequantize_delta_triton
 
-__all__ = ["dequantize_delta", "has_kernel", "has_ptx", "is_nvidia", "multiplies_bytes"]
+__all__ = ["capability", "dequantize_delta", "has_kernel", "has_ptx", "is_nvidia", "multiplies_bytes"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,6 +52,16 @@ def is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """An NVIDIA device's compute capability, (0, 0) of others.
+
+    >>> capability(torch.device("cpu"))
+    (0, 0)
+    """
+    return torch.cuda.get_device_capability(device) if is_nvidia(device) else (0, 0)
+
+
 def has_ptx(device: torch.device) -> bool:
     """Whether kernels on a device may use NVIDIA's instructions.
 
@@ -70,12 +80,7 @@ def multiplies_bytes(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         return has_kernel(device)
-    return has_ptx(device) and _capability(device) >= (8, 0)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return has_ptx(device) and capability(device) >= (8, 0)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dequantize_delta"), mutates_args=())

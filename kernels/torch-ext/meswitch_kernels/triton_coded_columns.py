@@ -91,11 +91,10 @@ def _multiply_shifts(
                 a2 = codes_in_place(top[2 * pair + 1], FIRST + i, BITS)
                 a3 = codes_in_place(bottom[2 * pair + 1], FIRST + i, BITS)
             else:
-                # Spelled out, since the interpreter takes its time for each call.
-                a0 = (top[2 * pair] >> (BITS * (FIRST + i))) & (((1 << BITS) - 1) * 0x01010101)
-                a1 = (bottom[2 * pair] >> (BITS * (FIRST + i))) & (((1 << BITS) - 1) * 0x01010101)
-                a2 = (top[2 * pair + 1] >> (BITS * (FIRST + i))) & (((1 << BITS) - 1) * 0x01010101)
-                a3 = (bottom[2 * pair + 1] >> (BITS * (FIRST + i))) & (((1 << BITS) - 1) * 0x01010101)
+                a0 = four_codes(top[2 * pair], top[2 * pair], top[2 * pair], FIRST + i, BITS)
+                a1 = four_codes(bottom[2 * pair], bottom[2 * pair], bottom[2 * pair], FIRST + i, BITS)
+                a2 = four_codes(top[2 * pair + 1], top[2 * pair + 1], top[2 * pair + 1], FIRST + i, BITS)
+                a3 = four_codes(bottom[2 * pair + 1], bottom[2 * pair + 1], bottom[2 * pair + 1], FIRST + i, BITS)
             sums = multiply_bytes(
                 tl.broadcast_to(a0[None], SHAPE),
                 tl.broadcast_to(a1[None], SHAPE),
@@ -135,7 +134,7 @@ def _sum_parts(
     # Masking codes where they are is half the work of shifting them, too, and worth making up for in few sums.
     IN_PLACE: tl.constexpr = x.shape[0] == 1 and BITS != 3
     UNIT: tl.constexpr = 1 << (8 - BITS) if IN_PLACE else 1
-    parts = tl.cdiv(used, (12 if BITS == 3 else 4) * 4)
+    parts = tl.cdiv(used, 3 * _PART if BITS == 3 else _PART)
     zeros = tl.zeros(SHAPE, tl.int32)
     total_0 = tl.zeros(SHAPE, tl.float32)
     total_1 = tl.zeros(SHAPE, tl.float32)
@@ -177,6 +176,12 @@ def _sum_parts(
 
 
 @triton.jit
+def _position(row, first, last):
+    """Where a row is among those from ``first`` to ``last``; rows beyond are where the last one is."""
+    return tl.minimum(first + row, last - 1).to(tl.int64)
+
+
+@triton.jit
 def coded_columns(
     codes, row_words, used, bits, n, n_mask, values, scale, offset, low_plane, first, last, tiles,
     PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
@@ -214,12 +219,12 @@ def coded_columns(
     # As of a matrix of activations a thread holds column `eighth`, and of the sums, `2 * fourth` and the one after.
     block = tl.arange(0, COLUMN_TILES)[:, None] * 8
     column = block + eighth[None, :]
-    position = tl.minimum(first + column % BLOCK_ROWS, last - 1).to(tl.int64)
+    position = _position(column % BLOCK_ROWS, first, last)
     x = values.to(tl.int64) + (column // BLOCK_ROWS) * low_plane + position * (tiles * BLOCK_CODES)
     x += 16 * fourth[None, :]
     column = block + 2 * fourth[None, :]
-    scale_0 = scale.to(tl.int64) + tl.minimum(first + column % BLOCK_ROWS, last - 1).to(tl.int64) * tiles * 4
-    scale_1 = scale.to(tl.int64) + tl.minimum(first + (column + 1) % BLOCK_ROWS, last - 1).to(tl.int64) * tiles * 4
+    scale_0 = scale.to(tl.int64) + _position(column % BLOCK_ROWS, first, last) * tiles * 4
+    scale_1 = scale.to(tl.int64) + _position((column + 1) % BLOCK_ROWS, first, last) * tiles * 4
     weight = tl.where(column < (PLANES - 1) * BLOCK_ROWS, 256.0, 1.0)
 
     # One kernel for all numbers of bits, as of one row: a branch a block, which is uniform.
@@ -251,7 +256,7 @@ def coded_columns(
     total = tl.sum(both.reshape(PLANES, BLOCK_ROWS, BLOCK_OUT), axis=0)
 
     # A level is less than its code by the same for all, so the sum of the activations suffices.
-    position = tl.minimum(first + tl.arange(0, BLOCK_ROWS), last - 1).to(tl.int64)
+    position = _position(tl.arange(0, BLOCK_ROWS), first, last)
     sums_of_tiles = tl.zeros((BLOCK_ROWS, _BLOCK_TILES), tl.float32)
     for begin in range(0, tiles, _BLOCK_TILES):
         tile = begin + tl.arange(0, _BLOCK_TILES)

@@ -7,7 +7,6 @@ between them, which a matrix-vector product notices.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .configurations import Configuration, program_count
+from .op import capability
 
 __all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
 
@@ -50,7 +50,7 @@ def group_launches(
 
     >>> sizes = Configuration(block_out=16)
     >>> [launch[:2] for launch in group_launches(4, 24, sizes, sizes, torch.device("cpu"))]
-    [(1, 8), (16, 2)]
+    [(1, 8), (16, 4)]
     """
     yield 1, program_count(rows * triton.cdiv(channels, single.block_out), single, device), single
     if rows > 1:
@@ -58,10 +58,9 @@ def group_launches(
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
 
 
-@functools.cache
 def overlaps(device: torch.device, ptx: bool) -> bool:
     """Whether a device starts kernels so."""
-    return ptx and torch.cuda.get_device_capability(device) >= (9, 0)
+    return ptx and capability(device) >= (9, 0)
 
 
 def kernel_options(
