@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from .methods.base import linear_names, synchronize
 from .serving import LEVELS, prepare_serving, put_weights
 from .tasks import TASKS, Item
 from .text import encode_items, encode_prompts, item_texts
-from .training import STRENGTHS, Strength, compile_layers, fine_tune
+from .training import STRENGTHS, Strength, compile_layers, compiled_anew, fine_tune
 
 __all__ = ["CALIBRATION", "Budget", "Plan", "Runner"]
 
@@ -194,14 +195,15 @@ class Runner:
         """Fine-tune an expert and save it; the account of it."""
         items = load_split(self._data, TASKS[expert.task], "train")[: plan.train_items]
         if self._trainee is None:
-            # Made once, since compiled layers are compiled for this object.
             self._trainee = self._load(torch.float32)
             if self._compiled:
                 compile_layers(self._trainee)
         with torch.no_grad():
             for name, parameter in self._trainee.named_parameters():
                 parameter.copy_(self._base_state[name])
-        training = fine_tune(self._trainee, self._tokenizer, items, plan.strengths[expert.strength], seed=expert.seed)
+        strength = plan.strengths[expert.strength]
+        with compiled_anew() if self._compiled else nullcontext():
+            training = fine_tune(self._trainee, self._tokenizer, items, strength, seed=expert.seed)
         self._trainee.zero_grad(set_to_none=True)
         training["compiled"] = self._compiled
         weights = {key: value.detach().bfloat16() for key, value in self._trainee.named_parameters()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from .family_example import TrainingSettings, batches, collate
 from .tasks import Item
 from .text import encode_items
 
-__all__ = ["STRENGTHS", "Strength", "fine_tune"]
+__all__ = ["STRENGTHS", "Strength", "compile_layers", "compiled_anew", "fine_tune"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile the decoder layers of a model, one compilation for all of them."""
     for layer in model.base_model.layers:
         layer.compile(dynamic=True)
+
+
+@contextmanager
+def compiled_anew() -> Iterator[None]:
+    """What runs inside compiles for itself, and for nothing that was compiled before.
+
+    Code for any shape is still tuned to the first one it sees, and sums in another order when tuned to another. So an
+    expert's weights would depend on which expert the process trained first. To forget the process's code is not
+    enough: the caches on disk are looked up by the graph alone, without the shape that its code was tuned to.
+    """
+    torch.compiler.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        yield
 
 
 def fine_tune(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.quality import runner as quality_runner
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.cells import CellStore, ExpertId, merge
 from benchmarks.quality.data import write_split
@@ -87,6 +88,37 @@ def test_a_trained_expert_is_the_same_again_and_differs_from_another_seed(runner
     other = runner.folder(ExpertId("code", "light", 1)).load()
     assert any(not torch.equal(first[key], other[key]) for key in first)
     assert set(runner.trainings()) == {"code-light-s0", "code-light-s1"}
+
+
+def test_an_expert_trained_after_another_is_the_one_trained_alone(pair, tmp_path, monkeypatch):
+    """With code that computes a little differently for each length it was compiled for, and so tells which."""
+    compiled_for, kept_code = [], []
+
+    def backend(graph, inputs):
+        # Not int(value), which would have it compiled again for every other length.
+        lengths = [value.node.hint for value in inputs if isinstance(value, torch.SymInt)]
+        compiled_for.append(lengths)
+        kept_code.append(not torch.compiler.config.force_disable_caches)
+        scale = 1 + sum(lengths) / 1000
+        return lambda *values: [out * scale if out.is_floating_point() else out for out in graph(*values)]
+
+    def compile_layers(model):
+        for layer in model.base_model.layers:
+            layer.compile(dynamic=True, backend=backend)
+
+    monkeypatch.setattr(quality_runner, "compile_layers", compile_layers)
+    for task in ("code", "json"):
+        write_split(tmp_path / "data", TASKS[task], train=16, test=3)
+    other = ExpertId("json", "light", 0)
+
+    def digests(work: str, *experts: ExpertId) -> list[str]:
+        own = Runner(pair.base, tmp_path / work, tmp_path / "data", torch.device("cpu"), compiled=True)
+        return [own.train(expert, plan())["digest"] for expert in experts]
+
+    _, after = digests("both", other, EXPERT)
+    assert compiled_for[0] != compiled_for[-1]
+    assert digests("alone", EXPERT) == [after]
+    assert not any(kept_code)
 
 
 def test_it_stops_before_its_time_is_up_and_goes_on_later(runner):
