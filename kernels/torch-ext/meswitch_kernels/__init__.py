@@ -8,6 +8,7 @@ from .add_delta import add_delta, merged_weight
 from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
 from .linear import delta_linear, fused_linear
+from .norm_rows import NormForm, norm_rows, norm_rows_reference
 from .numerics import Numerics
 from .op import dequantize_delta, has_kernel, is_nvidia
 from .prefill import PrefillLayer, prefill_linear
@@ -23,6 +24,7 @@ from .scratch_ring import ScratchRing
 __all__ = [
     "DeltaLeaves",
     "ExpertTable",
+    "NormForm",
     "Numerics",
     "PrefillLayer",
     "RowGroups",
@@ -46,6 +48,8 @@ __all__ = [
     "is_nvidia",
     "map_rows",
     "merged_weight",
+    "norm_rows",
+    "norm_rows_reference",
     "prefill_linear",
     "round_in_turn",
     "round_in_turn_reference",
