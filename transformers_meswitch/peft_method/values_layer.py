@@ -53,8 +53,10 @@ class ValuesLayer(MESwitchLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Shape and dtype as the base's module."""
         if self.stack is not None and is_replayed() and not (self.merged_adapters or args or kwargs):
-            index = self.switch.live_on(x.device).index(x.shape[0])
-            return run_with_rows(self.base_layer, x, self.stack.pick(self.get_base_layer(), index))
+            base, index = self.get_base_layer(), self.switch.live_on(x.device).index(x.shape[0])
+            if base is self.base_layer and self.stack.norms(base, x):
+                return self.stack.norm(base, x, index)
+            return run_with_rows(self.base_layer, x, self.stack.pick(base, index))
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(x, *args, **kwargs)

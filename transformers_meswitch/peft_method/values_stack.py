@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from meswitch_kernels import NormForm, norm_rows
+
+from .kernel_path import DTYPES, are_for_kernels
 from .slots import ROOM
 
-__all__ = ["ValuesStack", "run_with_rows", "takes_rows"]
+__all__ = ["NormKind", "ValuesStack", "norm_kind", "run_with_rows", "takes_rows"]
+
+
+class NormKind(NamedTuple):
+    """What there is to know of a norm, beside its weight, to work it out elsewhere.
+
+    Attributes:
+        form: how it applies its weight.
+        eps: what it adds to the mean of squares.
+        dtype: of input, weight and output, in which it was tried: what rounds shows the form.
+    """
+
+    form: NormForm
+    eps: float
+    dtype: torch.dtype
 
 
 class ValuesStack(nn.Module):
@@ -26,6 +43,7 @@ class ValuesStack(nn.Module):
     """
 
     has: torch.Tensor
+    of_weight: torch.Tensor
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -35,6 +53,7 @@ class ValuesStack(nn.Module):
         self._slots: dict[str, int] = {}
         for name, parameter in base.named_parameters(recurse=False):
             self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM + 1, *parameter.shape), persistent=False)
+        self._norm = norm_kind(base)
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
         """Enter an expert: its name, its slot, and its own parameters by name.
@@ -69,6 +88,44 @@ class ValuesStack(nn.Module):
             rows = getattr(self, f"of_{name}")[index]
             picked[name] = torch.where(own.view(-1, *[1] * (rows.ndim - 1)), rows, getattr(base, name))
         return picked
+
+    def norms(self, base: nn.Module, x: torch.Tensor) -> bool:
+        """Whether :meth:`norm` gives what the base's module does, in one kernel instead of a dozen.
+
+        Not while ``torch.compile`` traces, which makes one kernel of the dozen itself.
+
+        Args:
+            base: the module that the rows run.
+            x: its input.
+        """
+        if torch.compiler.is_compiling() or self._norm is None:
+            return False
+        weight = base._parameters.get("weight")
+        return (
+            type(weight) is nn.Parameter
+            and x.ndim > 1
+            and weight.shape == x.shape[-1:]
+            and weight.dtype == x.dtype == self._norm.dtype == self.of_weight.dtype
+            and weight.device == self.has.device
+            # Of accelerate, or of whoever watches the layer.
+            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and are_for_kernels(x, weight.device, base)
+        )
+
+    def norm(self, base: nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """As the base's module with the weight of each row's expert, of inputs that it :meth:`norms`.
+
+        Args:
+            base: the base's module.
+            x: ``[rows, ..., width]``.
+            index: int32 ``[rows]``, slots, -1 for the base.
+
+        Returns:
+            As ``x``.
+        """
+        assert self._norm is not None
+        own = self.of_weight
+        return norm_rows(x, base.weight, own, self.has, index, eps=self._norm.eps, form=self._norm.form)  # type: ignore[arg-type]
 
 
 def run_with_rows(module: nn.Module, x: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -133,3 +190,59 @@ def takes_rows(module: nn.Module) -> bool:
     return together.shape == expected.shape and torch.allclose(
         together.float(), expected.float(), rtol=2e-2, atol=1e-2
     )
+
+
+@torch.no_grad()
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """What kind of norm by the root of the mean square a module is, tried on numbers; `None` if of no kind known.
+
+    Bit for bit, in the module's dtype: where it rounds tells two kinds apart. Nothing is known of one whose sums are
+    in an order that torch knows no operator for.
+
+    >>> norm_kind(nn.RMSNorm(8, eps=0.5)).eps, norm_kind(nn.LayerNorm(8))
+    (0.5, None)
+    """
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if weight is None or len(parameters) > 1 or weight.ndim != 1 or weight.dtype not in DTYPES:
+        return None
+    known = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    # torch's norm has a default, of its input's dtype or of the one that it sums in.
+    guesses = [torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps] if known is None else [known]
+    if not all(isinstance(eps, float) for eps in guesses):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    tried = torch.randn(2, len(weight), generator=generator).to(weight)
+    # Rows in which epsilon is about as large as the squares, among them; many, since few numbers may round alike.
+    size = torch.tensor([1.0, 30.0, *(max(eps, 1e-8) ** 0.5 for eps in guesses)]).repeat(16)
+    x = (size[:, None] * torch.randn(len(size), len(weight), generator=generator)).view(2, len(size) // 2, -1)
+    x = x.to(weight)
+    try:
+        expected = [functional_call(module, {"weight": own}, (x,)) for own in tried]
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+
+    for eps in guesses:
+        for normalised in _normalised(x, eps):
+            for form in get_args(NormForm):
+                found = [_weigh(normalised, own, form) for own in tried]
+                if all(map(_are_the_same, found, expected)):
+                    return NormKind(form, eps, weight.dtype)
+    return None
+
+
+def _normalised(x: torch.Tensor, eps: float) -> Iterator[torch.Tensor]:
+    """Rows without a weight, float32, with the sums of transformers' norms and with those of torch's own."""
+    values = x.float()
+    yield values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    yield F.rms_norm(values, values.shape[-1:], eps=eps)
+
+
+def _weigh(normalised: torch.Tensor, weight: torch.Tensor, form: NormForm) -> torch.Tensor:
+    if form == "round_first":
+        return weight * normalised.to(weight.dtype)
+    return (normalised * (weight.float() + (form == "plus_one"))).to(weight.dtype)
+
+
+def _are_the_same(found: torch.Tensor, expected: Any) -> bool:
+    return isinstance(expected, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
