@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from transformers import StaticCache
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
@@ -106,13 +107,17 @@ def test_forms(form: NormForm, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 5, 64), (2, 1, 2, 9)], ids=str)
 def test_shapes(shape: tuple[int, ...], device: str) -> None:
-    """A norm of heads' queries or keys among them, and rows that are not neighbours in memory."""
+    """A norm of heads' queries or keys among them, and tensors that lie otherwise in memory."""
     index = BATCHES[-1]
     inputs = norm_inputs(index, shape, torch.float16, device)
     check_modules(run(inputs, "round_first"), inputs, index, LlamaRMSNorm(shape[-1], eps=EPS))
     if len(shape) == 3:
         apart = (inputs[0].transpose(1, 2), *inputs[1:])
         check_modules(run(apart, "round_first"), apart, index, LlamaRMSNorm(shape[-1], eps=EPS))
+        # At addresses that are multiples of no more than their elements' size.
+        odd = [F.pad(tensor.flatten(), (1, 0))[1:].view(tensor.shape) for tensor in inputs]
+        assert all(tensor.data_ptr() % 16 for tensor in odd)
+        assert torch.equal(run(tuple(odd), "round_first"), run(inputs, "round_first"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,6 +199,7 @@ def test_what_is_captured_runs_the_kernel(
         model._meswitch_switch.live_on(x.device).begin()
         return record(lambda: layer(x), monkeypatch)
 
+    calls.clear()
     with torch.no_grad():
         check(recorded(x))
     assert set(calls) == {"round_first"}
@@ -252,6 +258,7 @@ def test_a_model_that_is_captured_answers_as_every_expert(
     def step() -> torch.Tensor:
         return model(token, **{name: cache}).logits
 
+    calls.clear()
     with torch.no_grad(), model._meswitch_switch.rows(["math", None]):
         model(token, **{name: cache})
         replay = record(step, monkeypatch)
@@ -412,13 +419,18 @@ class Other(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_norms_are_recognised(device: str, dtype: torch.dtype) -> None:
+    here = torch.ones(1, device=device).device
     for width in (1, 7, 576, 4096):
         for form, kind in MODULES.items():
             # In float32 nothing is rounded before the weight.
             known = "round_first" if dtype == torch.float32 and form == "round_last" else form
-            assert norm_kind(kind(width, eps=EPS).to(device, dtype)) == NormKind(known, EPS, dtype)
+            assert norm_kind(kind(width, eps=EPS).to(device, dtype)) == NormKind(
+                known, EPS, dtype, torch.ones(1, device=device).device
+            )
     torch_form = "round_first" if dtype == torch.float32 else "round_last"
-    assert norm_kind(nn.RMSNorm(576, eps=EPS).to(device, dtype)) == NormKind(torch_form, EPS, dtype)
+    assert norm_kind(nn.RMSNorm(576, eps=EPS).to(device, dtype)) == NormKind(
+        torch_form, EPS, dtype, torch.ones(1, device=device).device
+    )
     default = norm_kind(nn.RMSNorm(576).to(device, dtype))
     assert default is not None
     assert default.form == torch_form
@@ -427,7 +439,7 @@ def test_norms_are_recognised(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="no kernel is run")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_modules_are_not_taken_for_norms(dtype: torch.dtype) -> None:
-    assert norm_kind(Other("").to(dtype)) == NormKind("round_first", 1e-6, dtype)
+    assert norm_kind(Other("").to(dtype)) == NormKind("round_first", 1e-6, dtype, torch.device("cpu"))
     others = ["centred", "epsilon outside", "another epsilon", "no name for epsilon", "weight squared"]
     others.append("a row's weight doubled")
     for what in [*others, *(["not rounded"] if dtype != torch.float32 else [])]:
@@ -443,23 +455,28 @@ def test_other_modules_are_not_taken_for_norms(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="no kernel is run")
-def test_a_stack_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_asks_once_where_it_is(monkeypatch: pytest.MonkeyPatch, calls: list[NormForm]) -> None:
     asked: list[nn.Module] = []
     monkeypatch.setattr(values_stack, "norm_kind", lambda module: asked.append(module))
     base = LlamaRMSNorm(8)
     stack = ValuesStack(base)
     x = torch.zeros(2, 8)
-    assert not stack.norms(base, x)
-    assert not stack.norms(base, x)
+    for _ in range(2):
+        stack.ask(base)
+        assert not stack.norms(base, x)
     assert asked == [base]
-    monkeypatch.undo()
+    monkeypatch.setattr(values_stack, "norm_kind", norm_kind)
     stack = ValuesStack(base.requires_grad_(False))
+    # Before anything is captured, which would not load the kernel.
+    assert calls == ["round_first"]
     assert stack.norms(base, x)
     for other in (x.bfloat16(), x[0], x[:, :1], x.to("meta")):
         assert not stack.norms(base, other)
     # Rounding was tried in float32.
     stack, base = stack.bfloat16(), base.bfloat16()
     assert not stack.norms(base, x.bfloat16())
+    stack.ask(base)
+    assert stack.norms(base, x.bfloat16())
     assert ValuesStack(base).norms(base, x.bfloat16())
     with torch.autocast("cpu"):
         assert not ValuesStack(base).norms(base, x.bfloat16())

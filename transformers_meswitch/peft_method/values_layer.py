@@ -42,6 +42,7 @@ class ValuesLayer(MESwitchLayer):
         if self.stack is None and takes_rows(base):
             self.stack = ValuesStack(base)
         if self.stack is not None:
+            self.stack.ask(base)
             self.stack.put(expert, self.switch.slots.of(expert), self._own(delta))
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -25,11 +25,13 @@ class NormKind(NamedTuple):
         form: how it applies its weight.
         eps: what it adds to the mean of squares.
         dtype: of input, weight and output, in which it was tried: what rounds shows the form.
+        device: where it was tried.
     """
 
     form: NormForm
     eps: float
     dtype: torch.dtype
+    device: torch.device
 
 
 class ValuesStack(nn.Module):
@@ -53,7 +55,24 @@ class ValuesStack(nn.Module):
         self._slots: dict[str, int] = {}
         for name, parameter in base.named_parameters(recurse=False):
             self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM + 1, *parameter.shape), persistent=False)
-        self._norm = norm_kind(base)
+        self._norm: NormKind | None = None
+        self._asked: tuple[torch.dtype, torch.device] | None = None
+        self.ask(base)
+
+    @torch.no_grad()
+    def ask(self, base: nn.Module) -> None:
+        """Find out, once for each dtype and device, whether the base's module is a norm that a kernel works out.
+
+        Args:
+            base: the base's module.
+        """
+        first = next(base.parameters())
+        if self._asked == (first.dtype, first.device):
+            return
+        self._asked, self._norm = (first.dtype, first.device), norm_kind(base)
+        if self._norm is not None:
+            # While a graph is captured CUDA loads no kernel, so it is launched here for the first time.
+            self.norm(base, first.new_ones(1, *first.shape), torch.zeros(1, dtype=torch.int32, device=first.device))
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
         """Enter an expert: its name, its slot, and its own parameters by name.
@@ -106,7 +125,7 @@ class ValuesStack(nn.Module):
             and x.ndim > 1
             and weight.shape == x.shape[-1:]
             and weight.dtype == x.dtype == self._norm.dtype == self.of_weight.dtype
-            and weight.device == self.has.device
+            and weight.device == self._norm.device == self.has.device
             # Of accelerate, or of whoever watches the layer.
             and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
             and are_for_kernels(x, weight.device, base)
@@ -227,7 +246,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
             for form in get_args(NormForm):
                 found = [_weigh(normalised, own, form) for own in tried]
                 if all(map(_are_the_same, found, expected)):
-                    return NormKind(form, eps, weight.dtype)
+                    return NormKind(form, eps, weight.dtype, weight.device)
     return None
 
 
