@@ -6,16 +6,19 @@ import gc
 import itertools
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meswitch_kernels import DeltaLeaves, ExpertTable, align_rows, group_rows
+from meswitch_kernels import DeltaLeaves, ExpertTable, align_rows, group_rows, row_groups
 from meswitch_kernels.expert_table import COLUMNS
 from meswitch_kernels.table_views import leaves_of_slot
 from tests.kernels.random_deltas import move, random_leaves
+from tests.kernels.test_delta_linear import DEVICES, INTERPRETED, poisoned_memory
+from tests.triton_interpreter import check_interpreted
 
 
 def test_views_of_a_slot_are_the_owners_tensors() -> None:
@@ -111,9 +114,10 @@ def test_rows_that_end_where_their_memory_ends_are_not_aligned() -> None:
     assert align_rows(cut).data_ptr() != cut.data_ptr()
 
 
-@given(st.lists(st.integers(-3, 6), max_size=40), st.sampled_from([torch.int32, torch.int64]))
-def test_groups(index: list[int], dtype: torch.dtype) -> None:
-    order, slot, start, count = (t.tolist() for t in group_rows(torch.tensor(index, dtype=dtype)))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@given(index=st.lists(st.integers(-3, 6), max_size=40), dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_groups(device: str, index: list[int], dtype: torch.dtype) -> None:
+    order, slot, start, count = (t.tolist() for t in group_rows(torch.tensor(index, dtype=dtype, device=device)))
     experts = [max(expert, -1) for expert in index]
     assert sorted(order) == list(range(len(index)))
     assert slot == [experts[row] for row in order]
@@ -128,6 +132,85 @@ def test_groups(index: list[int], dtype: torch.dtype) -> None:
     for part in (groups[:singles], groups[singles:whole]):
         assert [group[0] for group in part] == sorted({group[0] for group in part})
     assert sorted(group[0] for group in groups[:whole]) == sorted(set(experts))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 100, 127, 128, 129])
+def test_comparing_and_sorting_group_alike(rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    launched: list[int] = []
+
+    def watched(index: torch.Tensor, *groups: torch.Tensor) -> None:
+        launched.append(len(index))
+        group_rows_triton(index, *groups)
+
+    group_rows_triton = row_groups._group_with_triton
+    assert group_rows_triton is not None
+    monkeypatch.setattr(row_groups, "_group_with_triton", watched)
+    for slots in (1, 4, rows, 1000):
+        for dtype in (torch.int32, torch.int64):
+            memory = torch.randint(-2, slots, (2 * rows + 1,), generator=generator, dtype=dtype).to(device)
+            # Neighbours, at an address that is a multiple of no more than their size, and apart.
+            for index in (memory[:rows], memory[1 : rows + 1], memory[::2][:rows]):
+                with poisoned_memory():
+                    found = group_rows(index)
+                expected = row_groups._group_by_sorting(index)
+                for ours, theirs in zip(found, expected, strict=True):
+                    assert ours.dtype == theirs.dtype
+                    assert torch.equal(ours, theirs)
+    assert launched == ([rows] * 24 if rows <= 128 else [])
+    compiled = torch.compile(group_rows, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    assert torch.equal(compiled(index).order, expected.order)
+    assert len(launched) in (0, 24)
+
+
+@pytest.mark.gpu
+def test_a_capture_launches_no_kernel_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the graph is right, whichever way it was captured."""
+    index = torch.zeros(5, dtype=torch.int32, device="cuda")
+    monkeypatch.setattr(row_groups, "_LOADED", set())
+    row_groups._group_by_sorting(index)
+    for loaded in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        if loaded:
+            group_rows(index)
+        with torch.cuda.graph(graph):
+            groups = group_rows(index)
+        assert bool(row_groups._LOADED) == loaded
+        for chosen in ([3, -1, 3, 0, -1], [2, 2, 2, 2, 2], [4, 3, -1, 1, 0]):
+            index.copy_(torch.tensor(chosen))
+            for part in groups:
+                part.fill_(-7)
+            graph.replay()
+            for ours, theirs in zip(groups, row_groups._group_by_sorting(torch.tensor(chosen)), strict=True):
+                assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_groups_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    check_interpreted(__file__, test_groups, test_comparing_and_sorting_group_alike)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("block", [16, 128])
+def test_grouping_compiles_for_hopper(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from meswitch_kernels.triton_group_rows import _group_rows_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    source = ASTSource(
+        fn=_group_rows_kernel,
+        signature=dict.fromkeys(_group_rows_kernel.arg_names, "*i32") | {"rows": "i32", "BLOCK": "constexpr"},
+        constexprs={(_group_rows_kernel.arg_names.index("BLOCK"),): block},
+    )
+    options = {"num_warps": 8 if block > 16 else 1}
+    assert ".target sm_90" in compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
 def test_columns_are_those_that_the_kernels_read() -> None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from .op import has_kernel
+
+_group_with_triton: Callable[..., None] | None = None
+_BLOCKS: tuple[int, ...] = ()
+if importlib.util.find_spec("triton") is not None:
+    from .triton_group_rows import BLOCKS, group_rows_triton
+
+    _group_with_triton, _BLOCKS = group_rows_triton, BLOCKS
+
 __all__ = ["RowGroups", "group_rows"]
+
+#: Devices, dtypes and sizes that the kernel has been launched for.
+_LOADED: set[tuple[torch.device, torch.dtype, int]] = set()
 
 
 class RowGroups(NamedTuple):
@@ -31,6 +45,9 @@ class RowGroups(NamedTuple):
 def group_rows(expert_index: torch.Tensor) -> RowGroups:
     """Group rows by expert, without waiting for the device: CUDA graphs capture it and ``torch.compile`` traces it.
 
+    A few rows take one kernel, but no graph whose capture would be the first to launch it for so many, as CUDA loads
+    none then.
+
     Args:
         expert_index: int32 or int64 ``[rows]``, the slot of each row's expert; negative for the base alone.
 
@@ -41,6 +58,35 @@ def group_rows(expert_index: torch.Tensor) -> RowGroups:
     >>> groups.order.tolist(), groups.slot.tolist(), groups.start.tolist(), groups.group_count.tolist()
     ([3, 5, 1, 4, 0, 2], [0, 1, -1, -1, 3, 3], [0, 1, 2, 4, 6, 6, 6], [2, 4])
     """
+    if not torch.compiler.is_compiling() and _takes_kernel(expert_index):
+        return _group_by_comparing(expert_index)
+    return _group_by_sorting(expert_index)
+
+
+def _takes_kernel(expert_index: torch.Tensor) -> bool:
+    """Whether there is a kernel for so many rows, which is loaded or may be now."""
+    rows, device, dtype = expert_index.shape[0], expert_index.device, expert_index.dtype
+    block = next((block for block in _BLOCKS if 0 < rows <= block), None)
+    if block is None or not has_kernel(device) or dtype not in (torch.int32, torch.int64):
+        return False
+    if (device, dtype, block) not in _LOADED:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _LOADED.add((device, dtype, block))
+    return True
+
+
+def _group_by_comparing(expert_index: torch.Tensor) -> RowGroups:
+    assert _group_with_triton is not None
+    rows = expert_index.shape[0]
+    # Triton compiles for each alignment, and graphs find what was loaded: each of these is at a multiple of 16 bytes.
+    expert_index = expert_index.clone() if expert_index.data_ptr() % 16 else expert_index.contiguous()
+    groups = RowGroups(*(expert_index.new_empty(size, dtype=torch.int32) for size in (rows, rows, rows + 1, 2)))
+    _group_with_triton(expert_index, *groups)
+    return groups
+
+
+def _group_by_sorting(expert_index: torch.Tensor) -> RowGroups:
     rows = expert_index.shape[0]
     slot, order = torch.sort(expert_index.clamp(min=-1), stable=True)
     alone = _differs_from_last(slot)
