@@ -424,13 +424,9 @@ def test_norms_are_recognised(device: str, dtype: torch.dtype) -> None:
         for form, kind in MODULES.items():
             # In float32 nothing is rounded before the weight.
             known = "round_first" if dtype == torch.float32 and form == "round_last" else form
-            assert norm_kind(kind(width, eps=EPS).to(device, dtype)) == NormKind(
-                known, EPS, dtype, torch.ones(1, device=device).device
-            )
+            assert norm_kind(kind(width, eps=EPS).to(device, dtype)) == NormKind(known, EPS, dtype, here)
     torch_form = "round_first" if dtype == torch.float32 else "round_last"
-    assert norm_kind(nn.RMSNorm(576, eps=EPS).to(device, dtype)) == NormKind(
-        torch_form, EPS, dtype, torch.ones(1, device=device).device
-    )
+    assert norm_kind(nn.RMSNorm(576, eps=EPS).to(device, dtype)) == NormKind(torch_form, EPS, dtype, here)
     default = norm_kind(nn.RMSNorm(576).to(device, dtype))
     assert default is not None
     assert default.form == torch_form
