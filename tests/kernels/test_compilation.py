@@ -25,8 +25,14 @@ POINTERS = {
     **dict.fromkeys(("scale", "offset"), "*fp32"),
     **dict.fromkeys(("table", "coded_table", "rows_table", "ids"), "*i64"),
 }
+#: Those of several linears, one of each.
+TUPLES = {
+    **dict.fromkeys(("ys", "base_outs", "weights", "base_biases"), "*bf16"),
+    "tables": "*i64",
+    "out_features": "i32",
+}
 #: Sizes that a model's layers have as multiples of 16.
-MULTIPLES = ("out_features", "in_features", "weight_out_stride", "capacity", "base_width", "width", "weight_stride")
+MULTIPLES = ("in_features", "weight_out_stride", "capacity", "base_width", "width", "weight_stride")
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ class Compiled:
     shared_bytes: int
 
 
-def compile_for_hopper(module: str, name: str, planes: int, constants: dict[str, Any], **options: int) -> Compiled:
+def compile_for_hopper(
+    module: str, name: str, planes: int, constants: dict[str, Any], linears: int = 1, **options: int
+) -> Compiled:
     kernel = getattr(importlib.import_module(f"meswitch_kernels.{module}"), name)
     pointers = {**POINTERS, "values": "*i8" if planes else "*fp32"}
     signature, constexprs, attributes = {}, {}, {}
@@ -44,6 +52,10 @@ def compile_for_hopper(module: str, name: str, planes: int, constants: dict[str,
         if argument in constants:
             signature[argument] = "constexpr"
             constexprs[(place,)] = constants[argument]
+            continue
+        if argument in TUPLES and name != "_head_rows_kernel":
+            signature[argument] = (TUPLES[argument],) * linears
+            attributes |= {(place, linear): [["tt.divisibility", 16]] for linear in range(linears)}
             continue
         signature[argument] = pointers.get(argument, "i32")
         if argument in pointers or argument in MULTIPLES:
@@ -82,8 +94,15 @@ def cases() -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize(("key", "sizes"), cases())
-def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
+def linears_of(cases: list[Any]) -> list[Any]:
+    """Each of one linear, and one of each kind of three together."""
+    made = [pytest.param(*case.values, 1, marks=case.marks, id=case.id) for case in cases]
+    kinds = {case.values[0].kind: case for case in reversed(cases) if not case.marks}
+    return made + [pytest.param(*case.values, 3, id=f"{case.id}-three") for case in kinds.values()]
+
+
+@pytest.mark.parametrize(("key", "sizes", "linears"), linears_of(cases()))
+def test_linears(key: Key, sizes: Configuration, linears: int, tmp_path, monkeypatch) -> None:
     kind, planes = key.kind, ("exact", "int8", "int16").index(key.numerics)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = constants_of(sizes, planes, 16 if kind == "several" else 1)
@@ -93,7 +112,9 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
     else:
         constants["HAS_BASE"] = True
     name = "fused_linear" if kind == "fused" else "delta_linear"
-    compiled = compile_for_hopper(f"triton_{name}", f"_{name}_kernel", planes, constants, **sizes.launch_options())
+    compiled = compile_for_hopper(
+        f"triton_{name}", f"_{name}_kernel", planes, constants, linears, **sizes.launch_options()
+    )
     assert compiled.shared_bytes <= 227 * 1024
     # Codes come in wide loads, or in wide copies to shared memory; the base's weight, in the latter if at all.
     by_copies = kind == "several" and planes == 0 and sizes.stages > 1
@@ -101,6 +122,9 @@ def test_linears(key: Key, sizes: Configuration, tmp_path, monkeypatch) -> None:
     assert ("dp4a" in compiled.ptx) == (planes > 0 and kind != "several")
     assert ("mma.sync.aligned.m16n8k32" in compiled.ptx) == (planes > 0 and kind == "several")
     assert ("mma.sync" in compiled.ptx) == (kind == "several")
+    if kind == "fused" and sizes.stages > 1:
+        # The base's weight, whichever linear's, in copies of 16 bytes.
+        assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", compiled.ptx)
 
 
 def layouts_of_products(ttgir: str) -> set[str]:

@@ -13,7 +13,7 @@ from tests.fixtures_models import UNCHANGED_IN_MATH, TinyFamily
 from tests.model_state import prompt
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM
-from transformers_meswitch.peft_method import kernel_path
+from transformers_meswitch.peft_method import joint_linears, kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.linear_layer import LinearLayer
 
@@ -63,10 +63,11 @@ def linears(model: Any) -> list[LinearLayer]:
 @pytest.mark.parametrize("experts", [["math"], ["code", "code"], ["math", None, "code"]], ids=str)
 def test_kernels_give_what_dense_deltas_give(model: Any, experts: list[str | None], monkeypatch: Any) -> None:
     used = []
-    fused = kernel_path.fused_linear
-    monkeypatch.setattr(kernel_path, "fused_linear", lambda *args: used.append(1) or fused(*args))
+    one, several = kernel_path.fused_linear, joint_linears.fused_linears
+    monkeypatch.setattr(kernel_path, "fused_linear", lambda *args: used.append(1) or one(*args))
+    monkeypatch.setattr(joint_linears, "fused_linears", lambda x, *args: used.append(len(args[0])) or several(x, *args))
     check(model, experts, monkeypatch)
-    assert len(used) == len(linears(model))
+    assert sum(used) == len(linears(model))
     assert any(layer.delta_of("math") is None for layer in linears(model)), UNCHANGED_IN_MATH
 
 

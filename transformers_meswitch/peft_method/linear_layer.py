@@ -11,6 +11,7 @@ from torch import nn
 from ..module_kinds import is_conv1d, linear_sizes
 from .deltas import LinearDelta
 from .dense_cache import DenseCache
+from .joint_linears import JointLinears
 from .kernel_path import KernelPath
 from .layer import MESwitchLayer
 from .naming import module_key
@@ -20,7 +21,11 @@ __all__ = ["LinearLayer"]
 
 
 class LinearLayer(MESwitchLayer):
-    """A linear (``nn.Linear``, ``Conv1D``, bitsandbytes 4/8-bit): ``y = base(x) + x Δ̂ᵀ`` per row's expert."""
+    """A linear (``nn.Linear``, ``Conv1D``, bitsandbytes 4/8-bit): ``y = base(x) + x Δ̂ᵀ`` per row's expert.
+
+    Attributes:
+        joint: this and other linears that the module around them gives the same input, if there are any.
+    """
 
     kernel_table: torch.Tensor | None
 
@@ -29,6 +34,7 @@ class LinearLayer(MESwitchLayer):
         self.out_features, self.in_features = linear_sizes(base_layer)
         self._kernels = KernelPath(self.out_features, self.in_features)
         self._dense = DenseCache()
+        self.joint: JointLinears | None = None
         # A buffer, so that compiled code takes it for something that stays where it is.
         self.register_buffer("kernel_table", None, persistent=False)
 
@@ -44,6 +50,7 @@ class LinearLayer(MESwitchLayer):
             base_bias = getattr(self.get_base_layer(), "bias", None)
             self._kernels.place(expert, self.switch.slots.of(expert), delta, base_bias)
             self.kernel_table = self._kernels.rows
+            self._forget_kept()
             if self.kernel_table is not None:
                 self.switch.live_on(self.kernel_table.device)
                 self.switch.scratch_on(self.kernel_table.device)
@@ -51,6 +58,15 @@ class LinearLayer(MESwitchLayer):
     def drop_cache(self) -> None:
         """As of every wrapped layer."""
         self._dense.clear()
+        self._forget_kept()
+
+    def _forget_kept(self) -> None:
+        if self.joint is not None:
+            self.joint.forget()
+
+    def takes_kernels(self, x: torch.Tensor) -> bool:
+        """Whether the kernels multiply this input."""
+        return self._kernels.takes(x, self.base_layer)
 
     def stand_in(self, expert: str, delta: nn.Module) -> None:
         """Let another module answer for an expert's delta: called as one, with a ``record`` and maybe a ``bias``.
@@ -69,11 +85,14 @@ class LinearLayer(MESwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
-        if self._kernels.takes(x, self.base_layer) and not (self.merged_adapters or args or kwargs):
+        if self.takes_kernels(x) and not (self.merged_adapters or args or kwargs):
             by_expert = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
             if by_expert is None:
                 return self.base_layer(x)
             assert self.kernel_table is not None
+            together = None if self.joint is None else self.joint.take(self, x, by_expert)
+            if together is not None:
+                return together
             return self._kernels.multiply(x, self.base_layer, self.kernel_table, by_expert)
         groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):

@@ -20,6 +20,7 @@ from ..delta_format.validate import check_config, check_headers, check_values, t
 from ..errors import DeltaFormatError, ExpertNameError, MESwitchError, UnsupportedOperationError
 from .attachment import attach_expert, remove_expert
 from .injection import check_base, plan_injection, switch_of, wrapped_layers
+from .joint_linears import link_joint_linears
 from .layer import MESwitchLayer
 from .layer_kinds import wrap
 from .merging import merge_expert, unload
@@ -124,6 +125,7 @@ class MESwitchModel(BaseTuner):
             config.__dict__["_targets"] = targets
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _tie_heads(model)
+            link_joint_linears(model)
         except Exception:
             remove_expert(model, adapter_name, self.peft_config)
             raise

@@ -7,7 +7,7 @@ nothing but torch and Triton.
 from .add_delta import add_delta, merged_weight
 from .delta_leaves import DeltaLeaves, align_rows
 from .expert_table import ExpertTable
-from .linear import delta_linear, fused_linear
+from .linear import delta_linear, fused_linear, fused_linears
 from .norm_rows import NormForm, norm_rows, norm_rows_reference
 from .numerics import Numerics
 from .op import dequantize_delta, has_kernel, is_nvidia
@@ -41,6 +41,7 @@ __all__ = [
     "embed_rows",
     "embed_rows_reference",
     "fused_linear",
+    "fused_linears",
     "group_rows",
     "has_kernel",
     "head_rows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is not None:
     _add_with_triton = delta_linear_triton
     _multiply_with_triton = fused_linear_triton
 
-__all__ = ["delta_linear", "fused_linear"]
+__all__ = ["delta_linear", "fused_linear", "fused_linears"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,11 +109,53 @@ def fused_linear(
     >>> fused_linear(torch.ones(1, 2), torch.ones(1, 2), None, table.rows, group_rows(torch.tensor([0])))
     tensor([[2.]])
     """
-    _check(x, table, groups)
-    _check_tensor("weight", weight, (weight.shape[0], x.shape[1]), x)
-    if bias is not None:
-        _check_tensor("bias", bias, (weight.shape[0],), x)
+    _check_weight(x, weight, bias, table, groups)
     return _fused_linear(x, weight, bias, table, *groups, numerics_of(x.dtype, numerics))
+
+
+def fused_linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    tables: Sequence[torch.Tensor],
+    groups: RowGroups,
+    *,
+    numerics: Numerics | None = None,
+) -> list[torch.Tensor]:
+    """:func:`fused_linear` of several linears of the same input, such as an attention's queries, keys and values.
+
+    Their deltas share launches, since small ones take about as long to start as to run. Of one row their bases share
+    these, too, if the weights have the same strides and all or none of the linears has a bias.
+
+    Args:
+        x: ``[rows, in]``, float32, bfloat16 or float16.
+        weights: ``[out, in]`` each, of the dtype of ``x``; one or more.
+        biases: ``[out]`` each, or `None`.
+        tables: int64 ``[slots, len(COLUMNS)]`` each.
+        groups: the rows by expert.
+        numerics: how deltas are multiplied by, as of :func:`fused_linear`.
+
+    Returns:
+        By linear ``[rows, out]`` of the dtype of ``x``.
+
+    Raises:
+        ValueError: no linears, not as many of each, or as of :func:`fused_linear`.
+        NotImplementedError: the device is neither the CPU nor one that Triton serves.
+
+    >>> from meswitch_kernels import ExpertTable, group_rows
+    >>> tables = [ExpertTable(1, out_features=out, in_features=2).rows for out in (1, 2)]
+    >>> weights = [torch.ones(1, 2), torch.eye(2)]
+    >>> fused_linears(torch.ones(1, 2), weights, [None, None], tables, group_rows(torch.tensor([0])))
+    [tensor([[2.]]), tensor([[1., 1.]])]
+    """
+    if not len(weights) == len(biases) == len(tables) > 0:
+        raise ValueError(
+            f"got {len(weights)} weights, {len(biases)} biases and {len(tables)} tables, expected as many of each, at "
+            "least one."
+        )
+    for weight, bias, table in zip(weights, biases, tables, strict=True):
+        _check_weight(x, weight, bias, table, groups)
+    return _fused_linears(x, list(weights), list(biases), list(tables), *groups, numerics_of(x.dtype, numerics))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("delta_linear"), mutates_args=())
@@ -132,8 +174,8 @@ def _delta_linear(
     if _add_with_triton is None or not has_kernel(x.device):
         return _by_reference(x, base_out, table, groups, out_features)
     y = x.new_empty(x.shape[0], out_features)
-    base_out = None if base_out is None else base_out.contiguous()
-    _write_deltas(y, base_out, x.contiguous(), table, groups, numerics)
+    base_outs = None if base_out is None else [base_out.contiguous()]
+    _write_deltas([y], base_outs, x.contiguous(), [table], groups, numerics)
     return y
 
 
@@ -164,21 +206,7 @@ def _fused_linear(
     group_count: torch.Tensor,
     numerics: str,
 ) -> torch.Tensor:
-    groups = RowGroups(order, slot, start, group_count)
-    if _multiply_with_triton is None or not has_kernel(x.device):
-        return _by_reference(x, F.linear(x, weight, bias), table, groups, weight.shape[0])
-    if x.shape[0] != 1:
-        y = F.linear(x, weight, bias)
-        _write_deltas(y, y, x.contiguous(), table, groups, numerics)
-        return y
-    y = x.new_empty(1, weight.shape[0])
-    if y.numel() == 0:
-        return y
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    sizes = configuration(Key("fused", numerics, y.shape[1], x.shape[1]), x.device)
-    with prepared(x, table, groups, numerics, sizes) as arguments:
-        _multiply_with_triton(y, x, weight, bias, table, groups, *arguments, sizes)
-    return y
+    return _multiply(x, [weight], [bias], [table], RowGroups(order, slot, start, group_count), numerics)[0]
 
 
 @_fused_linear.register_fake
@@ -196,22 +224,81 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _write_deltas(
-    y: torch.Tensor,
-    base_out: torch.Tensor | None,
+@torch.library.custom_op(add_op_namespace_prefix("fused_linears"), mutates_args=())
+def _fused_linears(
     x: torch.Tensor,
-    table: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    tables: list[torch.Tensor],
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    numerics: str,
+) -> list[torch.Tensor]:
+    return _multiply(x, weights, biases, tables, RowGroups(order, slot, start, group_count), numerics)
+
+
+@_fused_linears.register_fake
+def _(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    tables: list[torch.Tensor],
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    numerics: str,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+def _multiply(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    tables: Sequence[torch.Tensor],
+    groups: RowGroups,
+    numerics: str,
+) -> list[torch.Tensor]:
+    linears = list(zip(weights, biases, tables, strict=True))
+    if _multiply_with_triton is None or not has_kernel(x.device):
+        return [_by_reference(x, F.linear(x, w, b), table, groups, w.shape[0]) for w, b, table in linears]
+    some = [bias.contiguous() for bias in biases if bias is not None]
+    alike = len({weight.stride() for weight in weights}) == 1 and len(some) in (0, len(biases))
+    if x.shape[0] != 1 or not alike:
+        ys = [F.linear(x, weight, bias) for weight, bias, _ in linears]
+        _write_deltas(ys, ys, x.contiguous(), tables, groups, numerics)
+        return ys
+    ys = [x.new_empty(1, weight.shape[0]) for weight in weights]
+    out_features = sum(y.shape[1] for y in ys)
+    if out_features == 0:
+        return ys
+    x = x.contiguous()
+    sizes = configuration(Key("fused", numerics, out_features, x.shape[1]), x.device)
+    with prepared(x, tables, groups, numerics, sizes) as arguments:
+        _multiply_with_triton(ys, x, weights, some or None, tables, groups, *arguments, sizes)
+    return ys
+
+
+def _write_deltas(
+    ys: Sequence[torch.Tensor],
+    base_outs: Sequence[torch.Tensor] | None,
+    x: torch.Tensor,
+    tables: Sequence[torch.Tensor],
     groups: RowGroups,
     numerics: str,
 ) -> None:
-    """Write ``y`` with the kernels, ``base_out`` being `None` or contiguous, and ``y`` itself perhaps."""
+    """Write each ``y`` with the kernels, ``base_outs`` being `None` or contiguous, and ``ys`` themselves perhaps."""
     assert _add_with_triton is not None
-    if y.numel() == 0:
+    out_features = sum(y.shape[1] for y in ys)
+    if x.shape[0] == 0 or out_features == 0:
         return
-    single = configuration(Key("single", numerics, y.shape[1], x.shape[1]), x.device)
-    several = configuration(Key("several", numerics, y.shape[1], x.shape[1]), x.device)
-    with prepared(x, table, groups, numerics, single) as arguments:
-        _add_with_triton(y, base_out, x, table, groups, *arguments, single, several)
+    single = configuration(Key("single", numerics, out_features, x.shape[1]), x.device)
+    several = configuration(Key("several", numerics, out_features, x.shape[1]), x.device)
+    with prepared(x, tables, groups, numerics, single) as arguments:
+        _add_with_triton(ys, base_outs, x, tables, groups, *arguments, single, several)
 
 
 def _by_reference(
@@ -223,6 +310,15 @@ def _by_reference(
     expert_index = torch.empty_like(groups.slot)
     expert_index[groups.order.long()] = groups.slot
     return delta_linear_reference(x, base_out, experts, expert_index, out_features=out_features)
+
+
+def _check_weight(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, groups: RowGroups
+) -> None:
+    _check(x, table, groups)
+    _check_tensor("weight", weight, (weight.shape[0], x.shape[1]), x)
+    if bias is not None:
+        _check_tensor("bias", bias, (weight.shape[0],), x)
 
 
 def _check(x: torch.Tensor, table: torch.Tensor, groups: RowGroups) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -59,13 +59,13 @@ def numerics_of(dtype: torch.dtype, asked: Numerics | None = None) -> Numerics:
 
 @contextmanager
 def prepared(
-    x: torch.Tensor, table: torch.Tensor, groups: RowGroups, numerics: str, sizes: Configuration
+    x: torch.Tensor, tables: Sequence[torch.Tensor], groups: RowGroups, numerics: str, sizes: Configuration
 ) -> Iterator[tuple[PreparedActivations, int, bool, bool]]:
     """Prepare activations, and yield what kernels that multiply by them take after the groups.
 
     Args:
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
-        table: int64 ``[slots, len(COLUMNS)]``.
+        tables: int64 ``[slots, len(COLUMNS)]`` each, of the linears that ``x`` is the input of.
         groups: the rows by expert.
         numerics: how to.
         sizes: of blocks; ``block_codes`` counts.
@@ -79,4 +79,4 @@ def prepared(
     overlap = overlaps(x.device, ptx) and x.shape[1] > 0
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(x.device.index):
-        yield _prepare_with_triton(x, table, groups, planes, sizes.block_codes, overlap), planes, ptx, overlap
+        yield _prepare_with_triton(x, tables, groups, planes, sizes.block_codes, overlap), planes, ptx, overlap

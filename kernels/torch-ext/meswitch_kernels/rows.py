@@ -218,7 +218,7 @@ def _head_rows(
         single = configuration(Key("single", numerics, capacity, x.shape[1]), x.device)
         several = configuration(Key("several", numerics, capacity, x.shape[1]), x.device)
         x, base_out = x.contiguous(), base_out.contiguous()
-        with prepared(x, coded_table, groups, numerics, single) as arguments:
+        with prepared(x, [coded_table], groups, numerics, single) as arguments:
             _head_with_triton(y, base_out, x, coded_table, rows_table, groups, *arguments, single, several)
     return y
 

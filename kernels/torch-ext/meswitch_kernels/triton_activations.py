@@ -9,6 +9,8 @@ of times as many bytes, move nothing around. Importing this module needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ import triton.language as tl
 from .expert_table import COLUMNS
 from .row_groups import RowGroups
 from .triton_grids import allow_next, overlap_options, wait_for_previous
+from .triton_joint import chosen
 
 __all__ = ["PreparedActivations", "prepare_activations_triton"]
 
@@ -35,7 +38,7 @@ PreparedActivations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _prepare_kernel(
     x,
-    table,
+    tables,
     order,
     slot,
     values,
@@ -48,7 +51,7 @@ def _prepare_kernel(
     BLOCK_CODES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program prepares one tile of one position."""
+    """One program prepares one tile of one position for one linear."""
     # In this order: after the wait all is there that the kernel which follows reads before it waits for this one.
     wait_for_previous(OVERLAP)
     allow_next(OVERLAP)
@@ -57,10 +60,15 @@ def _prepare_kernel(
     expert = tl.load(slot + position)
     if expert < 0:
         return
-    entry = table + expert.to(tl.int64) * _COLUMNS
+    which = tl.program_id(2)
+    entry = chosen(which, tables) + expert.to(tl.int64) * _COLUMNS
     bits = tl.load(entry + _BITS).to(tl.int32)
     if bits == 0:
         return
+    low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
+    values += which * low_plane * max(1, PLANES)
+    scale += which * rows * tiles
+    offset += which * rows * tiles
     salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
     shifts = tl.where(bits == 2, 4, tl.where(bits == 4, 2, 8))
     words = BLOCK_CODES // (4 * shifts)
@@ -103,7 +111,6 @@ def _prepare_kernel(
         else:
             high = (level + 128) >> 8
             tl.store(where, high.to(tl.int8))
-            low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
             tl.store(where + low_plane, (level - high * 256).to(tl.int8))
         unit = extent / largest
         tl.store(scale + position * tiles + tile, unit)
@@ -111,13 +118,15 @@ def _prepare_kernel(
 
 
 def prepare_activations_triton(
-    x: torch.Tensor, table: torch.Tensor, groups: RowGroups, planes: int, block_codes: int, overlap: bool
+    x: torch.Tensor, tables: Sequence[torch.Tensor], groups: RowGroups, planes: int, block_codes: int, overlap: bool
 ) -> PreparedActivations:
     """Gather, scale by the column steps and, if asked to, quantise the activations of all rows that have an expert.
 
+    An expert has other salient channels and column steps in each linear, so they are prepared for each.
+
     Args:
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
-        table: int64 ``[slots, len(COLUMNS)]``.
+        tables: int64 ``[slots, len(COLUMNS)]`` each, of the linears that ``x`` is the input of.
         groups: the rows by expert.
         planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
         block_codes: codes of a tile, a power of two, 128 or more; 512 or more for groups of several rows.
@@ -125,22 +134,23 @@ def prepare_activations_triton(
             this one itself, beside this one.
 
     Returns:
-        Values by position: float32 ``[rows, tiles * block_codes]``, or int8 ``[planes, rows, tiles *
-        block_codes]``; zero after the last code. Scales and offsets, float32 ``[rows, tiles]``: what one unit of the
-        values is worth, not set where ``planes`` is 0; and the sum of the activations as they are stored. Nothing is
-        set for rows that have no delta.
+        Values by linear and position: float32 ``[linears, rows, tiles * block_codes]``, or int8 ``[linears, planes,
+        rows, tiles * block_codes]``; zero after the last code. Scales and offsets, float32 ``[linears, rows, tiles]``:
+        what one unit of the values is worth, not set where ``planes`` is 0; and the sum of the activations as they are
+        stored. Nothing is set for rows that have no delta.
     """
     rows, in_features = x.shape
     tiles = triton.cdiv(in_features, block_codes)
     width = tiles * block_codes
+    linears = len(tables)
     if planes:
-        values = torch.empty(planes, rows, width, dtype=torch.int8, device=x.device)
+        values = torch.empty(linears, planes, rows, width, dtype=torch.int8, device=x.device)
     else:
-        values = torch.empty(rows, width, dtype=torch.float32, device=x.device)
-    scale, offset = torch.empty(2, rows, tiles, dtype=torch.float32, device=x.device)
-    _prepare_kernel[(rows, tiles)](
+        values = torch.empty(linears, rows, width, dtype=torch.float32, device=x.device)
+    scale, offset = torch.empty(2, linears, rows, tiles, dtype=torch.float32, device=x.device)
+    _prepare_kernel[(rows, tiles, linears)](
         x,
-        table,
+        tuple(tables),
         groups.order,
         groups.slot,
         values,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -11,16 +13,17 @@ from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row, delta_of_rows
 from .triton_grids import allow_next, group_launches, kernel_options, wait_for_previous
+from .triton_joint import blocks_of, chosen, linear_of_block
 
 __all__ = ["delta_linear_triton"]
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _delta_linear_kernel(
-    y,
-    base_out,
+    ys,
+    base_outs,
     x,
-    table,
+    tables,
     order,
     slot,
     start,
@@ -43,31 +46,37 @@ def _delta_linear_kernel(
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Programs share out the pairs of a group and a block of output channels, so a delta is read once.
+    """Programs share out the pairs of a group and a block of output channels of a linear, so a delta is read once.
 
     With one row a program, the groups are those of one row; with more, the others. How many groups there are is known
     on the device only; a grid of programs for all that there could be would spend its time on starting those that find
     nothing to do.
     """
     allow_next(OVERLAP)
-    blocks = tl.cdiv(out_features, BLOCK_OUT)
+    blocks = blocks_of(out_features, BLOCK_OUT)
+    width = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES * max(1, PLANES))
     singles = tl.load(group_count)
     skipped = 0 if BLOCK_ROWS == 1 else singles
     count = singles if BLOCK_ROWS == 1 else tl.load(group_count + 1) - singles
     for work in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
         group = skipped + work // blocks
-        n = (work % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        n_mask = n < out_features
+        which, block = linear_of_block(work % blocks, out_features, BLOCK_OUT)
+        y, base_out, table = chosen(which, ys), chosen(which, base_outs), chosen(which, tables)
+        own_values = values + which * width
+        own_scale, own_offset = scale + which * rows * tiles, offset + which * rows * tiles
+        channels = chosen(which, out_features)
+        n = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        n_mask = n < channels
         # The groups of one row come first.
         first = group if BLOCK_ROWS == 1 else tl.load(start + group)
         expert = tl.load(slot + first)
         if BLOCK_ROWS == 1:
             row = tl.load(order + first)
             delta = delta_of_row(
-                x, in_features, table, expert, first, row, values, scale, offset, rows, tiles, n, n_mask,
+                x, in_features, table, expert, first, row, own_values, own_scale, own_offset, rows, tiles, n, n_mask,
                 PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
-            where = row.to(tl.int64) * out_features + n
+            where = row.to(tl.int64) * channels + n
             if HAS_BASE:
                 delta += tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
             tl.store(y + where, delta.to(y.dtype.element_ty), mask=n_mask)
@@ -79,10 +88,10 @@ def _delta_linear_kernel(
                 mask = position < last
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
-                    x, in_features, table, expert, begin, end, row, values, scale, offset, rows, tiles, n, n_mask,
-                    PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP, STAGES,
+                    x, in_features, table, expert, begin, end, row, own_values, own_scale, own_offset, rows, tiles,
+                    n, n_mask, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP, STAGES,
                 )  # fmt: skip
-                where = row.to(tl.int64)[:, None] * out_features + n[None, :]
+                where = row.to(tl.int64)[:, None] * channels + n[None, :]
                 both = mask[:, None] & n_mask[None, :]
                 if HAS_BASE:
                     delta += tl.load(base_out + where, mask=both, other=0.0).to(tl.float32)
@@ -92,10 +101,10 @@ def _delta_linear_kernel(
 
 
 def delta_linear_triton(
-    y: torch.Tensor,
-    base_out: torch.Tensor | None,
+    ys: Sequence[torch.Tensor],
+    base_outs: Sequence[torch.Tensor] | None,
     x: torch.Tensor,
-    table: torch.Tensor,
+    tables: Sequence[torch.Tensor],
     groups: RowGroups,
     prepared: PreparedActivations,
     planes: int,
@@ -104,13 +113,14 @@ def delta_linear_triton(
     single: Configuration,
     several: Configuration,
 ) -> None:
-    """Write ``y``, every element of it.
+    """Write each ``y`` of some linears of one input, every element of it.
 
     Args:
-        y: contiguous ``[rows, out]`` of the dtype of ``x``: the result.
-        base_out: contiguous ``[rows, out]`` of that dtype, the base's output; zero if `None`. It may be ``y``.
+        ys: by linear, contiguous ``[rows, out]`` of the dtype of ``x``: the results.
+        base_outs: contiguous ``[rows, out]`` each of that dtype, the base's outputs; zero if `None`. They may be
+            ``ys``.
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
-        table: int64 ``[slots, len(COLUMNS)]``.
+        tables: int64 ``[slots, len(COLUMNS)]`` each.
         groups: the rows by expert.
         prepared: the activations, with ``planes`` and the ``block_codes`` of ``single``.
         planes: 0, 1 or 2.
@@ -120,14 +130,14 @@ def delta_linear_triton(
         several: sizes of blocks, for groups of several.
     """
     rows, in_features = x.shape
-    out_features = y.shape[1]
+    out_features = tuple(y.shape[1] for y in ys)
     values, scale, offset = prepared
     for block_rows, programs, sizes in group_launches(rows, out_features, single, several, x.device):
         _delta_linear_kernel[(programs,)](
-            y,
-            y if base_out is None else base_out,  # a pointer that the specialised kernel never reads
+            tuple(ys),
+            tuple(ys if base_outs is None else base_outs),  # pointers that the specialised kernel never reads
             x,
-            table,
+            tuple(tables),
             *groups,
             values,
             scale,
@@ -135,8 +145,8 @@ def delta_linear_triton(
             rows,
             out_features,
             in_features,
-            scale.shape[1],
-            HAS_BASE=base_out is not None,
+            scale.shape[-1],
+            HAS_BASE=base_outs is not None,
             BLOCK_ROWS=block_rows,
             SHARERS=sizes.sharers,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),

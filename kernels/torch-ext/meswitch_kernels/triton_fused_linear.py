@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from .row_groups import RowGroups
 from .triton_activations import PreparedActivations
 from .triton_expert_delta import delta_of_row
 from .triton_grids import allow_next, kernel_options, wait_for_previous
+from .triton_joint import chosen, linear_of_block
 
 __all__ = ["fused_linear_triton"]
 
@@ -45,11 +48,11 @@ def _row_times_weight(
 
 @triton.jit(do_not_specialize=["tiles"])
 def _fused_linear_kernel(
-    y,
+    ys,
     x,
-    weight,
-    base_bias,
-    table,
+    weights,
+    base_biases,
+    tables,
     slot,
     values,
     scale,
@@ -70,35 +73,40 @@ def _fused_linear_kernel(
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program has a block of output channels of the one row: the base and its expert.
+    """A program has a block of output channels of the one row and one linear: the base and its expert.
 
     So the row needs neither a second kernel nor the base's output from memory, and the base's weight is read while
     the activations are being prepared.
     """
     allow_next(OVERLAP)
-    n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    n_mask = n < out_features
+    which, block = linear_of_block(tl.program_id(0), out_features, BLOCK_OUT)
+    weight, table = chosen(which, weights), chosen(which, tables)
+    n = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    n_mask = n < chosen(which, out_features)
     total = _row_times_weight(
         x, weight, n, n_mask, in_features, weight_out_stride, weight_in_stride,
         EVEN_IN, BLOCK_IN, BLOCK_OUT, WARPS, STAGES,
     )  # fmt: skip
     if HAS_BASE_BIAS:
-        total += tl.load(base_bias + n, mask=n_mask, other=0.0).to(tl.float32)
+        total += tl.load(chosen(which, base_biases) + n, mask=n_mask, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     row = tl.full((), 0, tl.int32)
+    values += which.to(tl.int64) * (tiles * BLOCK_CODES * max(1, PLANES))
     total += delta_of_row(
-        x, in_features, table, tl.load(slot), row, row, values, scale, offset, 1, tiles, n, n_mask,
+        x, in_features, table, tl.load(slot), row, row, values, scale + which * tiles, offset + which * tiles, 1,
+        tiles, n, n_mask,
         PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
     )  # fmt: skip
+    y = chosen(which, ys)
     tl.store(y + n, total.to(y.dtype.element_ty), mask=n_mask)
 
 
 def fused_linear_triton(
-    y: torch.Tensor,
+    ys: Sequence[torch.Tensor],
     x: torch.Tensor,
-    weight: torch.Tensor,
-    base_bias: torch.Tensor | None,
-    table: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    base_biases: Sequence[torch.Tensor] | None,
+    tables: Sequence[torch.Tensor],
     groups: RowGroups,
     prepared: PreparedActivations,
     planes: int,
@@ -106,14 +114,14 @@ def fused_linear_triton(
     overlap: bool,
     configuration: Configuration,
 ) -> None:
-    """Write ``y``, every element of it.
+    """Write each ``y`` of some linears of one input, every element of it.
 
     Args:
-        y: contiguous ``[1, out]`` of the dtype of ``x``: the result.
+        ys: by linear, contiguous ``[1, out]`` of the dtype of ``x``: the results.
         x: contiguous ``[1, in]``, float32, bfloat16 or float16.
-        weight: ``[out, in]`` of that dtype, of any strides: the base's.
-        base_bias: contiguous ``[out]`` of any floating dtype: the base's.
-        table: int64 ``[slots, len(COLUMNS)]``.
+        weights: ``[out, in]`` each of that dtype, of any strides, which are the same: the base's.
+        base_biases: contiguous ``[out]`` each of any floating dtype: the base's; `None` where no linear has one.
+        tables: int64 ``[slots, len(COLUMNS)]`` each.
         groups: the row's expert.
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
         planes: 0, 1 or 2.
@@ -121,23 +129,23 @@ def fused_linear_triton(
         overlap: whether to start while the activations are being prepared.
         configuration: sizes of blocks.
     """
-    in_features, out_features = x.shape[1], y.shape[1]
+    in_features, out_features = x.shape[1], tuple(y.shape[1] for y in ys)
     values, scale, offset = prepared
-    _fused_linear_kernel[(triton.cdiv(out_features, configuration.block_out),)](
-        y,
+    _fused_linear_kernel[(sum(triton.cdiv(out, configuration.block_out) for out in out_features),)](
+        tuple(ys),
         x,
-        weight,
-        weight if base_bias is None else base_bias,  # a pointer that the specialised kernel never reads
-        table,
+        tuple(weights),
+        tuple(weights if base_biases is None else base_biases),  # pointers that the specialised kernel never reads
+        tuple(tables),
         groups.slot,
         values,
         scale,
         offset,
         out_features,
         in_features,
-        *weight.stride(),
-        scale.shape[1],
-        HAS_BASE_BIAS=base_bias is not None,
+        *weights[0].stride(),
+        scale.shape[-1],
+        HAS_BASE_BIAS=base_biases is not None,
         BLOCK_IN=configuration.block_in,
         EVEN_IN=in_features % configuration.block_in == 0,
         **kernel_options(configuration, configuration.block_codes, planes, ptx, overlap),

@@ -7,7 +7,7 @@ between them, which a matrix-vector product notices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -44,17 +44,20 @@ def wait_for_previous(OVERLAP: tl.constexpr) -> None:
 
 
 def group_launches(
-    rows: int, channels: int, single: Configuration, several: Configuration, device: torch.device
+    rows: int, channels: Sequence[int], single: Configuration, several: Configuration, device: torch.device
 ) -> Iterator[tuple[int, int, Configuration]]:
     """The kernels of groups of one row and of several: rows of a program, programs, and sizes of blocks.
 
+    ``channels`` are those of each linear.
+
     >>> sizes = Configuration(block_out=16)
-    >>> [launch[:2] for launch in group_launches(4, 24, sizes, sizes, torch.device("cpu"))]
+    >>> [launch[:2] for launch in group_launches(4, [24], sizes, sizes, torch.device("cpu"))]
     [(1, 8), (16, 4)]
     """
-    yield 1, program_count(rows * triton.cdiv(channels, single.block_out), single, device), single
+    blocks = sum(triton.cdiv(own, single.block_out) for own in channels)
+    yield 1, program_count(rows * blocks, single, device), single
     if rows > 1:
-        pieces = rows // 2 * triton.cdiv(channels, several.block_out)
+        pieces = rows // 2 * sum(triton.cdiv(own, several.block_out) for own in channels)
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
 
 

@@ -225,7 +225,7 @@ def head_rows_triton(
     rows, in_features = x.shape
     capacity = y.shape[1]
     values, scale, offset = prepared
-    for block_rows, programs, sizes in group_launches(rows, capacity, single, several, x.device):
+    for block_rows, programs, sizes in group_launches(rows, [capacity], single, several, x.device):
         _head_rows_kernel[(programs,)](
             y,
             base_out,
@@ -240,7 +240,7 @@ def head_rows_triton(
             capacity,
             base_out.shape[1],
             in_features,
-            scale.shape[1],
+            scale.shape[-1],
             BLOCK_ROWS=block_rows,
             SHARERS=sizes.sharers,
             **kernel_options(sizes, single.block_codes, planes, ptx, overlap),

@@ -1,0 +1,137 @@
+"""Linears of a module that multiply the same input, such as an attention's queries, keys and values, in one launch.
+
+A module calls its linears one after the other. The first of them is answered together with the others, whose outputs
+are kept until they are asked for the same input.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from meswitch_kernels import RowGroups, fused_linears
+
+from .kernel_path import is_plain_linear
+from .live_choice import is_replayed
+
+if TYPE_CHECKING:
+    from .linear_layer import LinearLayer
+
+__all__ = ["JointLinears", "link_joint_linears"]
+
+#: Names of linears that modules of transformers' models give the same input. Whether it is the same is looked at in
+#: each call, so a name that is used otherwise somewhere costs time there and nothing else.
+_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass
+class _Kept:
+    """Outputs of one input that have not been asked for yet, by layer."""
+
+    x: weakref.ref[torch.Tensor]
+    version: int
+    groups: RowGroups
+    replayed: bool
+    outputs: dict[int, torch.Tensor]
+
+    def are_of(self, x: torch.Tensor, groups: RowGroups) -> bool:
+        return (
+            self.x() is x and self.version == x._version and self.groups is groups and self.replayed == is_replayed()
+        )
+
+
+class JointLinears:
+    """Wrapped linears of one module that are given the same input.
+
+    Args:
+        layers: two or more, in the order in which the module calls them.
+    """
+
+    _of_thread: threading.local
+
+    def __new__(cls, *args: Any) -> JointLinears:
+        """As of any class, with nothing kept."""
+        joint = super().__new__(cls)
+        # There from the start, since a layer that is being copied forgets before this is filled.
+        joint.forget()
+        return joint
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        self._layers = list(layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin with nothing kept."""
+        return {"_layers": self._layers}
+
+    def forget(self) -> None:
+        """Drop what is kept, for instance because a layer's tensors are other ones now."""
+        # Threads that generate at once have inputs of their own.
+        self._of_thread = threading.local()
+
+    def take(self, layer: LinearLayer, x: torch.Tensor, groups: RowGroups) -> torch.Tensor | None:
+        """A layer's output, and those of the others to keep, in one launch; or what was kept of it.
+
+        Args:
+            layer: one of the layers, whose kernels take ``x``.
+            x: ``[..., in]``.
+            groups: the rows by expert.
+
+        Returns:
+            ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: while
+            ``torch.compile`` traces, which does not know one object from another, and where one of them is no plain
+            linear or has an input of another kind than kernels take.
+        """
+        if torch.compiler.is_compiling() or x.is_inference():
+            return None
+        kept: _Kept | None = getattr(self._of_thread, "kept", None)
+        if kept is not None and kept.are_of(x, groups):
+            y = kept.outputs.pop(id(layer), None)
+            if y is not None:
+                return y
+        self._of_thread.kept = None
+        if not all(joins(other, x) for other in self._layers):
+            return None
+        bases: list[Any] = [other.base_layer for other in self._layers]
+        flat = fused_linears(
+            x.reshape(-1, x.shape[-1]),
+            [base.weight for base in bases],
+            [base.bias for base in bases],
+            [other.kernel_table for other in self._layers],  # type: ignore[misc]  # as they join
+            groups,
+        )
+        outputs = {id(other): y.view(*x.shape[:-1], y.shape[1]) for other, y in zip(self._layers, flat, strict=True)}
+        own = outputs.pop(id(layer))
+        self._of_thread.kept = _Kept(weakref.ref(x), x._version, groups, is_replayed(), outputs)
+        return own
+
+
+def joins(layer: LinearLayer, x: torch.Tensor) -> bool:
+    """Whether a layer's output can come from a launch with others'."""
+    return (
+        layer.kernel_table is not None
+        and not layer.merged_adapters
+        and layer.takes_kernels(x)
+        and is_plain_linear(layer.base_layer, x)
+    )
+
+
+def link_joint_linears(model: nn.Module) -> None:
+    """Let the wrapped linears of each module that are given the same input know each other, and only those."""
+    from .linear_layer import LinearLayer
+
+    for module in model.modules():
+        if isinstance(module, LinearLayer):
+            module.joint = None
+    for module in model.modules():
+        for names in _NAMES:
+            layers = [child for name in names if isinstance(child := module._modules.get(name), LinearLayer)]
+            if len(layers) > 1:
+                joint = JointLinears(layers)
+                for layer in layers:
+                    layer.joint = joint
