@@ -32,11 +32,11 @@ _IGNORED = -100
 
 
 class Questions(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Questions with their answers; each is asked with options in an order of its own."""
+    """Questions with their answers; options are shuffled each time, so that no letter is learnt by heart."""
 
     def __init__(self, tokenizer: Any, router: MultipleChoiceRouter, texts: Mapping[str, Sequence[str]], seed: int):
         self.tokenizer, self.domains = tokenizer, dict(router.domains)
-        self.seed = seed
+        self.chance = random.Random(seed)
         self.rows = [
             (label, ids) for label, own in texts.items() for ids in window_ids(tokenizer, own, router.window) if ids
         ]
@@ -47,7 +47,7 @@ class Questions(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         label, query = self.rows[i]
         order = list(self.domains)
-        random.Random(f"{self.seed} {i}").shuffle(order)
+        self.chance.shuffle(order)
         question = Question.of(self.tokenizer, [self.domains[name] for name in order])
         ids = [*question.ids(query), question.letters[order.index(label)]]
         return {"input_ids": ids, "labels": [_IGNORED] * (len(ids) - 1) + ids[-1:]}
