@@ -65,7 +65,9 @@ def test_kernels_give_what_dense_deltas_give(model: Any, experts: list[str | Non
     used = []
     one, several = kernel_path.fused_linear, joint_linears.fused_linears
     monkeypatch.setattr(kernel_path, "fused_linear", lambda *args: used.append(1) or one(*args))
-    monkeypatch.setattr(joint_linears, "fused_linears", lambda x, *args: used.append(len(args[0])) or several(x, *args))
+    monkeypatch.setattr(
+        joint_linears, "fused_linears", lambda x, w, *rest: used.append(len(w)) or several(x, w, *rest)
+    )
     check(model, experts, monkeypatch)
     assert sum(used) == len(linears(model))
     assert any(layer.delta_of("math") is None for layer in linears(model)), UNCHANGED_IN_MATH

@@ -56,6 +56,8 @@ class LiveChoice:
         self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
         self._worked_out: dict[tuple[str, int, int], Any] = {}
+        for rows in (1, 17):  # each size of the kernel that groups rows, which no capture may be the first to launch
+            group_rows(self._names[:rows])
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """Take over a choice.

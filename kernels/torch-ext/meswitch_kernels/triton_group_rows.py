@@ -1,5 +1,3 @@
-# Triton's language has no types for a kernel's arguments.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """The Triton kernel that groups a few rows by expert: it compares all with all. Importing it needs Triton."""
 
 from __future__ import annotations

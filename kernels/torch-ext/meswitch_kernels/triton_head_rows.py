@@ -28,7 +28,7 @@ _FLOAT32 = tl.constexpr(1 + OWN_DTYPES.index(torch.float32))
 _BFLOAT16 = tl.constexpr(1 + OWN_DTYPES.index(torch.bfloat16))
 
 #: Columns of own rows at a time.
-_BLOCK_OWN = tl.constexpr(64)
+_BLOCK_OWN = tl.constexpr(32)
 
 
 @triton.jit

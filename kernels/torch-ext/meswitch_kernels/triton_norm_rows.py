@@ -1,5 +1,3 @@
-# Triton's language has no types for a kernel's arguments.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """The Triton kernel of a norm whose rows have their own experts' weights. Importing this module needs Triton."""
 
 from __future__ import annotations
