@@ -23,8 +23,7 @@ from meswitch_kernels.configurations import Configuration, Key, Kind
 __all__ = ["add_arguments", "grid", "tune"]
 
 _SHAPES = {"qkv": QKV, "k": KEY, "o": OUT, "gate_up": GATE_UP, "gate": GATE, "down": DOWN}
-_KINDS: tuple[Kind, ...] = get_args(Kind)
-#: Rows over experts. Sizes are for all of a kind, since a graph does not know which it will meet.
+#: Rows over experts, of linears. Sizes are for all of a kind, since a graph does not know which it will meet.
 _ROWS: dict[Kind, tuple[tuple[int, int], ...]] = {
     "fused": ((1, 1),),
     "single": ((1, 1), (16, 16)),
@@ -35,7 +34,7 @@ _SHOWN = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--kind", choices=_KINDS, action="append", help="default: all")
+    parser.add_argument("--kind", choices=list(_ROWS), action="append", help="default: all")
     parser.add_argument("--shape", choices=sorted(_SHAPES), action="append", help="default: all")
     parser.add_argument("--numerics", choices=get_args(Numerics), action="append", help="default: int16")
     parser.add_argument("--bits", type=int, default=2)
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def tune(args: argparse.Namespace) -> None:
     """Print lines of the table of sizes for each shape, the best first, with the time of each case."""
     spawn = multiprocessing.get_context("spawn")
-    kinds: list[Kind] = args.kind or list(_KINDS)
+    kinds: list[Kind] = args.kind or list(_ROWS)
     names: list[Numerics] = args.numerics or ["int16"]
     shapes = [_SHAPES[name] for name in args.shape or _SHAPES]
     with ProcessPoolExecutor(max(1, min(30, (os.cpu_count() or 1) - 2)), mp_context=spawn) as compilers:

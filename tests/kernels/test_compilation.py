@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -31,6 +31,7 @@ TUPLES = {
     "tables": "*i64",
     "out_features": "i32",
 }
+LINEARS: tuple[Kind, ...] = ("fused", "single", "several")
 #: Sizes that a model's layers have as multiples of 16.
 MULTIPLES = ("in_features", "weight_out_stride", "capacity", "base_width", "width", "weight_stride")
 
@@ -84,11 +85,13 @@ def several_of_bytes() -> list[Configuration]:
 
 
 def cases() -> list[Any]:
-    """All that is shipped; the fast ones by default."""
-    shipped = [*_TABLES[9, 0].items(), *((Key(kind, "int16"), Configuration()) for kind in get_args(Kind))]
+    """All that is shipped for linears; the fast ones by default."""
+    table = {key: sizes for key, sizes in _TABLES[9, 0].items() if key.kind in LINEARS}
     made = []
-    for place, (key, sizes) in enumerate(shipped):
-        fast = key.numerics == "int16" and place < len(_TABLES[9, 0])
+    for place, (key, sizes) in enumerate(
+        [*table.items(), *((Key(kind, "int16"), Configuration()) for kind in LINEARS)]
+    ):
+        fast = key.numerics == "int16" and place < len(table)
         marks = [] if fast else [pytest.mark.slow]
         made.append(pytest.param(key, sizes, marks=marks, id=f"{place}-{key.kind}-{key.numerics}"))
     return made
@@ -162,7 +165,7 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [1, 16])
 def test_heads(rows: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = _TABLES[9, 0][Key("several" if rows > 1 else "single", "int16")]
+    sizes = _TABLES[9, 0][Key("head_several" if rows > 1 else "head_single", "int16")]
     constants = constants_of(sizes, 2, rows)
     compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 2, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024

@@ -12,8 +12,9 @@ from .op import capability
 
 __all__ = ["Configuration", "Key", "Kind", "configuration", "program_count"]
 
-#: One row's base and delta in one kernel; the deltas of groups of one row; those of groups of several rows.
-Kind = Literal["fused", "single", "several"]
+#: One row's base and delta in one kernel; the deltas of groups of one row; those of groups of several rows. And the
+#: latter two of a head, whose kernels hold more.
+Kind = Literal["fused", "single", "several", "head_single", "head_several"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
         Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
         Key("several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
         Key("several", "int16"): Configuration(block_out=32, programs=3, max_registers=168),
+        Key("head_single", "exact"): Configuration(block_out=32, programs=4),
+        Key("head_single", "int8"): Configuration(block_out=32, programs=4, max_registers=128),
+        Key("head_single", "int16"): Configuration(block_out=32, programs=4, max_registers=128),
+        Key("head_several", "exact"): Configuration(block_out=32, stages=3, programs=3),
+        Key("head_several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
+        Key("head_several", "int16"): Configuration(block_out=32, programs=3, max_registers=168),
     },
 }
 _DEFAULT = Configuration()

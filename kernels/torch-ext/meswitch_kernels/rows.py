@@ -215,8 +215,8 @@ def _head_rows(
     y = base_out.new_empty(x.shape[0], capacity)
     if y.numel():
         numerics = numerics_of(x.dtype)
-        single = configuration(Key("single", numerics, capacity, x.shape[1]), x.device)
-        several = configuration(Key("several", numerics, capacity, x.shape[1]), x.device)
+        single = configuration(Key("head_single", numerics, capacity, x.shape[1]), x.device)
+        several = configuration(Key("head_several", numerics, capacity, x.shape[1]), x.device)
         x, base_out = x.contiguous(), base_out.contiguous()
         with prepared(x, [coded_table], groups, numerics, single) as arguments:
             _head_with_triton(y, base_out, x, coded_table, rows_table, groups, *arguments, single, several)
