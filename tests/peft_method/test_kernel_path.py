@@ -74,6 +74,20 @@ def test_kernels_give_what_dense_deltas_give(model: Any, experts: list[str | Non
 
 
 @needs_kernels
+def test_codes_are_loaded_into_padded_memory(tiny_family: TinyFamily, monkeypatch: Any) -> None:
+    """Rather than padded afterwards, when a layer's codes would be there twice."""
+    moved, align = [], kernel_path.align_rows
+    monkeypatch.setattr(
+        kernel_path, "align_rows", lambda codes: moved.append(align(codes).data_ptr() != codes.data_ptr()) or align(codes)
+    )
+    model = MESwitchModelForCausalLM.from_pretrained(
+        tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
+    )
+    assert len(moved) > len(linears(model))
+    assert not any(moved)
+
+
+@needs_kernels
 def test_a_slot_is_used_again_by_the_next_expert(tiny_family: TinyFamily, model: Any, monkeypatch: Any) -> None:
     tables = {layer: layer._kernels._table for layer in linears(model)}
     slot = model._meswitch_switch.slots.of("code")
@@ -143,6 +157,7 @@ def test_in_the_interpreter() -> None:
     check_interpreted(
         __file__,
         test_kernels_give_what_dense_deltas_give,
+        test_codes_are_loaded_into_padded_memory,
         test_a_slot_is_used_again_by_the_next_expert,
         test_a_slot_that_was_exchanged_is_noticed,
         test_moved_and_cast_models_go_on,

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import meswitch_kernels
+
 from .. import ops
 from ..compression.rows import coded_index
 from ..delta_format.spec import LinearRecord, ModuleRecord, QuantizedRowsRecord, RowsRecord, ValuesRecord
@@ -35,7 +37,10 @@ class StoredDelta(nn.Module):
         super().__init__()
         self.record = record
         for leaf, (stored, shape) in record.leaves().items():
-            tensor = torch.empty(shape, dtype=_DTYPES[stored] if stored else dtype, device=device)
+            if leaf == "codes" and ops.runs_kernels(device):
+                tensor = meswitch_kernels.blank_codes(*shape, device=device)
+            else:
+                tensor = torch.empty(shape, dtype=_DTYPES[stored] if stored else dtype, device=device)
             self.owner(leaf).register_parameter(leaf.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
     def owner(self, leaf: str) -> nn.Module:
@@ -49,9 +54,13 @@ class StoredDelta(nn.Module):
 
     def assign(self, leaf: str, tensor: torch.Tensor, device: torch.device) -> None:
         """Fill one leaf with a checked tensor, kept in its own dtype; copied, since it may be mapped from a file."""
-        setattr(
-            self.owner(leaf), leaf.rpartition(".")[2], nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
-        )
+        owner, name = self.owner(leaf), leaf.rpartition(".")[2]
+        there = owner._parameters.get(name)
+        if there is not None and (there.dtype, there.shape, there.device) == (tensor.dtype, tensor.shape, device):
+            # Into the memory that was set aside: the largest leaves are tens of megabytes, and would be there twice.
+            there.data.copy_(tensor)
+        else:
+            setattr(owner, name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

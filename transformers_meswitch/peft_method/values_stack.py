@@ -75,17 +75,21 @@ class ValuesStack(nn.Module):
             self.norm(base, first.new_ones(1, *first.shape), torch.zeros(1, dtype=torch.int32, device=first.device))
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
-        """Enter an expert: its name, its slot, and its own parameters by name.
-
-        Raises:
-            IndexError: no room for so many experts.
-        """
-        if slot >= ROOM:
-            raise IndexError(f"slot {slot} is not one of {ROOM}.")
+        """Enter an expert: its name, its slot, and its own parameters by name."""
+        # What is compiled or captured does not know of a larger stack; so many experts are rare.
+        while slot >= self.has.shape[0] - 1:
+            self._double()
         for name, value in values.items():
             getattr(self, f"of_{name}")[slot].copy_(value)
         self.has[slot] = True
         self._slots[expert] = slot
+
+    def _double(self) -> None:
+        """Make room for twice as many experts. The last row, the base's, is zero everywhere."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            larger = buffer.new_zeros(2 * (buffer.shape[0] - 1) + 1, *buffer.shape[1:])
+            larger[: buffer.shape[0]] = buffer
+            setattr(self, name, larger)
 
     def clear(self, expert: str) -> None:
         """Forget an expert, if it was entered."""

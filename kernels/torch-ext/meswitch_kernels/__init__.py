@@ -5,7 +5,7 @@ nothing but torch and Triton.
 """
 
 from .add_delta import add_delta, merged_weight
-from .delta_leaves import DeltaLeaves, align_rows
+from .delta_leaves import DeltaLeaves, align_rows, blank_codes
 from .expert_table import ExpertTable
 from .linear import delta_linear, fused_linear, fused_linears
 from .norm_rows import NormForm, norm_rows, norm_rows_reference
@@ -34,6 +34,7 @@ __all__ = [
     "add_delta",
     "add_delta_reference",
     "align_rows",
+    "blank_codes",
     "delta_linear",
     "delta_linear_reference",
     "dequantize_delta",

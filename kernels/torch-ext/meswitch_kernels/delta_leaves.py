@@ -71,11 +71,18 @@ def align_rows(codes: torch.Tensor) -> torch.Tensor:
     """
     if _is_aligned(codes):
         return codes
-    out, width = codes.shape
-    memory = codes.new_zeros(out, _aligned_width(width))
-    aligned = memory[:, :width]
+    aligned = blank_codes(*codes.shape, device=codes.device)
     aligned.copy_(codes)
     return aligned
+
+
+def blank_codes(out: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Zeros, to be filled, whose rows start where :func:`align_rows` has them: uint8 ``[out, width]``.
+
+    >>> blank_codes(2, 5).stride()
+    (16, 1)
+    """
+    return torch.zeros(out, _aligned_width(width), dtype=torch.uint8, device=device)[:, :width]
 
 
 def check_leaves(leaves: DeltaLeaves, out_features: int, in_features: int, device: torch.device) -> None:
