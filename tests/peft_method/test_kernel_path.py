@@ -77,9 +77,13 @@ def test_kernels_give_what_dense_deltas_give(model: Any, experts: list[str | Non
 def test_codes_are_loaded_into_padded_memory(tiny_family: TinyFamily, monkeypatch: Any) -> None:
     """Rather than padded afterwards, when a layer's codes would be there twice."""
     moved, align = [], kernel_path.align_rows
-    monkeypatch.setattr(
-        kernel_path, "align_rows", lambda codes: moved.append(align(codes).data_ptr() != codes.data_ptr()) or align(codes)
-    )
+
+    def watched(codes: torch.Tensor) -> torch.Tensor:
+        aligned = align(codes)
+        moved.append(aligned.data_ptr() != codes.data_ptr())
+        return aligned
+
+    monkeypatch.setattr(kernel_path, "align_rows", watched)
     model = MESwitchModelForCausalLM.from_pretrained(
         tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
     )

@@ -38,7 +38,7 @@ class StoredDelta(nn.Module):
         self.record = record
         for leaf, (stored, shape) in record.leaves().items():
             if leaf == "codes" and ops.runs_kernels(device):
-                tensor = meswitch_kernels.blank_codes(*shape, device=device)
+                tensor = meswitch_kernels.blank_codes(shape, device)
             else:
                 tensor = torch.empty(shape, dtype=_DTYPES[stored] if stored else dtype, device=device)
             self.owner(leaf).register_parameter(leaf.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))

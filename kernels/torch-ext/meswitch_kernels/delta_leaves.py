@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ROW_ALIGNMENT", "DeltaLeaves", "align_rows", "check_leaves"]
+__all__ = ["ROW_ALIGNMENT", "DeltaLeaves", "align_rows", "blank_codes", "check_leaves"]
 
 #: Bytes that the start of each row of codes is a multiple of: the widest load of a thread.
 ROW_ALIGNMENT = 16
@@ -71,17 +72,18 @@ def align_rows(codes: torch.Tensor) -> torch.Tensor:
     """
     if _is_aligned(codes):
         return codes
-    aligned = blank_codes(*codes.shape, device=codes.device)
+    aligned = blank_codes(codes.shape, codes.device)
     aligned.copy_(codes)
     return aligned
 
 
-def blank_codes(out: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+def blank_codes(shape: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
     """Zeros, to be filled, whose rows start where :func:`align_rows` has them: uint8 ``[out, width]``.
 
-    >>> blank_codes(2, 5).stride()
+    >>> blank_codes((2, 5)).stride()
     (16, 1)
     """
+    out, width = shape
     return torch.zeros(out, _aligned_width(width), dtype=torch.uint8, device=device)[:, :width]
 
 
