@@ -36,6 +36,7 @@ class Questions(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def __init__(self, tokenizer: Any, router: MultipleChoiceRouter, texts: Mapping[str, Sequence[str]], seed: int):
         self.tokenizer, self.domains = tokenizer, dict(router.domains)
+        # For a data loader in this process; workers would need one each, seeded anew for each epoch.
         self.chance = random.Random(seed)
         self.rows = [
             (label, ids) for label, own in texts.items() for ids in window_ids(tokenizer, own, router.window) if ids

@@ -162,12 +162,13 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
     assert ".target sm_90" in compiled.ptx
 
 
+@pytest.mark.parametrize(("planes", "numerics"), [(2, "int16"), pytest.param(0, "exact", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_heads(rows: int, tmp_path, monkeypatch) -> None:
+def test_heads(rows: int, planes: int, numerics: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = _TABLES[9, 0][Key("head_several" if rows > 1 else "head_single", "int16")]
-    constants = constants_of(sizes, 2, rows)
-    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", 2, constants, **sizes.launch_options())
+    sizes = _TABLES[9, 0][Key("head_several" if rows > 1 else "head_single", numerics)]
+    constants = constants_of(sizes, planes, rows)
+    compiled = compile_for_hopper("triton_head_rows", "_head_rows_kernel", planes, constants, **sizes.launch_options())
     assert compiled.shared_bytes <= 227 * 1024
     # Though the rows of codes that belong to a block's ids need not be neighbours.
     assert "v4.b32" in compiled.ptx

@@ -21,6 +21,7 @@ from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import joint_linears, kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.linear_layer import LinearLayer
+from transformers_meswitch.peft_method.live_choice import as_chosen
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(
@@ -73,7 +74,7 @@ def test_a_model_gives_what_it_gives_apart(model: Any, experts: list[str | None]
         monkeypatch.setattr(joint_linears, "joins", lambda *_: False)
         alone = model(x).logits
     assert torch.allclose(together, alone, atol=1e-4)
-    assert {2, 3} & set(joined)
+    assert {2, 3} <= set(joined)
     assert set(launches) == {1}
     assert sum(joined) == len(launches)
 
@@ -130,6 +131,58 @@ def test_an_output_that_is_kept_by_mistake_is_noticed(model: Any, monkeypatch: A
     monkeypatch.setattr(joint_linears._Kept, "are_of", lambda *_: True)
     with pytest.raises(AssertionError):
         test_an_output_is_of_the_input_that_it_was_asked_for(model, monkeypatch)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_layers_that_are_not_asked_for_are_left_alone(model: Any, monkeypatch: Any) -> None:
+    """As of an attention that keeps another model's keys and values, and multiplies queries alone."""
+    model.set_expert("code")
+    first, second, *_ = siblings(model)
+    launches = counted(monkeypatch)
+    xs = [torch.randn(1, 1, first.in_features, device=DEVICE) for _ in range(5)]
+    for x in xs:
+        first(x)
+    several = len(siblings(model))
+    assert launches == [several, several, 1, 1, 1]
+    assert torch.allclose(second(xs[0]), apart(second, xs[0]), atol=1e-5)
+    first.joint.forget()  # as when an expert is loaded
+    for layer in siblings(model):
+        layer(xs[0])
+    assert launches[-1] == several
+
+
+@needs_kernels
+def test_layers_of_other_inputs_do_not_know_each_other(model: Any) -> None:
+    layers = siblings(model)
+    layers[0].in_features += 1
+    joint_linears.link_joint_linears(model)
+    assert layers[0].joint is None
+    left = layers[1:] if len(layers) > 2 else []
+    assert all(layer.joint._layers == left for layer in left)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_an_output_stays_in_its_stream_and_capture(model: Any, monkeypatch: Any) -> None:
+    model.set_expert("code")
+    first, second, *_ = siblings(model)
+    x = torch.randn(1, 1, first.in_features, device="cuda")
+    expected = apart(second, x)
+    first(x)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        launches = counted(monkeypatch)
+        second(x)
+    torch.cuda.synchronize()
+    assert launches == [len(siblings(model))]
+    first(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), as_chosen():
+        y = second(x)
+    x.mul_(2)
+    graph.replay()
+    assert torch.allclose(y, apart(second, x), atol=1e-5)
+    assert not torch.allclose(y, expected, atol=1e-5)
 
 
 @needs_kernels
@@ -205,6 +258,8 @@ def test_in_the_interpreter() -> None:
         test_an_output_is_of_the_expert_that_it_was_asked_for,
         test_tensors_that_are_loaded_in_between_count,
         test_an_output_that_is_kept_by_mistake_is_noticed,
+        test_layers_that_are_not_asked_for_are_left_alone,
+        test_layers_of_other_inputs_do_not_know_each_other,
         test_threads_do_not_get_each_others,
         test_layers_that_cannot_share_a_launch_are_apart,
         test_copies_know_their_own,

@@ -14,7 +14,7 @@ from transformers_meswitch.errors import RouterError
 from transformers_meswitch.routing.discriminant import Discriminant, calibrated_temperature
 from transformers_meswitch.routing.head_fit import fit_head
 from transformers_meswitch.routing.hidden_states import masked_mean
-from transformers_meswitch.routing.projection import _signs_and_kept, project
+from transformers_meswitch.routing.projection import _constants, project
 from transformers_meswitch.routing.statistics import ClassStatistics
 
 SIZES = {"a": 30, "b": 7, "c": 19}
@@ -182,14 +182,14 @@ def test_projection_is_linear_and_keeps_lengths_on_average(width: int, rank: int
 @pytest.mark.parametrize(("width", "rank"), [(48, 16), (100, 7), (576, 224)])
 def test_projection_by_what_was_kept_is_that_made_anew(width: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
-    _signs_and_kept.cache_clear()
+    _constants.cache_clear()
     with torch.inference_mode():
         first = project(x, rank)
     again = project(x.requires_grad_(), rank)  # what was kept serves other modes too
     again.sum().backward()
     assert x.grad is not None
-    assert _signs_and_kept.cache_info().hits == 1
-    monkeypatch.setattr("transformers_meswitch.routing.projection._signs_and_kept", _signs_and_kept.__wrapped__)
+    assert _constants.cache_info().hits == 1
+    monkeypatch.setattr("transformers_meswitch.routing.projection._constants", _constants.__wrapped__)
     anew = project(x, rank)
     assert torch.equal(first, anew)
     assert torch.equal(again, anew)

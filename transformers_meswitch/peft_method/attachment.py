@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ..configuration import MESwitchExpertConfig
 from .injection import base_vocab_size, expert_info, switch_of, wrapped_layers
+from .joint_linears import link_joint_linears
 from .rows_layers import HeadLayer
 from .switch import ExpertSwitch
 
@@ -133,3 +134,4 @@ def unwrap_idle_layers(model: Any) -> None:
         if not (layer.meswitch_delta or used or kept):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    link_joint_linears(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ __all__ = [
     "make_delta",
 ]
 
+#: Bytes of padded codes that are copied at a time.
+_CHUNK = 2**21
 #: Elements of a head's delta that are dense at once.
 _BLOCK = 2**25
 _DTYPES = {"U8": torch.uint8, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16}
@@ -37,10 +39,7 @@ class StoredDelta(nn.Module):
         super().__init__()
         self.record = record
         for leaf, (stored, shape) in record.leaves().items():
-            if leaf == "codes" and ops.runs_kernels(device):
-                tensor = meswitch_kernels.blank_codes(shape, device)
-            else:
-                tensor = torch.empty(shape, dtype=_DTYPES[stored] if stored else dtype, device=device)
+            tensor = _room(leaf, shape, _DTYPES[stored] if stored else dtype, device)
             self.owner(leaf).register_parameter(leaf.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
     def owner(self, leaf: str) -> nn.Module:
@@ -56,11 +55,17 @@ class StoredDelta(nn.Module):
         """Fill one leaf with a checked tensor, kept in its own dtype; copied, since it may be mapped from a file."""
         owner, name = self.owner(leaf), leaf.rpartition(".")[2]
         there = owner._parameters.get(name)
-        if there is not None and (there.dtype, there.shape, there.device) == (tensor.dtype, tensor.shape, device):
-            # Into the memory that was set aside: the largest leaves are tens of megabytes, and would be there twice.
+        if there is None or (there.dtype, there.shape, there.device) != (tensor.dtype, tensor.shape, device):
+            there = nn.Parameter(_room(leaf, tensor.shape, tensor.dtype, device), requires_grad=False)
+            setattr(owner, name, there)
+        # Into the memory that was set aside: the largest leaves are tens of megabytes, and would be there twice.
+        if there.is_contiguous():
             there.data.copy_(tensor)
-        else:
-            setattr(owner, name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
+            return
+        # Torch copies to padded memory of another device through memory without padding, so some rows at a time.
+        rows = max(1, _CHUNK // there.stride(0))
+        for first in range(0, len(tensor), rows):
+            there.data[first : first + rows].copy_(tensor[first : first + rows])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -294,6 +299,13 @@ class ValuesDelta(StoredDelta):
 
     record: ValuesRecord
     values: nn.Module
+
+
+def _room(leaf: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for a leaf, to be filled; of codes as the kernels read them, where they run."""
+    if leaf == "codes" and ops.runs_kernels(device):
+        return meswitch_kernels.blank_codes(shape, device)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def make_delta(record: ModuleRecord, dtype: torch.dtype, device: torch.device) -> StoredDelta:

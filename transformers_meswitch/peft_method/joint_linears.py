@@ -18,7 +18,6 @@ from torch import nn
 from meswitch_kernels import RowGroups, fused_linears
 
 from .kernel_path import is_plain_linear
-from .live_choice import is_replayed
 
 if TYPE_CHECKING:
     from .linear_layer import LinearLayer
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["JointLinears", "link_joint_linears"]
 
 #: Names of linears that modules of transformers' models give the same input. Whether it is the same is looked at in
-#: each call, so a name that is used otherwise somewhere costs time there and nothing else.
+#: each call, so a name that is used otherwise somewhere (attention to another model's states) costs little time there.
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: Inputs in a row of which not all outputs were asked for, after which a thread has each layer answer for itself.
+_MOST_UNASKED = 2
 
 
 @dataclass
@@ -37,13 +38,11 @@ class _Kept:
     x: weakref.ref[torch.Tensor]
     version: int
     groups: RowGroups
-    replayed: bool
+    stream: tuple[Any, ...]
     outputs: dict[int, torch.Tensor]
 
     def are_of(self, x: torch.Tensor, groups: RowGroups) -> bool:
-        return (
-            self.x() is x and self.version == x._version and self.groups is groups and self.replayed == is_replayed()
-        )
+        return self.x() is x and self.version == x._version and self.groups is groups and self.stream == _stream_of(x)
 
 
 class JointLinears:
@@ -84,17 +83,24 @@ class JointLinears:
 
         Returns:
             ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: while
-            ``torch.compile`` traces, which does not know one object from another, and where one of them is no plain
-            linear or has an input of another kind than kernels take.
+            ``torch.compile`` traces, which does not know one object from another; in inference mode, whose tensors do
+            not tell that they were written to; where one of the layers is no plain linear or has an input of another
+            kind than kernels take; and where the module does not ask for all of them.
         """
-        if torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or x.is_inference():
             return None
-        kept: _Kept | None = getattr(self._of_thread, "kept", None)
+        own = self._of_thread
+        kept: _Kept | None = getattr(own, "kept", None)
         if kept is not None and kept.are_of(x, groups):
             y = kept.outputs.pop(id(layer), None)
             if y is not None:
                 return y
-        self._of_thread.kept = None
+        unasked: int = getattr(own, "unasked", 0)
+        if kept is not None:
+            unasked = unasked + 1 if kept.outputs else 0
+            own.kept, own.unasked = None, unasked
+        if unasked >= _MOST_UNASKED:
+            return None
         if not all(joins(other, x) for other in self._layers):
             return None
         bases: list[Any] = [other.base_layer for other in self._layers]
@@ -106,9 +112,16 @@ class JointLinears:
             groups,
         )
         outputs = {id(other): y.view(*x.shape[:-1], y.shape[1]) for other, y in zip(self._layers, flat, strict=True)}
-        own = outputs.pop(id(layer))
-        self._of_thread.kept = _Kept(weakref.ref(x), x._version, groups, is_replayed(), outputs)
-        return own
+        y = outputs.pop(id(layer))
+        own.kept = _Kept(weakref.ref(x), x._version, groups, _stream_of(x), outputs)
+        return y
+
+
+def _stream_of(x: torch.Tensor) -> tuple[Any, ...]:
+    """Where what is worked out of a tensor can be used at once: the stream, and whether a graph is captured there."""
+    if not x.is_cuda:
+        return ()
+    return torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
 def joins(layer: LinearLayer, x: torch.Tensor) -> bool:
@@ -126,12 +139,10 @@ def link_joint_linears(model: nn.Module) -> None:
     from .linear_layer import LinearLayer
 
     for module in model.modules():
-        if isinstance(module, LinearLayer):
-            module.joint = None
-    for module in model.modules():
         for names in _NAMES:
             layers = [child for name in names if isinstance(child := module._modules.get(name), LinearLayer)]
-            if len(layers) > 1:
-                joint = JointLinears(layers)
-                for layer in layers:
+            for width in {layer.in_features for layer in layers}:
+                alike = [layer for layer in layers if layer.in_features == width]
+                joint = JointLinears(alike) if len(alike) > 1 else None
+                for layer in alike:
                     layer.joint = joint

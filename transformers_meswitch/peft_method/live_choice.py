@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from meswitch_kernels import RowGroups, group_rows
+from meswitch_kernels.row_groups import load_group_rows
 
 from ..errors import UnsupportedOperationError
 
@@ -56,8 +57,7 @@ class LiveChoice:
         self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
         self._worked_out: dict[tuple[str, int, int], Any] = {}
-        for rows in (1, 17):  # each size of the kernel that groups rows, which no capture may be the first to launch
-            group_rows(self._names[:rows])
+        load_group_rows(device)
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
         """Take over a choice.

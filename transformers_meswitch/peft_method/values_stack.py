@@ -59,6 +59,14 @@ class ValuesStack(nn.Module):
         self._asked: tuple[torch.dtype, torch.device] | None = None
         self.ask(base)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies ask anew: they may be in another process, where no kernel has been launched."""
+        return {**self.__dict__, "_asked": None, "_norm": None}
+
+    @staticmethod
+    def _now(parameter: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+        return parameter.dtype, parameter.device
+
     @torch.no_grad()
     def ask(self, base: nn.Module) -> None:
         """Find out, once for each dtype and device, whether the base's module is a norm that a kernel works out.
@@ -67,16 +75,18 @@ class ValuesStack(nn.Module):
             base: the base's module.
         """
         first = next(base.parameters())
-        if self._asked == (first.dtype, first.device):
+        if self._asked == self._now(first):
             return
-        self._asked, self._norm = (first.dtype, first.device), norm_kind(base)
+        # What casts parameters alone leaves the stack as it was.
+        alike = all((b.dtype, b.device) == self._now(first) for b in self.buffers() if b is not self.has)
+        self._asked, self._norm = self._now(first), norm_kind(base) if alike else None
         if self._norm is not None:
             # While a graph is captured CUDA loads no kernel, so it is launched here for the first time.
             self.norm(base, first.new_ones(1, *first.shape), torch.zeros(1, dtype=torch.int32, device=first.device))
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
         """Enter an expert: its name, its slot, and its own parameters by name."""
-        # What is compiled or captured does not know of a larger stack; so many experts are rare.
+        # A graph that was captured with fewer has to be captured again, as the documentation says.
         while slot >= self.has.shape[0] - 1:
             self._double()
         for name, value in values.items():
@@ -86,10 +96,11 @@ class ValuesStack(nn.Module):
 
     def _double(self) -> None:
         """Make room for twice as many experts. The last row, the base's, is zero everywhere."""
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            larger = buffer.new_zeros(2 * (buffer.shape[0] - 1) + 1, *buffer.shape[1:])
-            larger[: buffer.shape[0]] = buffer
-            setattr(self, name, larger)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, buffer in list(self.named_buffers(recurse=False)):
+                larger = buffer.new_zeros(2 * (buffer.shape[0] - 1) + 1, *buffer.shape[1:])
+                larger[: buffer.shape[0]] = buffer
+                setattr(self, name, larger)
 
     def clear(self, expert: str) -> None:
         """Forget an expert, if it was entered."""

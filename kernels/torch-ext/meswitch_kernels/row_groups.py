@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is not None:
 
     _group_with_triton, _BLOCKS = group_rows_triton, BLOCKS
 
-__all__ = ["RowGroups", "group_rows"]
+__all__ = ["RowGroups", "group_rows", "load_group_rows"]
 
 #: Devices, dtypes and sizes that the kernel has been launched for.
 _LOADED: set[tuple[torch.device, torch.dtype, int]] = set()
@@ -58,22 +58,34 @@ def group_rows(expert_index: torch.Tensor) -> RowGroups:
     >>> groups.order.tolist(), groups.slot.tolist(), groups.start.tolist(), groups.group_count.tolist()
     ([3, 5, 1, 4, 0, 2], [0, 1, -1, -1, 3, 3], [0, 1, 2, 4, 6, 6, 6], [2, 4])
     """
-    if not torch.compiler.is_compiling() and _takes_kernel(expert_index):
-        return _group_by_comparing(expert_index)
-    return _group_by_sorting(expert_index)
+    kernel = None if torch.compiler.is_compiling() else _kernel_for(expert_index)
+    if kernel is None:
+        return _group_by_sorting(expert_index)
+    groups = _group_by_comparing(expert_index)
+    _LOADED.add(kernel)
+    return groups
 
 
-def _takes_kernel(expert_index: torch.Tensor) -> bool:
-    """Whether there is a kernel for so many rows, which is loaded or may be now."""
+def load_group_rows(device: torch.device) -> None:
+    """Launch the kernel for each number of rows that it is compiled for, so that graphs captured later have it.
+
+    Nothing happens on a device without kernels.
+    """
+    if has_kernel(device):
+        for rows in _BLOCKS:
+            group_rows(torch.zeros(rows, dtype=torch.int32, device=device))
+
+
+def _kernel_for(expert_index: torch.Tensor) -> tuple[torch.device, torch.dtype, int] | None:
+    """The kernel for so many rows, if there is one that is loaded or may be now."""
     rows, device, dtype = expert_index.shape[0], expert_index.device, expert_index.dtype
     block = next((block for block in _BLOCKS if 0 < rows <= block), None)
     if block is None or not has_kernel(device) or dtype not in (torch.int32, torch.int64):
-        return False
-    if (device, dtype, block) not in _LOADED:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False
-        _LOADED.add((device, dtype, block))
-    return True
+        return None
+    kernel = (device, dtype, block)
+    if kernel not in _LOADED and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    return kernel
 
 
 def _group_by_comparing(expert_index: torch.Tensor) -> RowGroups:

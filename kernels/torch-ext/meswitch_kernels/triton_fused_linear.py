@@ -120,7 +120,7 @@ def fused_linear_triton(
         ys: by linear, contiguous ``[1, out]`` of the dtype of ``x``: the results.
         x: contiguous ``[1, in]``, float32, bfloat16 or float16.
         weights: ``[out, in]`` each of that dtype, of any strides, which are the same: the base's.
-        base_biases: contiguous ``[out]`` each of any floating dtype: the base's; `None` where no linear has one.
+        base_biases: contiguous ``[out]`` each of one floating dtype: the base's; `None` where no linear has one.
         tables: int64 ``[slots, len(COLUMNS)]`` each.
         groups: the row's expert.
         prepared: the activations, with ``planes`` and the configuration's ``block_codes``.
