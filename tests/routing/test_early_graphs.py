@@ -170,6 +170,23 @@ def test_another_base_is_not_replayed_until_it_is_captured(tiny_family: TinyFami
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_module_that_is_gone_and_a_weight_cast_where_it_is_are_noticed(tiny_family: TinyFamily) -> None:
+    model = load(tiny_family)
+    mlp, linear = model.model.layers[0].mlp, model.model.layers[0].mlp.up_proj.base_layer
+    capture(model, 1, WINDOW)
+    data = linear.weight.data
+    with model._meswitch_switch.rows([None]):
+        linear.weight.data = data.view(torch.float16)  # at the same address
+        assert replayed(model, [5, 6], 1) is None
+        linear.weight.data = data
+        assert replayed(model, [5, 6], 1) is not None
+        del mlp.act_fn
+        gc.collect()
+        mlp.act_fn = torch.nn.GELU().eval()  # which may be where the other was
+        assert replayed(model, [5, 6], 1) is None
+
+
+@pytest.mark.usefixtures("recorded")
 def test_experts_come_and_go(tiny_family: TinyFamily) -> None:
     model = load(tiny_family, "math")
     capture(model, 1, WINDOW)

@@ -123,15 +123,22 @@ class BaseRouter(ABC):
             raise RouterError(
                 f"The router knows {listed(self.labels)}, and of these none is loaded. Loaded: {listed(experts)}."
             )
-        probabilities = torch.full((len(rows), len(labels)), 1 / len(labels))
-        abstained = torch.ones(len(rows), dtype=torch.bool)
-        read = [i for i, row in enumerate(rows) if len(row)]
-        if read:
-            likely, strange = self.judge(model, [token_window(rows[i], self.window) for i in read], labels)
-            probabilities[read] = likely.float()
-            abstained[read] = (likely.amax(dim=1) < self.threshold) | strange
+        read = [token_window(row, self.window) for row in rows if len(row)]
+        probabilities, abstained = self._judged(model, read, labels)
+        if len(read) < len(rows):
+            filled = torch.tensor([len(row) > 0 for row in rows])
+            uniform = torch.full((len(rows), len(labels)), 1 / len(labels))
+            probabilities = uniform.index_put((filled,), probabilities)
+            abstained = (~filled).index_put((filled,), abstained)
         default = self.default_expert if self.default_expert in experts else None
         return picked(probabilities, labels, abstained, default)
+
+    def _judged(self, model: Any, rows: list[list[int]], labels: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """How likely each expert is for rows that are not empty, in float32, and on which of them it abstains."""
+        if not rows:
+            return torch.empty(0, len(labels)), torch.empty(0, dtype=torch.bool)
+        likely, strange = self.judge(model, rows, labels)
+        return likely.float(), (likely.amax(dim=1) < self.threshold) | strange
 
 
 def listed(names: Sequence[str]) -> str:

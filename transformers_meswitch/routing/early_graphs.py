@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,8 @@ def capture(model: Any, layer: int, window: int) -> None:
         raise UnsupportedOperationError(f"The model is on {device}; the router's layers are captured on a GPU only.")
     decoder = getattr(model, model.base_model_prefix, model)
     modules = list(_modules_below(decoder, set(find_layers(model)[layer:])))
-    state = _state(modules)
+    refs = [weakref.ref(module) for module in modules]
+    state = _state(refs)
     if state is None or not _is_plain(modules, device):
         raise UnsupportedOperationError(
             "The router's layers cannot be captured: the model is in training mode or under autocast, not all of it "
@@ -109,8 +111,7 @@ def capture(model: Any, layer: int, window: int) -> None:
             f"The first {layer} layers of {type(model).__name__} cannot be captured ({error}). Routing works without; "
             "but go on in a new process, as PyTorch may take the capture for unfinished."
         ) from error
-    captured = _Captured([weakref.ref(module) for module in modules], state, dict(reversed(graphs.items())))
-    _CAPTURED.setdefault(model, {})[layer] = captured
+    _CAPTURED.setdefault(model, {})[layer] = _Captured(refs, state, dict(reversed(graphs.items())))
 
 
 def replayed(model: Any, row: Sequence[int], layer: int) -> Tensor | None:
@@ -129,12 +130,13 @@ def replayed(model: Any, row: Sequence[int], layer: int) -> Tensor | None:
     if captured is None:
         return None
     length = next((length for length in captured.graphs if length >= len(row)), None)
-    modules = [module for ref in captured.modules if (module := ref()) is not None]
-    if length is None or _state(modules) != captured.state:
+    # Before anything is replayed, as what a graph reads may be gone.
+    if length is None or _state(captured.modules) != captured.state:
         return None
     graph = captured.graphs[length]
+    padded = _row(row, length)
     with captured.lock:
-        graph.row.copy_(torch.tensor([[*row, *[0] * (length - len(row)), len(row)]]))
+        graph.row.copy_(padded)
         graph.replay()
         return graph.pooled.cpu()
 
@@ -161,24 +163,42 @@ def _is_plain(modules: Sequence[nn.Module], device: torch.device) -> bool:
     return True
 
 
-def _state(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
+def _state(modules: Sequence[weakref.ref[nn.Module]]) -> tuple[Any, ...] | None:
     """What graphs have taken up of modules; `None` where there is something that they would pass over.
 
-    It changes whenever a module or tensor is replaced or moved; what is written into a tensor, graphs see.
+    It changes whenever a module or tensor is replaced, moved or cast; what is written into a tensor, graphs see. Every
+    replay waits for it, so it reads the modules' dictionaries, and asks what is in them before going through them.
     """
     if torch.is_autocast_enabled(_DEVICE):
         return None
-    found: list[Any] = []
-    for module in modules:
-        if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    kept: list[nn.Module | None] = []
+    tensors: list[Tensor | None] = []
+    for ref in modules:
+        module = ref()
+        if module is None:
             return None
-        if isinstance(module, MESwitchLayer):  # whose other modules and tensors are the experts'
-            found.append(id(module.base_layer))
-            continue
-        found += map(id, module._modules.values())
-        for tensors in (module._parameters, module._buffers):
-            found += [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
-    return tuple(found)
+        own = module.__dict__
+        if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return None
+        if children := own["_modules"]:
+            if MESwitchLayer in type(module).__mro__:  # whose other modules and tensors are the experts'
+                kept.append(children["base_layer"])
+                continue
+            kept += children.values()
+        if parameters := own["_parameters"]:
+            tensors += parameters.values()
+        if buffers := own["_buffers"]:
+            tensors += buffers.values()
+    data = [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in tensors]
+    return (*map(id, kept), *data)
+
+
+def _row(tokens: Sequence[int], length: int) -> Tensor:
+    """Tokens as a graph takes them, see :class:`_Graph`, without its first dimension.
+
+    By way of an array, of which a tensor is made several times faster than of a list.
+    """
+    return torch.frombuffer(array("q", [*tokens, *[0] * (length - len(tokens)), len(tokens)]), dtype=torch.int64)
 
 
 class _Memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["project"]
 
@@ -25,33 +25,39 @@ def _rounded_up(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
+def _hadamard(power: int) -> Tensor:
+    """Hadamard's matrix of size 2 to some power in Sylvester's order, float64, on the CPU."""
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    for _ in range(power):
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return matrix
+
+
 @lru_cache(maxsize=8)
-def _signs_and_kept(width: int, rank: int) -> tuple[Tensor, Tensor]:
+def _constants(width: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the projection of one width is made of, kept as it takes thousands of hashes, far more than projecting.
 
     Args:
         width: of the features.
         rank: coordinates to keep, less than the width.
+        device: where they are used.
 
     Returns:
-        Signs, float64 ``[width]``; and numbers of the coordinates that are kept, int64 ``[rank]``; on the CPU.
+        Signs, float64 ``[width]``; the two matrices whose Kronecker product is Hadamard's, float64; and numbers of the
+        coordinates that are kept, int64 ``[rank]``.
     """
     size = _rounded_up(width)
+    half = size.bit_length() // 2
     # Whatever mode and default device the first caller is in, the tensors are for all that follow.
     with torch.inference_mode(False):
         signs = [1.0 if _scrambled(i) & 1 else -1.0 for i in range(width)]
         kept = sorted(sorted(range(size), key=lambda i: _scrambled(size + i))[:rank])
-        return torch.tensor(signs, dtype=torch.float64, device="cpu"), torch.tensor(kept, device="cpu")
-
-
-@lru_cache(maxsize=16)
-def _hadamard(power: int) -> Tensor:
-    """Hadamard's matrix of size 2 to some power in Sylvester's order, float64, on the CPU."""
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-        for _ in range(power):
-            matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-        return matrix
+        return (
+            torch.tensor(signs, dtype=torch.float64, device=device),
+            _hadamard(half).to(device),
+            _hadamard(size.bit_length() - 1 - half).to(device),
+            torch.tensor(kept, device=device),
+        )
 
 
 def project(features: Tensor, rank: int) -> Tensor:
@@ -77,12 +83,8 @@ def project(features: Tensor, rank: int) -> Tensor:
     rows, width = features.shape
     if rank >= width:
         return features
-    size = _rounded_up(width)
-    signs, kept = (part.to(features.device) for part in _signs_and_kept(width, rank))
-    mixed = features.new_zeros(rows, size)
-    mixed[:, :width] = features * signs
+    signs, left, right, kept = _constants(width, rank, features.device)
+    mixed = nn.functional.pad(features * signs, (0, _rounded_up(width) - width))
     # The matrix is the Kronecker product of two small ones, so two products do instead of a step for each power of 2.
-    half = size.bit_length() // 2
-    left, right = (_hadamard(n).to(features.device) for n in (half, size.bit_length() - 1 - half))
-    mixed = left @ mixed.view(rows, 1 << half, -1) @ right
-    return mixed.reshape(rows, size)[:, kept] / rank**0.5
+    mixed = left @ mixed.view(rows, len(left), -1) @ right
+    return mixed.flatten(1).index_select(1, kept) / rank**0.5
