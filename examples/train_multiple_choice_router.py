@@ -3,7 +3,14 @@
     python examples/train_multiple_choice_router.py --model me/small-lm --data prompts.jsonl --test held-out.jsonl \\
         --domain math="mathematics" --domain code="programming" -o choice-router
 
-The options are shuffled for each example, so that no letter is learnt for its place, and the router divides none out.
+The options are shuffled each time that an example comes up, so that no letter is learnt for its place, and the router
+divides none out.
+
+It takes a while before anything is learnt. The sign is the loss: that of guessing is ln(number of domains), 1.39 for
+four and 2.08 for eight, and it has to fall far below. SmolLM2-135M with ``--batch-size 32`` needed more than 200 steps
+for four domains at ``--lr 5e-5`` (0.64 after 200, still falling), and more than 400 for eight at ``--lr 1e-4`` (2.1 for
+200 steps, 0.75 after 400, 0.2 after 580).
+
 What is written is a router that ``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes:
 ``router_config.json``, which names the fine-tuned model in ``choice-router/model``.
 """
@@ -145,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--domain", action="append", required=True, metavar="EXPERT=TEXT", help="what an expert is for"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the router")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="200 by default; more for many domains, see above")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--window", type=int, default=256)
