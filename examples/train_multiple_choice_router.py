@@ -8,8 +8,8 @@ divides none out.
 
 It takes a while before anything is learnt. The sign is the loss: that of guessing is ln(number of domains), 1.39 for
 four and 2.08 for eight, and it has to fall far below. SmolLM2-135M with ``--batch-size 32`` needed more than 200 steps
-for four domains at ``--lr 5e-5`` (0.64 after 200, still falling), and more than 400 for eight at ``--lr 1e-4`` (2.1 for
-200 steps, 0.75 after 400, 0.2 after 580).
+for four domains at ``--lr 5e-5`` (0.64 after 200, still falling), and more than 400 for eight at ``--lr 1e-4`` (2.1
+for 200 steps, 0.75 after 400, 0.2 after 580).
 
 What is written is a router that ``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes:
 ``router_config.json``, which names the fine-tuned model in ``choice-router/model``.
