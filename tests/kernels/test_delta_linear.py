@@ -397,7 +397,8 @@ def test_operators_are_well_formed() -> None:
     x, weight, bias = random_inputs(16, 9, 70, torch.float32, "cpu")
     arguments = (layer.table.rows, *groups)
     torch.library.opcheck(meswitch_kernels.linear._delta_linear, (x, None, *arguments, 9, "int8"))
-    torch.library.opcheck(meswitch_kernels.linear._fused_linear, (x, weight, bias, *arguments, "exact"))
+    table, *groups = arguments
+    torch.library.opcheck(meswitch_kernels.linear._fused_linears, (x, [weight], [bias], [table], *groups, "exact"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the operators, not of the kernels")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
 import threading
 import weakref
@@ -14,27 +13,15 @@ import pytest
 import torch
 
 from meswitch_kernels import fused_linears
-from tests.fixtures_models import TinyFamily
 from tests.model_state import prompt
+from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, model, needs_kernels
 from tests.triton_interpreter import check_interpreted
-from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import joint_linears, kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.linear_layer import LinearLayer
 from transformers_meswitch.peft_method.live_choice import as_chosen
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_kernels = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU; interpreted by test_in_the_interpreter"
-)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture
-def model(tiny_family: TinyFamily) -> Any:
-    return MESwitchModelForCausalLM.from_pretrained(
-        tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
-    )
+__all__ = ["model"]
 
 
 def siblings(model: Any) -> list[LinearLayer]:

@@ -15,7 +15,16 @@ from .live_choice import is_replayed
 from .prefill_path import PrefillPath
 from .slots import ROOM
 
-__all__ = ["DTYPES", "MAX_ROWS", "KernelPath", "align_codes", "are_for_kernels", "is_plain_linear", "wants_gradients"]
+__all__ = [
+    "DTYPES",
+    "MAX_ROWS",
+    "KernelPath",
+    "align_codes",
+    "are_for_kernels",
+    "is_plain_linear",
+    "is_watched",
+    "wants_gradients",
+]
 
 #: Rows of an input (tokens of all rows of the batch) up to which the kernels multiply by the codes themselves. With
 #: more, writing an expert's weight once and multiplying on tensor cores is quicker.
@@ -173,6 +182,11 @@ def wants_gradients(x: torch.Tensor, base: nn.Module) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in base.parameters()))
 
 
+def is_watched(base: nn.Module) -> bool:
+    """Whether a module's call does more than its forward: there are hooks of accelerate, or of whoever looks at it."""
+    return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+
+
 def is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether a base's module does nothing but multiply by its weight, so that a kernel may do it in its place."""
     return (
@@ -180,6 +194,5 @@ def is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
         and type(base.weight) is nn.Parameter
         and base.weight.dtype == x.dtype
         and base.weight.device == x.device
-        # Of accelerate, or of whoever watches the layer.
-        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        and not is_watched(base)
     )

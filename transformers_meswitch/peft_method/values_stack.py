@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from meswitch_kernels import NormForm, norm_rows
 
-from .kernel_path import DTYPES, are_for_kernels
+from .kernel_path import DTYPES, are_for_kernels, is_watched
 from .slots import ROOM
 
 __all__ = ["NormKind", "ValuesStack", "norm_kind", "run_with_rows", "takes_rows"]
@@ -141,8 +141,7 @@ class ValuesStack(nn.Module):
             and weight.shape == x.shape[-1:]
             and weight.dtype == x.dtype == self._norm.dtype == self.of_weight.dtype
             and weight.device == self._norm.device == self.has.device
-            # Of accelerate, or of whoever watches the layer.
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and not is_watched(base)
             and are_for_kernels(x, weight.device, base)
         )
 

@@ -109,8 +109,7 @@ def fused_linear(
     >>> fused_linear(torch.ones(1, 2), torch.ones(1, 2), None, table.rows, group_rows(torch.tensor([0])))
     tensor([[2.]])
     """
-    _check_weight(x, weight, bias, table, groups)
-    return _fused_linear(x, weight, bias, table, *groups, numerics_of(x.dtype, numerics))
+    return fused_linears(x, [weight], [bias], [table], groups, numerics=numerics)[0]
 
 
 def fused_linears(
@@ -194,36 +193,6 @@ def _(
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fused_linear"), mutates_args=())
-def _fused_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    table: torch.Tensor,
-    order: torch.Tensor,
-    slot: torch.Tensor,
-    start: torch.Tensor,
-    group_count: torch.Tensor,
-    numerics: str,
-) -> torch.Tensor:
-    return _multiply(x, [weight], [bias], [table], RowGroups(order, slot, start, group_count), numerics)[0]
-
-
-@_fused_linear.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    table: torch.Tensor,
-    order: torch.Tensor,
-    slot: torch.Tensor,
-    start: torch.Tensor,
-    group_count: torch.Tensor,
-    numerics: str,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
 @torch.library.custom_op(add_op_namespace_prefix("fused_linears"), mutates_args=())
 def _fused_linears(
     x: torch.Tensor,
@@ -236,32 +205,7 @@ def _fused_linears(
     group_count: torch.Tensor,
     numerics: str,
 ) -> list[torch.Tensor]:
-    return _multiply(x, weights, biases, tables, RowGroups(order, slot, start, group_count), numerics)
-
-
-@_fused_linears.register_fake
-def _(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    tables: list[torch.Tensor],
-    order: torch.Tensor,
-    slot: torch.Tensor,
-    start: torch.Tensor,
-    group_count: torch.Tensor,
-    numerics: str,
-) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-
-
-def _multiply(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    tables: Sequence[torch.Tensor],
-    groups: RowGroups,
-    numerics: str,
-) -> list[torch.Tensor]:
+    groups = RowGroups(order, slot, start, group_count)
     linears = list(zip(weights, biases, tables, strict=True))
     if _multiply_with_triton is None or not has_kernel(x.device):
         return [_by_reference(x, F.linear(x, w, b), table, groups, w.shape[0]) for w, b, table in linears]
@@ -280,6 +224,21 @@ def _multiply(
     with prepared(x, tables, groups, numerics, sizes) as arguments:
         _multiply_with_triton(ys, x, weights, some or None, tables, groups, *arguments, sizes)
     return ys
+
+
+@_fused_linears.register_fake
+def _(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    tables: list[torch.Tensor],
+    order: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,
+    group_count: torch.Tensor,
+    numerics: str,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 def _write_deltas(

@@ -91,10 +91,8 @@ def _kernel_for(expert_index: torch.Tensor) -> tuple[torch.device, torch.dtype, 
 def _group_by_comparing(expert_index: torch.Tensor) -> RowGroups:
     assert _group_with_triton is not None
     rows = expert_index.shape[0]
-    # Triton compiles for each alignment, and graphs find what was loaded: each of these is at a multiple of 16 bytes.
-    expert_index = expert_index.clone() if expert_index.data_ptr() % 16 else expert_index.contiguous()
     groups = RowGroups(*(expert_index.new_empty(size, dtype=torch.int32) for size in (rows, rows, rows + 1, 2)))
-    _group_with_triton(expert_index, *groups)
+    _group_with_triton(expert_index.contiguous(), *groups)
     return groups
 
 

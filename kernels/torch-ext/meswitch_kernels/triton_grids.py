@@ -17,7 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .configurations import Configuration, program_count
 from .op import capability
 
-__all__ = ["allow_next", "group_launches", "kernel_options", "overlap_options", "overlaps", "wait_for_previous"]
+__all__ = [
+    "aligned",
+    "allow_next",
+    "group_launches",
+    "kernel_options",
+    "overlap_options",
+    "overlaps",
+    "wait_for_previous",
+]
 
 #: Rows of a group that a program takes at a time, as many as an operand of tensor cores has.
 _TENSOR_CORE_ROWS = 16
@@ -59,6 +67,15 @@ def group_launches(
     if rows > 1:
         pieces = rows // 2 * sum(triton.cdiv(own, several.block_out) for own in channels)
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at a multiple of 16 bytes.
+
+    Triton compiles for each alignment, and CUDA loads no kernel while a graph is captured: what was launched before,
+    to be there then, was for this one.
+    """
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def overlaps(device: torch.device, ptx: bool) -> bool:

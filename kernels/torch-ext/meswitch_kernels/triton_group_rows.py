@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_grids import aligned
+
 __all__ = ["BLOCKS", "group_rows_triton"]
 
 #: Numbers of rows that the kernel is compiled for: those of a decoding step, and as many as one program compares.
@@ -67,5 +69,5 @@ def group_rows_triton(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.accelerator.device_index(expert_index.device.index):
         _group_rows_kernel[(1,)](
-            expert_index, order, slot, start, group_count, rows, BLOCK=block, num_warps=8 if block > 16 else 1
+            aligned(expert_index), order, slot, start, group_count, rows, BLOCK=block, num_warps=8 if block > 16 else 1
         )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .op import has_ptx
-from .triton_grids import allow_next, overlap_options, overlaps, wait_for_previous
+from .triton_grids import aligned, allow_next, overlap_options, overlaps, wait_for_previous
 
 __all__ = ["norm_rows_triton"]
 
@@ -83,8 +83,7 @@ def norm_rows_triton(
     Once it has run for a width, dtype and form, graphs capture it for any number of rows.
     """
     rows, width = y.shape
-    # Triton compiles for each alignment, but what is captured in a graph has to be loaded before: for this one.
-    x, weight, own_weights, has, expert_index = map(_aligned, (x, weight, own_weights, has, expert_index))
+    x, weight, own_weights, has, expert_index = map(aligned, (x, weight, own_weights, has, expert_index))
     block = triton.next_power_of_2(width)
     overlap = overlaps(y.device, has_ptx(y.device))
     _norm_rows_kernel[(rows,)](
@@ -104,8 +103,3 @@ def norm_rows_triton(
         num_warps=min(_MAX_WARPS, max(1, block // (32 * _THREAD_ELEMENTS))),
         **overlap_options(overlap),
     )
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values at a multiple of 16 bytes."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
