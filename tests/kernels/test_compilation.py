@@ -131,15 +131,17 @@ def test_linears(key: Key, sizes: Configuration, linears: int, tmp_path, monkeyp
 
 
 def layouts_of_products(ttgir: str) -> set[str]:
-    """How the tensors lie that products of bytes take, without the order of their dimensions."""
+    """How the tensors lie that products of a warp's own words take, without the order of their dimensions."""
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*), order", ttgir, re.MULTILINE))
-    products = [line for line in ttgir.splitlines() if "mma.sync.aligned.m16n8k32" in line]
-    return {layouts[name] for line in products for name in re.findall(r"xi32, (#\w+)>", line)}
+    products = [line for line in ttgir.splitlines() if "mma.sync.aligned.m16n8k" in line]
+    return {layouts[name] for line in products for name in re.findall(r"x(?:i32|f32), (#\w+)>", line)}
 
 
-@pytest.mark.parametrize("sizes", [Configuration(block_out=16), *several_of_bytes()], ids=repr)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(Configuration(block_out=16), marks=pytest.mark.slow), *several_of_bytes()], ids=repr
+)
 @pytest.mark.parametrize(("name", "planes"), [("delta_linear", 1), ("delta_linear", 2), ("head_rows", 2)])
-def test_threads_hold_what_products_of_bytes_take(
+def test_threads_hold_what_their_products_take(
     name: str, planes: int, sizes: Configuration, tmp_path, monkeypatch
 ) -> None:
     """The instruction multiplies what the threads of a warp hold, wherever that comes from in Triton's tensors."""
@@ -150,6 +152,8 @@ def test_threads_hold_what_products_of_bytes_take(
     ones, threads, warps = "[1, 1, 1]", "[1, 1, 32]", f"[1, 1, {sizes.warps}]"
     in_order = f"blocked<{{sizePerThread = {ones}, threadsPerWarp = {threads}, warpsPerCTA = {warps}"
     assert layouts_of_products(compiled.ttgir) == {in_order}
+    assert ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in compiled.ptx) == (planes == 2)
+    assert ("mma.sync.aligned.m16n8k32" in compiled.ptx) == (planes == 1)
     moved = compiled.ttgir.replace("threadsPerWarp = [1, 1, 32]", "threadsPerWarp = [1, 2, 16]")
     assert layouts_of_products(moved) != {in_order}
 

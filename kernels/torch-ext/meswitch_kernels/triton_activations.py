@@ -41,6 +41,7 @@ def _prepare_kernel(
     tables,
     order,
     slot,
+    group_count,
     values,
     scale,
     offset,
@@ -65,11 +66,15 @@ def _prepare_kernel(
     bits = tl.load(entry + _BITS).to(tl.int32)
     if bits == 0:
         return
-    low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
-    values += which * low_plane * max(1, PLANES)
+    width = tiles * BLOCK_CODES
+    values += which * (tl.cast(rows, tl.int64) * width * max(1, PLANES))
     scale += which * rows * tiles
     offset += which * rows * tiles
     salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
+    # Whether the position is of a group of several rows, which come after those of one, and stays in bfloat16.
+    as_float = tl.full((), False, tl.int1)
+    if PLANES == 2 and x.dtype.element_ty == tl.bfloat16:
+        as_float = position >= tl.load(group_count)
     shifts = tl.where(bits == 2, 4, tl.where(bits == 4, 2, 8))
     words = BLOCK_CODES // (4 * shifts)
     place = tl.arange(0, BLOCK_CODES)
@@ -80,6 +85,8 @@ def _prepare_kernel(
     else:
         # Codes are taken four at a time: a plane a shift, with the bytes together.
         shift, byte, word = place // (4 * words), place % 4, (place // 4) % words
+        # Of floats those of bytes 0 and 2, and of 1 and 3, are taken at a time.
+        byte = tl.where(as_float, byte % 2 * 2 + byte // 2, byte)
     code = tile * BLOCK_CODES + 4 * shifts * word + shifts * byte + shift
     coded = code < in_features - salient_channels
 
@@ -98,8 +105,13 @@ def _prepare_kernel(
     if column_step != 0:
         value *= tl.load(column_step.to(tl.pointer_type(tl.float32)) + code, mask=coded, other=0.0)
 
-    where = values + position * (tiles * BLOCK_CODES) + tile * BLOCK_CODES + place
-    if PLANES == 0:
+    where = values + position * (width * max(1, PLANES)) + tile * BLOCK_CODES + place
+    if as_float:
+        kept = value.to(tl.bfloat16)
+        start = values + position * (width * PLANES)
+        tl.store(start.to(tl.pointer_type(tl.bfloat16)) + tile * BLOCK_CODES + place, kept)
+        tl.store(offset + position * tiles + tile, tl.sum(kept.to(tl.float32), axis=0))
+    elif PLANES == 0:
         tl.store(where, value)
         tl.store(offset + position * tiles + tile, tl.sum(value, axis=0))
     else:
@@ -111,7 +123,7 @@ def _prepare_kernel(
         else:
             high = (level + 128) >> 8
             tl.store(where, high.to(tl.int8))
-            tl.store(where + low_plane, (level - high * 256).to(tl.int8))
+            tl.store(where + width, (level - high * 256).to(tl.int8))
         unit = extent / largest
         tl.store(scale + position * tiles + tile, unit)
         tl.store(offset + position * tiles + tile, unit * tl.sum(level, axis=0).to(tl.float32))
@@ -128,23 +140,24 @@ def prepare_activations_triton(
         x: contiguous ``[rows, in]``, float32, bfloat16 or float16.
         tables: int64 ``[slots, len(COLUMNS)]`` each, of the linears that ``x`` is the input of.
         groups: the rows by expert.
-        planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first.
+        planes: 0 for float32; 1 for signed bytes; 2 for 16 bit in two of them, the high ones first. But with 2,
+            bfloat16 activations of groups of several rows are kept as they are.
         block_codes: codes of a tile, a power of two, 128 or more; 512 or more for groups of several rows.
         overlap: whether this kernel may start beside the one before, and the one that follows, which has to wait for
             this one itself, beside this one.
 
     Returns:
-        Values by linear and position: float32 ``[linears, rows, tiles * block_codes]``, or int8 ``[linears, planes,
-        rows, tiles * block_codes]``; zero after the last code. Scales and offsets, float32 ``[linears, rows, tiles]``:
-        what one unit of the values is worth, not set where ``planes`` is 0; and the sum of the activations as they are
-        stored. Nothing is set for rows that have no delta.
+        Values by linear and position: float32 ``[linears, rows, tiles * block_codes]``, or int8 ``[linears, rows,
+        planes, tiles * block_codes]``; zero after the last code. Scales and offsets, float32 ``[linears, rows,
+        tiles]``: what one unit of the values is worth, not set where they are floating point; and the sum of the
+        activations as they are stored. Nothing is set for rows that have no delta.
     """
     rows, in_features = x.shape
     tiles = triton.cdiv(in_features, block_codes)
     width = tiles * block_codes
     linears = len(tables)
     if planes:
-        values = torch.empty(linears, planes, rows, width, dtype=torch.int8, device=x.device)
+        values = torch.empty(linears, rows, planes, width, dtype=torch.int8, device=x.device)
     else:
         values = torch.empty(linears, rows, width, dtype=torch.float32, device=x.device)
     scale, offset = torch.empty(2, linears, rows, tiles, dtype=torch.float32, device=x.device)
@@ -153,6 +166,7 @@ def prepare_activations_triton(
         tuple(tables),
         groups.order,
         groups.slot,
+        groups.group_count,
         values,
         scale,
         offset,

@@ -78,7 +78,7 @@ def _delta_linear_kernel(
                 # Asked for early, as what is beside codes.
                 total = tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
             total = delta_of_row(
-                total, x, in_features, table, expert, first, row, own_values, own_scale, own_offset, rows, tiles,
+                total, x, in_features, table, expert, first, row, own_values, own_scale, own_offset, tiles,
                 n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
             tl.store(y + where, total.to(y.dtype.element_ty), mask=n_mask)
@@ -90,7 +90,7 @@ def _delta_linear_kernel(
                 mask = position < last
                 row = tl.load(order + position, mask=mask, other=0)
                 delta = delta_of_rows(
-                    x, in_features, table, expert, begin, end, row, own_values, own_scale, own_offset, rows, tiles,
+                    x, in_features, table, expert, begin, end, row, own_values, own_scale, own_offset, tiles,
                     n, n_mask, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP, STAGES,
                 )  # fmt: skip
                 where = row.to(tl.int64)[:, None] * channels + n[None, :]

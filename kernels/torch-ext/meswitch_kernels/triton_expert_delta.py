@@ -27,6 +27,7 @@ from .triton_codes import (
     split_in_four,
 )
 from .triton_dot import dot
+from .triton_float_columns import float_columns
 from .triton_grids import wait_for_previous
 
 __all__ = ["delta_of_row", "delta_of_rows"]
@@ -81,7 +82,7 @@ def _bytes_of_row(total, four, x, j, PTX: tl.constexpr):
 
 @triton.jit
 def _tile_of_row(
-    total, sums, a, b, c, x, scale, offset, low_plane, tile,
+    total, sums, a, b, c, x, scale, offset, tiles, tile,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_CODES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``total`` ``[group, repeats, words / 4]`` and ``sums`` plus what a tile's words add to them."""
@@ -111,7 +112,7 @@ def _tile_of_row(
             where = here.to(tl.pointer_type(tl.int32)) + shift * WORDS
             high += _bytes_of_row(zeros, four, where, j, PTX) * weight
             if PLANES == 2:
-                low += _bytes_of_row(zeros, four, where + low_plane // 4, j, PTX) * weight
+                low += _bytes_of_row(zeros, four, where + tiles * (BLOCK_CODES // 4), j, PTX) * weight
     if PLANES == 2:
         high = high * 256 + low
     if PLANES > 0:
@@ -121,7 +122,7 @@ def _tile_of_row(
 
 @triton.jit
 def _coded_row(
-    codes, row_words, used, n, n_mask, x, scale, offset, low_plane, tiles, x_row, beside,
+    codes, row_words, used, n, n_mask, x, scale, offset, tiles, x_row, beside,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
     PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -144,9 +145,7 @@ def _coded_row(
     wait_for_previous(OVERLAP)
     for tile in range(tiles):
         next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
-        total, sums = _tile_of_row(
-            total, sums, a, b, c, x, scale, offset, low_plane, tile, BITS, PLANES, BLOCK_CODES, PTX
-        )
+        total, sums = _tile_of_row(total, sums, a, b, c, x, scale, offset, tiles, tile, BITS, PLANES, BLOCK_CODES, PTX)
         a, b, c = next_a, next_b, next_c
     # A level is less than its code by the same for all, so the sum of the activations suffices.
     levels = tl.sum(total, axis=2).reshape(BLOCK_OUT) - ((1 << BITS) - 1) * 0.5 * sums
@@ -192,32 +191,50 @@ def _coded_rows(
 
 
 @triton.jit
-def _bytes_of_rows(
-    codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, rows, tiles,
-    PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
-    WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+def _columns(
+    codes, row_words, used, bits, n, n_mask, values, scale, offset, first, last, tiles,
+    PLANES: tl.constexpr, FLOATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The same of activations in bytes, where there are codes."""
-    low_plane = tl.cast(rows, tl.int64) * (tiles * BLOCK_CODES)
-    # As many as have eight columns of bytes, the fewest that tensor cores take, together.
-    FEW: tl.constexpr = 8 // PLANES
+    """Levels times activations of ``BLOCK_ROWS`` rows."""
+    if FLOATS:
+        return float_columns(
+            codes, row_words, used, bits, n, n_mask, values, offset, first, last, tiles,
+            BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        )  # fmt: skip
+    else:  # noqa: RET505  # what follows a return is compiled too
+        return coded_columns(
+            codes, row_words, used, bits, n, n_mask, values, scale, offset, first, last, tiles,
+            PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _columns_of_rows(
+    codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, tiles,
+    PLANES: tl.constexpr, FLOATS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The same of activations in bytes or, with ``FLOATS``, in bfloat16, where there are codes."""
+    # As many as have eight columns, the fewest that tensor cores take, together.
+    FEW: tl.constexpr = 8 if FLOATS else 8 // PLANES
     if last - first <= FEW:
-        few = coded_columns(
-            codes, row_words, used, bits, n, n_mask, values, scale, offset, low_plane, first, last, tiles,
-            PLANES, FEW, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        few = _columns(
+            codes, row_words, used, bits, n, n_mask, values, scale, offset, first, last, tiles,
+            PLANES, FLOATS, FEW, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
         )  # fmt: skip
         levels = tl.broadcast_to(few[None], (BLOCK_ROWS // FEW, FEW, BLOCK_OUT)).reshape(BLOCK_ROWS, BLOCK_OUT)
     else:
-        levels = coded_columns(
-            codes, row_words, used, bits, n, n_mask, values, scale, offset, low_plane, first, last, tiles,
-            PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+        levels = _columns(
+            codes, row_words, used, bits, n, n_mask, values, scale, offset, first, last, tiles,
+            PLANES, FLOATS, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
         )  # fmt: skip
     return levels
 
 
 @triton.jit
 def delta_of_row(
-    total, x, in_features, table, expert, position, row, values, scale, offset, rows, tiles, n, n_mask,
+    total, x, in_features, table, expert, position, row, values, scale, offset, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -234,29 +251,28 @@ def delta_of_row(
         place = position.to(tl.int64)
         x_row = x + row.to(tl.int64) * in_features
         width = tiles * BLOCK_CODES
-        x_here = values + place * width
-        low_plane = tl.cast(rows, tl.int64) * width
+        x_here = values + place * (width * max(1, PLANES))
         scale_here, offset_here = scale + place * tiles, offset + place * tiles
         # One kernel for all numbers of bits: a batch mixes them, and a kernel a number would be launched, and its
         # programs started, for all groups that it then skips. The branch is taken once a block and is uniform.
         if bits == 1:
             total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles, x_row, beside,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
                 1, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 2:
             total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles, x_row, beside,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
                 2, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 3:
             total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles, x_row, beside,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
                 3, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         else:
             total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, low_plane, tiles, x_row, beside,
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
                 4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
     return total
@@ -264,7 +280,7 @@ def delta_of_row(
 
 @triton.jit
 def delta_of_rows(
-    x, in_features, table, expert, first, last, row, values, scale, offset, rows, tiles, n, n_mask,
+    x, in_features, table, expert, first, last, row, values, scale, offset, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr,
     WARPS: tl.constexpr, SHARERS: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -302,9 +318,10 @@ def delta_of_rows(
                     4, DTYPE, BLOCK_CODES, PTX, OVERLAP, STAGES,
                 )  # fmt: skip
         elif used > 0:
-            delta = _bytes_of_rows(
-                codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, rows, tiles,
-                PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
+            FLOATS: tl.constexpr = PLANES == 2 and x.dtype.element_ty == tl.bfloat16
+            delta = _columns_of_rows(
+                codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, tiles,
+                PLANES, FLOATS, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
             )  # fmt: skip
         delta = plus_beside(delta, x + row.to(tl.int64) * in_features, beside, n, n_mask)
     return delta

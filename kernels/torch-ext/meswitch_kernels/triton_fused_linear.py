@@ -94,7 +94,7 @@ def _fused_linear_kernel(
     values += which.to(tl.int64) * (tiles * BLOCK_CODES * max(1, PLANES))
     total = delta_of_row(
         total, x, in_features, table, tl.load(slot), row, row, values, scale + which * tiles, offset + which * tiles,
-        1, tiles, n, n_mask,
+        tiles, n, n_mask,
         PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
     )  # fmt: skip
     y = chosen(which, ys)

@@ -87,7 +87,7 @@ def _own_of_rows(own, dtype, x, mask, place, is_own, width, BLOCK_ROWS: tl.const
     return product
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def _head_rows_kernel(
     y,
     base_out,
@@ -101,7 +101,6 @@ def _head_rows_kernel(
     values,
     scale,
     offset,
-    rows,
     capacity,
     base_width,
     in_features,
@@ -158,7 +157,7 @@ def _head_rows_kernel(
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
                 tl.zeros((BLOCK_OUT,), tl.float32), x, in_features, coded_table, coding, first, row,
-                values, scale, offset, rows, tiles, place, is_coded,
+                values, scale, offset, tiles, place, is_coded,
                 PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
@@ -179,7 +178,7 @@ def _head_rows_kernel(
                 from_base = base_out + row[:, None] * base_width + n[None, :]
                 logits = tl.load(from_base, mask=both & in_base[None, :], other=0.0).to(tl.float32)
                 delta = delta_of_rows(
-                    x, in_features, coded_table, coding, begin, end, row, values, scale, offset, rows, tiles,
+                    x, in_features, coded_table, coding, begin, end, row, values, scale, offset, tiles,
                     place, is_coded, PLANES, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, False, STAGES,
                 )  # fmt: skip
                 logits += tl.where(is_coded[None, :], delta, 0.0)
@@ -237,7 +236,6 @@ def head_rows_triton(
             values,
             scale,
             offset,
-            rows,
             capacity,
             base_out.shape[1],
             in_features,

@@ -1,4 +1,4 @@
-"""What a warp does as one: NVIDIA's product of byte matrices on tensor cores, and wide loads of a thread's own words.
+"""What a warp does as one: NVIDIA's products of matrices on tensor cores, and wide loads of a thread's own words.
 
 Tensors here have the threads of a program as their last dimension, one element each, so Triton keeps element ``i`` in
 thread ``i`` and what each thread holds is known. ``PTX`` says that NVIDIA's instructions may be used; else, as in the
@@ -10,7 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["begin_loads", "load_four_words", "load_word", "multiply_bytes", "spread_rows", "wait_for_loads"]
+__all__ = [
+    "begin_loads",
+    "load_four_words",
+    "load_word",
+    "multiply_bytes",
+    "multiply_floats",
+    "spread_rows",
+    "two_floats",
+    "wait_for_loads",
+]
+
+#: Bits of a bfloat16's fraction; 128 twice, whose fraction is worth 1 a unit.
+_FRACTION = tl.constexpr(7)
+_ONES = tl.constexpr(0x43004300)
 
 
 @triton.jit
@@ -54,6 +67,87 @@ def multiply_bytes(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
         .reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2)
     )
     upper, lower = tl.split(c)
+    d0, d1 = tl.split(upper)
+    d2, d3 = tl.split(lower)
+    return c0 + d0, c1 + d1, c2 + d2, c3 + d3
+
+
+@triton.jit
+def two_floats(words, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Two codes, in the bits from ``FIRST`` on and in those 16 further: two bfloat16 in an int32, the first one lower.
+
+    Exact. ``FIRST`` and ``BITS`` are together 16 at most, ``BITS`` at most 4.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if PTX:
+        # As few shifts as there are fractions' worth of codes; within a fraction codes stay where they are.
+        SHIFT: tl.constexpr = FIRST // (_FRACTION // BITS * BITS) * (_FRACTION // BITS * BITS)
+        LEFT: tl.constexpr = FIRST - SHIFT
+        # 2^-LEFT, and -128 times that, each twice.
+        FACTOR: tl.constexpr = (127 - LEFT) * 0x00800080
+        TERM: tl.constexpr = (127 + 7 - LEFT) * 0x00800080 - 0x7FFF8000
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; lop3.b32 both, $1, $2, $3, 0xEA; fma.rn.bf16x2 $0, both, $4, $5; }",
+            "=r,r,r,r,r,r",
+            [words >> SHIFT, MASK * 0x00010001 << LEFT, _ONES, FACTOR, TERM],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    low = ((words >> FIRST) & MASK).to(tl.float32).to(tl.int32, bitcast=True)
+    high = ((words >> (FIRST + 16)) & MASK).to(tl.float32).to(tl.int32, bitcast=True)
+    return (low >> 16) | high
+
+
+@triton.jit
+def _lower_float(words):
+    return (words << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _upper_float(words):
+    return ((words >> 16) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def multiply_floats(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
+    """Each warp's sums ``c`` ``[16, 8]`` plus ``a`` ``[16, 16]`` times ``b`` ``[16, 8]``, bfloat16 in float32.
+
+    Thread ``4 * g + t`` of a warp holds, of ``a``, columns ``2 * t`` and ``2 * t + 1`` of row ``g`` in ``a0`` and of
+    row ``g + 8`` in ``a1``, and those 8 columns on in ``a2`` and ``a3``; of ``b``, the same rows of column ``g`` in
+    ``b0`` and ``b1``; of ``c``, what it holds in :func:`multiply_bytes` (PTX, ``mma.m16n8k16``).
+
+    Args:
+        a0: this and the others of ``a``, int32 ``[column tiles, m, threads]``, two bfloat16 each.
+        b0: this and ``b1``, the same.
+        c0: this and the others of ``c``, float32 of that shape.
+        PTX: whether there are such tensor cores.
+
+    Returns:
+        The four of the sums.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    COUNT: tl.constexpr = c0.numel // 32
+    a = tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape(COUNT, 8, 8, 2).permute(0, 3, 1, 2)
+    a = tl.join(_lower_float(a), _upper_float(a)).reshape(COUNT, 16, 1, 16)
+    b = tl.join(b0, b1).reshape(COUNT, 8, 8)
+    b = tl.join(_lower_float(b), _upper_float(b)).reshape(COUNT, 1, 8, 16)
+    d = (
+        tl.sum(a * b, axis=3)
+        .reshape(COUNT, 2, 8, 4, 2)
+        .permute(0, 2, 3, 4, 1)
+        .reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2)
+    )
+    upper, lower = tl.split(d)
     d0, d1 = tl.split(upper)
     d2, d3 = tl.split(lower)
     return c0 + d0, c1 + d1, c2 + d2, c3 + d3
