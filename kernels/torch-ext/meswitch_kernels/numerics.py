@@ -27,7 +27,8 @@ __all__ = ["Numerics", "numerics_of", "prepared"]
 
 #: What a delta's codes are multiplied by. ``"exact"``: activations in their own dtype. ``"int8"`` and ``"int16"``:
 #: activations times column steps, quantised to so many bits with a scale every one or two thousand codes, in integer
-#: products; how many share a scale is tuned, for batches of one row and of more. Sums are float32 throughout; base
+#: products; how many share a scale is tuned, for batches of one row and of more. But with ``"int16"`` bfloat16 rows
+#: that share an expert are multiplied in bfloat16, which takes as many bytes. Sums are float32 throughout; base
 #: and salient channels are never quantised. On a device without kernels all are float32, and on one whose tensor cores
 #: do not multiply bytes (:func:`~meswitch_kernels.op.multiplies_bytes`) all are exact.
 Numerics = Literal["exact", "int8", "int16"]

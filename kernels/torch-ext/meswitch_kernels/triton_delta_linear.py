@@ -72,16 +72,14 @@ def _delta_linear_kernel(
         expert = tl.load(slot + first)
         if BLOCK_ROWS == 1:
             row = tl.load(order + first)
-            where = row.to(tl.int64) * channels + n
-            total = tl.zeros((BLOCK_OUT,), tl.float32)
-            if HAS_BASE:
-                # Asked for early, as what is beside codes.
-                total = tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
-            total = delta_of_row(
-                total, x, in_features, table, expert, first, row, own_values, own_scale, own_offset, tiles,
-                n, n_mask, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
+            delta = delta_of_row(
+                x, in_features, table, expert, first, row, own_values, own_scale, own_offset, tiles, n, n_mask,
+                PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
-            tl.store(y + where, total.to(y.dtype.element_ty), mask=n_mask)
+            where = row.to(tl.int64) * channels + n
+            if HAS_BASE:
+                delta += tl.load(base_out + where, mask=n_mask, other=0.0).to(tl.float32)
+            tl.store(y + where, delta.to(y.dtype.element_ty), mask=n_mask)
         else:
             last = tl.load(start + group + 1)
             for begin in range(first, last, BLOCK_ROWS):

@@ -4,7 +4,8 @@ The functions are Triton's and are inlined. ``planes`` says how activations were
 (:mod:`~meswitch_kernels.triton_activations`): 0 for floating point; 1 or 2 for bytes, which go through integer
 products: a code is never converted, and four of them cost a mask and ``dp4a`` (of three bits a shift, too), which of
 one row keeps the arithmetic ahead of the memory, or of several rows a share in a matrix product
-(:mod:`~meswitch_kernels.triton_coded_columns`). Importing this module needs Triton.
+(:mod:`~meswitch_kernels.triton_coded_columns`). Where there would be two bytes, several bfloat16 rows are multiplied as
+they are (:mod:`~meswitch_kernels.triton_float_columns`). Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import triton
 import triton.language as tl
 
 from .expert_table import COLUMNS
-from .triton_beside_codes import beside_row, plus_beside
 from .triton_coded_columns import coded_columns
 from .triton_codes import (
     as_operand,
@@ -42,6 +42,8 @@ _BITS = tl.constexpr(COLUMNS.index("bits"))
 _SALIENT_CHANNELS = tl.constexpr(COLUMNS.index("salient_channels"))
 _ROW_BYTES = tl.constexpr(COLUMNS.index("row_bytes"))
 
+_BLOCK_SALIENT = tl.constexpr(16)
+
 
 @triton.jit
 def _open(table, expert, in_features):
@@ -49,7 +51,8 @@ def _open(table, expert, in_features):
 
     Returns:
         Bits, 0 for the base and empty slots; the pointer to the codes, the words from one row of them to the next, and
-        those that are used; and what there is beside codes (:mod:`~meswitch_kernels.triton_beside_codes`).
+        those that are used; pointers to the steps and the bias difference, the latter perhaps null; the number of
+        salient channels, and pointers to their indices and columns.
     """
     entry = table + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
     bits = tl.where(expert >= 0, tl.load(entry + _BITS), 0).to(tl.int32)
@@ -62,7 +65,26 @@ def _open(table, expert, in_features):
     salient = tl.load(entry + _SALIENT).to(tl.pointer_type(tl.bfloat16))
     # In whole vectors of four words, which rows are padded to.
     used = tl.multiple_of(tl.cdiv((in_features - salient_channels) * bits, 128) * 4, 4)
-    return bits, codes, row_words, used, (step, bias, salient_channels, salient_index, salient)
+    return bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient
+
+
+@triton.jit
+def _load_bias(address, n, n_mask):
+    """The bias difference of some output channels, or zero: float32 ``[BLOCK_OUT]``."""
+    bias = tl.zeros(n.shape, tl.float32)
+    if address != 0:
+        bias = tl.load(address.to(tl.pointer_type(tl.float32)) + n, mask=n_mask, other=0.0)
+    return bias
+
+
+@triton.jit
+def _load_salient(salient_index, salient, salient_channels, first, n, n_mask):
+    """Some salient channels from ``first`` on, and which exist, ``[_BLOCK_SALIENT]``; and their columns."""
+    k = first + tl.arange(0, _BLOCK_SALIENT)
+    k_mask = k < salient_channels
+    channel = tl.load(salient_index + k, mask=k_mask, other=0)
+    where = salient + n.to(tl.int64)[:, None] * salient_channels + k[None, :]
+    return channel, k_mask, tl.load(where, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -122,14 +144,11 @@ def _tile_of_row(
 
 @triton.jit
 def _coded_row(
-    codes, row_words, used, n, n_mask, x, scale, offset, tiles, x_row, beside,
+    codes, row_words, used, n, n_mask, x, scale, offset, tiles,
     BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr,
     PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """What the codes of one row make, float32 ``[BLOCK_OUT]``: levels times activations, summed, times steps.
-
-    With what :func:`beside_row` adds to it.
-    """
+    """Levels times activations of one row, summed over the codes: float32 ``[BLOCK_OUT]``."""
     WORDS: tl.constexpr = BLOCK_CODES // (32 if BITS % 2 else 32 // BITS)
     # Rows that the threads read at a time, in vectors of four words; a thread has its words of several such groups.
     GROUP: tl.constexpr = min(BLOCK_OUT, max(1, 128 * WARPS // WORDS))
@@ -141,15 +160,13 @@ def _coded_row(
     sums = tl.zeros((), tl.float32)
     # The words of the next tile are on their way while those of this one are worked on.
     a, b, c = load_words(rows, 0, used, WORDS, BITS)
-    steps, rest = beside_row(x_row, beside, n, n_mask)
     wait_for_previous(OVERLAP)
     for tile in range(tiles):
         next_a, next_b, next_c = load_words(rows, tile + 1, used, WORDS, BITS)
         total, sums = _tile_of_row(total, sums, a, b, c, x, scale, offset, tiles, tile, BITS, PLANES, BLOCK_CODES, PTX)
         a, b, c = next_a, next_b, next_c
     # A level is less than its code by the same for all, so the sum of the activations suffices.
-    levels = tl.sum(total, axis=2).reshape(BLOCK_OUT) - ((1 << BITS) - 1) * 0.5 * sums
-    return levels * steps + rest
+    return tl.sum(total, axis=2).reshape(BLOCK_OUT) - ((1 << BITS) - 1) * 0.5 * sums
 
 
 @triton.jit
@@ -233,49 +250,71 @@ def _columns_of_rows(
 
 
 @triton.jit
+def _rest_of_row(
+    x_row, step, bias, salient_channels, salient_index, salient, n, n_mask, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """What a delta has beside codes, at some output channels: steps, and bias and salient channels times ``x_row``.
+
+    Both float32 ``[BLOCK_OUT]``.
+    """
+    products = tl.zeros((BLOCK_OUT, _BLOCK_SALIENT), tl.float32)
+    for first in range(0, salient_channels, _BLOCK_SALIENT):
+        channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, first, n, n_mask)
+        xs = tl.load(x_row + channel, mask=k_mask, other=0.0).to(tl.float32)
+        products += kept.to(tl.float32) * xs[None, :]
+    steps = tl.load(step + n, mask=n_mask, other=0.0)
+    return steps, _load_bias(bias, n, n_mask) + tl.sum(products, axis=1)
+
+
+@triton.jit
 def delta_of_row(
-    total, x, in_features, table, expert, position, row, values, scale, offset, tiles, n, n_mask,
+    x, in_features, table, expert, position, row, values, scale, offset, tiles, n, n_mask,
     PLANES: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_CODES: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``total`` plus ``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``.
-
-    It is ``total`` for the base and empty slots.
+    """``x[row] @ Δ̂ᵀ`` and the expert's bias difference: float32 ``[BLOCK_OUT]``; zero for the base and empty slots.
 
     ``expert`` is the slot or -1, ``position`` the row's place among the prepared activations, ``n`` the block's output
     channels, ``n_mask`` those that exist. Prepared activations are waited for, if there is an ``OVERLAP``, when the
     first codes are on their way.
     """
-    bits, codes, row_words, used, beside = _open(table, expert, in_features)
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
+        table, expert, in_features
+    )
+    delta = tl.zeros((BLOCK_OUT,), tl.float32)
     if bits > 0:
         place = position.to(tl.int64)
-        x_row = x + row.to(tl.int64) * in_features
         width = tiles * BLOCK_CODES
         x_here = values + place * (width * max(1, PLANES))
         scale_here, offset_here = scale + place * tiles, offset + place * tiles
         # One kernel for all numbers of bits: a batch mixes them, and a kernel a number would be launched, and its
         # programs started, for all groups that it then skips. The branch is taken once a block and is uniform.
         if bits == 1:
-            total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
+            delta = _coded_row(
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles,
                 1, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 2:
-            total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
+            delta = _coded_row(
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles,
                 2, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         elif bits == 3:
-            total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
+            delta = _coded_row(
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles,
                 3, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
         else:
-            total += _coded_row(
-                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles, x_row, beside,
+            delta = _coded_row(
+                codes, row_words, used, n, n_mask, x_here, scale_here, offset_here, tiles,
                 4, PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, OVERLAP,
             )  # fmt: skip
-    return total
+        steps, rest = _rest_of_row(
+            x + row.to(tl.int64) * in_features, step, bias, salient_channels, salient_index, salient, n, n_mask,
+            BLOCK_OUT,
+        )  # fmt: skip
+        delta = delta * steps + rest
+    return delta
 
 
 @triton.jit
@@ -289,7 +328,9 @@ def delta_of_rows(
     ``row`` ``[BLOCK_ROWS]`` are those at the positions from ``first`` on. What is returned for positions from ``last``
     on may be anything.
     """
-    bits, codes, row_words, used, beside = _open(table, expert, in_features)
+    bits, codes, row_words, used, step, bias, salient_channels, salient_index, salient = _open(
+        table, expert, in_features
+    )
     delta = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     if bits > 0:
         if PLANES == 0:
@@ -323,5 +364,13 @@ def delta_of_rows(
                 codes, row_words, used, bits, n, n_mask, first, last, values, scale, offset, tiles,
                 PLANES, FLOATS, BLOCK_ROWS, BLOCK_OUT, BLOCK_CODES, WARPS, SHARERS, PTX, OVERLAP,
             )  # fmt: skip
-        delta = plus_beside(delta, x + row.to(tl.int64) * in_features, beside, n, n_mask)
+        delta = delta * tl.load(step + n, mask=n_mask, other=0.0)[None, :] + _load_bias(bias, n, n_mask)[None, :]
+        x_rows = x + row.to(tl.int64)[:, None] * in_features
+        for begin in range(0, salient_channels, _BLOCK_SALIENT):
+            channel, k_mask, kept = _load_salient(salient_index, salient, salient_channels, begin, n, n_mask)
+            xs = tl.load(x_rows + channel[None, :], mask=k_mask[None, :], other=0.0)
+            if x.dtype.element_ty == tl.bfloat16:
+                delta = dot(xs, kept.trans(), delta)
+            else:
+                delta = dot(xs.to(tl.float32), kept.to(tl.float32).trans(), delta)
     return delta

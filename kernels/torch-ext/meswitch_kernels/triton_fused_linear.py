@@ -92,8 +92,8 @@ def _fused_linear_kernel(
     wait_for_previous(OVERLAP)
     row = tl.full((), 0, tl.int32)
     values += which.to(tl.int64) * (tiles * BLOCK_CODES * max(1, PLANES))
-    total = delta_of_row(
-        total, x, in_features, table, tl.load(slot), row, row, values, scale + which * tiles, offset + which * tiles,
+    total += delta_of_row(
+        x, in_features, table, tl.load(slot), row, row, values, scale + which * tiles, offset + which * tiles,
         tiles, n, n_mask,
         PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
     )  # fmt: skip

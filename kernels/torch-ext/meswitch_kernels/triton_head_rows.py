@@ -156,8 +156,7 @@ def _head_rows_kernel(
             from_base = base_out + row.to(tl.int64) * base_width + n
             logits = tl.load(from_base, mask=in_base & n_mask, other=0.0).to(tl.float32)
             delta = delta_of_row(
-                tl.zeros((BLOCK_OUT,), tl.float32), x, in_features, coded_table, coding, first, row,
-                values, scale, offset, tiles, place, is_coded,
+                x, in_features, coded_table, coding, first, row, values, scale, offset, tiles, place, is_coded,
                 PLANES, BLOCK_OUT, BLOCK_CODES, WARPS, PTX, False,
             )  # fmt: skip
             logits += tl.where(is_coded, delta, 0.0)
