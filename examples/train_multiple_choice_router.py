@@ -7,9 +7,9 @@ The options are shuffled each time that an example comes up, so that no letter i
 divides none out.
 
 It takes a while before anything is learnt. The sign is the loss: that of guessing is ln(number of domains), 1.39 for
-four and 2.08 for eight, and it has to fall far below. SmolLM2-135M with ``--batch-size 32`` needed more than 200 steps
-for four domains at ``--lr 5e-5`` (0.64 after 200, still falling), and more than 400 for eight at ``--lr 1e-4`` (2.1
-for 200 steps, 0.75 after 400, 0.2 after 580).
+four and 2.08 for eight, and it has to fall far below. SmolLM2-135M with ``--steps 800 --batch-size 32 --lr 1e-4``
+answered 99.4 % of four domains' prompts from other sources right, and 95.0 % of eight domains'; with ``--steps 200
+--lr 5e-5`` it was 65.3 % of four, and nothing of eight: with eight at 1e-4 the loss stays at 2.1 for 200 steps.
 
 What is written is a router that ``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes:
 ``router_config.json``, which names the fine-tuned model in ``choice-router/model``.

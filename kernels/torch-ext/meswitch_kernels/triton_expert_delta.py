@@ -4,8 +4,8 @@ The functions are Triton's and are inlined. ``planes`` says how activations were
 (:mod:`~meswitch_kernels.triton_activations`): 0 for floating point; 1 or 2 for bytes, which go through integer
 products: a code is never converted, and four of them cost a mask and ``dp4a`` (of three bits a shift, too), which of
 one row keeps the arithmetic ahead of the memory, or of several rows a share in a matrix product
-(:mod:`~meswitch_kernels.triton_coded_columns`). Where there would be two bytes, several bfloat16 rows are multiplied as
-they are (:mod:`~meswitch_kernels.triton_float_columns`). Importing this module needs Triton.
+(:mod:`~meswitch_kernels.triton_coded_columns`). Where there would be two bytes, several bfloat16 rows are multiplied
+as they are (:mod:`~meswitch_kernels.triton_float_columns`). Importing this module needs Triton.
 """
 
 from __future__ import annotations
