@@ -94,10 +94,13 @@ def fine_tune(model: Any, seed: int, changed_rows: tuple[int, ...], unchanged: t
                 parameter += noise
 
 
-def build_tiny_family(folder: Path, quantized_rows: str = "code", **config: Any) -> TinyFamily:
+def build_tiny_family(
+    folder: Path, quantized_rows: str = "code", unchanged: str = UNCHANGED_IN_MATH, **config: Any
+) -> TinyFamily:
     """Write a family into ``folder``; ``config`` overrides :func:`llama_config`.
 
     The embedding and head of the expert ``quantized_rows`` are quantised, those of the other one exact.
+    ``unchanged`` is the linear that ``math`` leaves as it is.
     """
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
@@ -118,7 +121,7 @@ def build_tiny_family(folder: Path, quantized_rows: str = "code", **config: Any)
             tokenizer.eos_token = ADDED_TOKENS[CODE_EOS - VOCAB_SIZE]
             tokenizer.chat_template = CODE_TEMPLATE
             rows = (*rows, *range(VOCAB_SIZE, CODE_VOCAB_SIZE))
-        fine_tune(model, seed, rows, (UNCHANGED_IN_MATH,) if name == "math" else ())
+        fine_tune(model, seed, rows, (unchanged,) if name == "math" else ())
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         embedding_bits = 3 if name == quantized_rows else None

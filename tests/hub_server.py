@@ -94,6 +94,7 @@ class _Dropped(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    logged: Request | None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     routes: ClassVar[list[tuple[str, str, str]]] = [
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         url = urlsplit(self.path)
-        self.query, self.body, self.sent = parse_qs(url.query), b"", 0
+        self.query, self.body, self.sent, self.logged = parse_qs(url.query), b"", 0, None
         with self.hub.lock:
             self.fault = next((f for f in self.hub.faults if f.is_of(self.command, url.path)), None)
             if self.fault is not None:
@@ -139,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(url.path)
         except (_Dropped, ConnectionError):
             self.close_connection = True
-            self._log(0)
+            self._log(0, self.sent)
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, path: str) -> None:
@@ -174,10 +175,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _log(self, status: int) -> None:
+    def _log(self, status: int, sent: int) -> None:
+        """Log the request, or what became of it after all."""
+        path = urlsplit(self.path).path
+        request = Request(self.command, path, status, len(self.body), sent, time.monotonic())
         with self.hub.lock:
-            path = urlsplit(self.path).path
-            self.hub.requests.append(Request(self.command, path, status, len(self.body), self.sent, time.monotonic()))
+            if self.logged is None:
+                self.hub.requests.append(request)
+            else:
+                self.hub.requests[self.hub.requests.index(self.logged)] = request
+        self.logged = request
 
     def _send(self, status: int, answer: Any = None, headers: dict[str, str] | None = None) -> None:
         if self.fault is not None and self.fault.lose_answer:
@@ -187,15 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
         defaults = {"Content-Type": "application/json", "Content-Length": str(len(raw)), "X-Request-Id": "test"}
         for name, value in (defaults | (headers or {})).items():
             self.send_header(name, value)
+        drop_after = self.fault.drop_after if self.fault is not None else None
+        part = b"" if self.command == "HEAD" else raw if drop_after is None else raw[:drop_after]
+        dropped = self.command != "HEAD" and len(part) < len(raw)
+        if not dropped:
+            # Before the client has it all: it may go on, and read this log, before this thread does.
+            self._log(status, len(part))
         self.end_headers()
-        if self.command != "HEAD":
-            drop_after = self.fault.drop_after if self.fault is not None else None
-            part = raw if drop_after is None else raw[:drop_after]
-            self.wfile.write(part)
-            self.sent = len(part)
-            if len(part) < len(raw):
-                raise _Dropped
-        self._log(status)
+        self.wfile.write(part)
+        self.sent = len(part)
+        if dropped:
+            raise _Dropped
 
     def _user(self) -> str | None:
         token = (self.headers.get("Authorization") or "").split()[-1:]

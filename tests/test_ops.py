@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import meswitch_kernels
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch.compression.linear import compress_linear, reconstruct_linear
 from transformers_meswitch.ops import delta_linear, dequantize_delta, merged_weight, runs_kernels
 
@@ -26,7 +26,7 @@ def stored_delta(bits: int, salient: int, column_steps: bool):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("column_steps", [False, True], ids=["row", "row_column"])
 @pytest.mark.parametrize("salient", [0, 5])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: bool, device: str) -> None:
     stored = stored_delta(bits, salient, column_steps)
     expected = reconstruct_linear(stored.record, stored.tensors)
@@ -39,7 +39,7 @@ def test_triton_gives_the_bits_of_torch(bits: int, salient: int, column_steps: b
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), 4])
 def test_merged_by_triton_are_the_bits_of_torch(bits: int, device: str) -> None:
     stored = stored_delta(bits, 5, True)
     on_device = {name: torch.nn.Parameter(tensor.to(device), False) for name, tensor in stored.tensors.items()}
@@ -53,10 +53,13 @@ def test_merged_by_triton_are_the_bits_of_torch(bits: int, device: str) -> None:
         assert torch.equal(merged.cpu(), expected)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_triton_in_the_interpreter() -> None:
+def test_triton_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
-    check_interpreted(__file__, test_triton_gives_the_bits_of_torch, test_merged_by_triton_are_the_bits_of_torch)
+    check_interpreted(
+        __file__, test_triton_gives_the_bits_of_torch, test_merged_by_triton_are_the_bits_of_torch, slow=slow
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

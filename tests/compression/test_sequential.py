@@ -182,8 +182,14 @@ def test_other_streams_are_fitted_to_the_experts_own_inputs(architecture):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox"])
-@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "bits"),
+    [("llama", 1), ("gpt2", 2), ("phi3", 1), ("gpt_neox", 2)]
+    + [
+        pytest.param(architecture, bits, marks=pytest.mark.slow)
+        for architecture, bits in (("llama", 2), ("gpt2", 1), ("phi3", 2), ("gpt_neox", 1))
+    ],
+)
 def test_the_model_ends_nearer_to_the_expert(architecture, bits):
     """On text that nothing was fitted to. Without the stream's drift it would end farther away, or hardly nearer."""
     base, expert = pair(architecture, tied=True)

@@ -67,8 +67,17 @@ def bits_of(linears):
     return 8 * sum(record_bytes(record, own_bytes=0) for record in linears.values()) / weights
 
 
-@pytest.mark.parametrize("calibration", [None, TEXTS])
-@pytest.mark.parametrize("target", [1.6, 2.5, 4.0])
+@pytest.mark.parametrize(
+    ("target", "calibration"),
+    [
+        (1.6, None),
+        pytest.param(2.5, None, marks=pytest.mark.slow),
+        (4.0, None),
+        pytest.param(1.6, TEXTS, marks=pytest.mark.slow),
+        (2.5, TEXTS),
+        pytest.param(4.0, TEXTS, marks=pytest.mark.slow),
+    ],
+)
 def test_bits_are_spent_and_not_overspent(pair, tmp_path, calibration, target):
     delta, linears, (allocation,) = run(pair, tmp_path / "delta", calibration, target_bits=target)
     assert target - 0.25 < bits_of(linears) <= target
@@ -133,7 +142,7 @@ def test_a_module_is_what_its_codes_would_give_throughout(pair, tmp_path):
                     assert torch.equal(delta.tensor(key), uniform.tensor(key)), key
 
 
-@pytest.mark.parametrize("pinned", [{}, {r"layers\.1\.mlp": 3}])
+@pytest.mark.parametrize("pinned", [pytest.param({}, marks=pytest.mark.slow), {r"layers\.1\.mlp": 3}])
 def test_calibrated_modules_are_what_the_chosen_bits_would_give_without_a_budget(pair, tmp_path, pinned):
     """Each fitted to what is made of the layers before it, which the candidates, fitted before the choice, are not."""
     settings = {"salient_channels": 0, "column_steps": True}
@@ -188,7 +197,14 @@ def losses(candidates, records):
     return math.fsum(candidates[name][codes_of(record)].loss for name, record in records.items())
 
 
-@pytest.mark.parametrize("codes", [Codes(1, N, True), Codes(2, N, True), Codes(3, N, True)])
+@pytest.mark.parametrize(
+    "codes",
+    [
+        pytest.param(Codes(1, N, True), marks=pytest.mark.slow),
+        Codes(2, N, True),
+        pytest.param(Codes(3, N, True), marks=pytest.mark.slow),
+    ],
+)
 def test_at_equal_bytes_it_loses_less_than_the_same_codes_everywhere(pair, tmp_path, kept, codes):
     """Some layers of the expert changed more than others, as in real fine-tunes."""
     uniform = {}
@@ -296,8 +312,15 @@ def expected_kl(base, expert, delta, tokenizer):
     return total / count
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
-@pytest.mark.parametrize("target", [0.02, 0.2])
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        pytest.param(0.02, {}, marks=pytest.mark.slow),
+        (0.02, {"tie_word_embeddings": True}),
+        (0.2, {}),
+        pytest.param(0.2, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_kl_is_measured_on_text_kept_apart_and_kept_below(make_pair, tmp_path, tokenizer, changes, target):
     pair = make_pair(initializer_range=0.2, **changes)
     tokenizer.save_pretrained(pair[1])
@@ -309,8 +332,9 @@ def test_kl_is_measured_on_text_kept_apart_and_kept_below(make_pair, tmp_path, t
     assert "of them kept apart to measure on" in card
 
 
-def test_a_stricter_limit_takes_more_bits(pair, tmp_path):
-    bits = [bits_of(run(pair, tmp_path / "delta", max_kl=limit)[1]) for limit in (0.3, 0.05, 0.01)]
+@pytest.mark.parametrize("limits", [(0.3, 0.01), pytest.param((0.3, 0.05, 0.01), marks=pytest.mark.slow)], ids=str)
+def test_a_stricter_limit_takes_more_bits(pair, tmp_path, limits):
+    bits = [bits_of(run(pair, tmp_path / "delta", max_kl=limit)[1]) for limit in limits]
     assert bits == sorted(bits)
     assert bits[0] < bits[-1]
 

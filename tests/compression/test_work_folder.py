@@ -61,8 +61,11 @@ def die_after(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("calibration", [None, TEXTS])
-@pytest.mark.parametrize("count", [0, 1, 7, 25])
+@pytest.mark.parametrize(
+    ("count", "calibration"),
+    [(0, None), (1, None), (7, None), (25, None), (7, TEXTS)]
+    + [pytest.param(count, TEXTS, marks=pytest.mark.slow) for count in (0, 1, 25)],
+)
 def test_a_killed_run_is_continued_to_the_same_bytes(pair, tmp_path, die_after, calibration, count):
     arguments = (CONFIG, calibration)
     whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
@@ -98,7 +101,12 @@ def test_layers_that_are_finished_get_no_moments(pair, tmp_path, die_after, monk
 
 
 @pytest.mark.parametrize(
-    ("budget", "count"), [({"target_bits": 2.5}, 2), ({"target_size": 60_000}, 30), ({"max_kl": 0.05}, 31)]
+    ("budget", "count"),
+    [
+        pytest.param({"target_bits": 2.5}, 2, marks=pytest.mark.slow),
+        ({"target_size": 60_000}, 30),
+        pytest.param({"max_kl": 0.05}, 31, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tmp_path, monkeypatch, budget, count):
     arguments = (MESwitchConfig(salient_channels=0, column_steps=True, **budget), TEXTS)
@@ -127,7 +135,9 @@ def test_a_run_killed_between_candidates_is_continued_to_the_same_bytes(pair, tm
     assert not (tmp_path / "delta.partial").exists()
 
 
-@pytest.mark.parametrize(("budget", "count"), [({"target_bits": 2.5}, 1), ({"max_kl": 0.05}, 9)])
+@pytest.mark.parametrize(
+    ("budget", "count"), [pytest.param({"target_bits": 2.5}, 1, marks=pytest.mark.slow), ({"max_kl": 0.05}, 9)]
+)
 def test_a_run_killed_between_refits_is_continued_to_the_same_bytes(pair, tmp_path, monkeypatch, budget, count):
     arguments = (MESwitchConfig(salient_channels=0, column_steps=True, **budget), TEXTS)
     whole = files_of(compress(*pair, tmp_path / "whole", *arguments, progress=False))
@@ -429,8 +439,15 @@ def test_a_checkpoint_that_cannot_be_read_for_a_while_keeps_what_is_finished(pai
     assert files_of(out) == whole
 
 
-@pytest.mark.parametrize("config", [CONFIG, MESwitchConfig(target_bits=2.0, salient_channels=4)])
-@pytest.mark.parametrize("at", [3, -1])
+@pytest.mark.parametrize(
+    ("at", "config"),
+    [
+        (3, CONFIG),
+        (-1, CONFIG),
+        (3, MESwitchConfig(target_bits=2.0, salient_channels=4)),
+        pytest.param(-1, MESwitchConfig(target_bits=2.0, salient_channels=4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fills_up_behind_the_work_leaves_whole_modules_only(pair, tmp_path, monkeypatch, config, at):
     """Modules are written in a thread; an error there, even of the last one, is the run's."""
     out, partial = tmp_path / "delta", tmp_path / "delta.partial"

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import meswitch_kernels
 from meswitch_kernels import DeltaLeaves, ExpertTable, add_delta, add_delta_reference, has_kernel, merged_weight
 from tests.kernels.random_deltas import Layer, move, random_leaves
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -80,7 +80,7 @@ def table_of(leaves: DeltaLeaves | None, weight: torch.Tensor) -> ExpertTable:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 def test_every_element_is_written_and_nothing_else(bits: int, size: tuple[int, int, int, bool], device: str) -> None:
     out, width, salient, column_steps = size
     leaves = move(random_leaves(out, width, bits, salient=salient, column_steps=column_steps), device)
@@ -192,8 +192,9 @@ def test_some_channels_at_a_time(bits: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_few_programs_write_the_same_and_runs_do(device: str) -> None:
-    leaves = random_leaves(200, 600, 2, salient=5, column_steps=True)
-    weight = random_weight(200, 600, torch.bfloat16, device)
+    # Seven rows of two blocks.
+    leaves = random_leaves(200, 300, 2, salient=5, column_steps=True)
+    weight = random_weight(200, 300, torch.bfloat16, device)
     table = table_of(leaves, weight)
     expected = expected_weight(weight, leaves)
     for programs in (None, None, 1, 5, 10_000):
@@ -249,8 +250,9 @@ def test_no_inputs(device: str) -> None:
     assert torch.equal(written, bias)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernel_in_the_interpreter() -> None:
+def test_kernel_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
     check_interpreted(
         __file__,
@@ -264,6 +266,7 @@ def test_kernel_in_the_interpreter() -> None:
         test_any_shape,
         test_the_check_sees_what_is_wrong,
         test_no_inputs,
+        slow=slow,
     )
 
 

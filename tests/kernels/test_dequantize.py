@@ -14,7 +14,7 @@ import torch
 
 import meswitch_kernels
 from meswitch_kernels import dequantize_delta, dequantize_delta_reference, has_kernel
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -66,7 +66,7 @@ def cast(delta: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("column_steps", [False, True], ids=["row", "row_column"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 def test_kernel_writes_every_element_and_nothing_else(
     bits: int, size: tuple[int, int, int], column_steps: bool, device: str
 ) -> None:
@@ -104,10 +104,13 @@ def test_rows_past_two_to_the_31_elements() -> None:
     assert torch.equal(delta[:, -1], (step / 2).to(torch.bfloat16))
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernel_in_the_interpreter() -> None:
+def test_kernel_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
-    check_interpreted(__file__, test_kernel_writes_every_element_and_nothing_else, test_operator_runs_the_kernel)
+    check_interpreted(
+        __file__, test_kernel_writes_every_element_and_nothing_else, test_operator_runs_the_kernel, slow=slow
+    )
 
 
 # What follows needs neither Triton nor a GPU.

@@ -18,7 +18,7 @@ from meswitch_kernels.expert_table import COLUMNS
 from meswitch_kernels.table_views import leaves_of_slot
 from tests.kernels.random_deltas import move, random_leaves
 from tests.kernels.test_delta_linear import DEVICES, INTERPRETED, poisoned_memory
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 
 
 def test_views_of_a_slot_are_the_owners_tensors() -> None:
@@ -135,7 +135,9 @@ def test_groups(device: str, index: list[int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 100, 127, 128, 129])
+@pytest.mark.parametrize(
+    "rows", [1, 16, 17, 128, 129, *(pytest.param(rows, marks=SLOW) for rows in (2, 15, 100, 127))]
+)
 def test_comparing_and_sorting_group_alike(rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(rows)
     launched: list[int] = []
@@ -187,10 +189,11 @@ def test_a_capture_launches_no_kernel_for_the_first_time(monkeypatch: pytest.Mon
                 assert torch.equal(ours.cpu(), theirs)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_groups_in_the_interpreter() -> None:
+def test_groups_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
-    check_interpreted(__file__, test_groups, test_comparing_and_sorting_group_alike)
+    check_interpreted(__file__, test_groups, test_comparing_and_sorting_group_alike, slow=slow)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

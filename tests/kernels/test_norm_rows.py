@@ -20,7 +20,7 @@ from meswitch_kernels import NormForm, norm_rows, norm_rows_reference
 from tests.fixtures_models import TinyFamily, llama_config
 from tests.kernels.test_delta_linear import DEVICES, INTERPRETED, ROUNDING, poisoned_memory
 from tests.peft_method.test_replayed_models import record
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import values_stack
 from transformers_meswitch.peft_method.injection import wrapped_layers
@@ -93,7 +93,7 @@ def run(inputs: tuple[torch.Tensor, ...], form: NormForm) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: NormForm, dtype: torch.dtype, device: str) -> None:
     for width in WIDTHS:
@@ -222,8 +222,9 @@ def test_what_is_captured_runs_the_kernel(
     assert not calls
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
     check_interpreted(
         __file__,
@@ -232,6 +233,7 @@ def test_kernels_in_the_interpreter() -> None:
         test_norms_of_torch,
         test_the_checks_see_what_is_wrong,
         test_what_is_captured_runs_the_kernel,
+        slow=slow,
     )
 
 

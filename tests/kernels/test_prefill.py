@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from meswitch_kernels import DeltaLeaves, PrefillLayer, ScratchRing, prefill, prefill_linear
 from tests.kernels.random_deltas import Layer, dense_delta, move, random_leaves
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -96,7 +96,11 @@ def groups_of(index: Sequence[int], device: str) -> list[tuple[int | None, torch
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=SLOW), pytest.param(torch.float16, marks=SLOW)],
+    ids=str,
+)
 @pytest.mark.parametrize("index", [None, [0], [2, 2, 2], [0, 1, 2, 3, -1, 1], [-1, 1, -1], [-1, -1], []], ids=str)
 def test_rows_over_experts(index: list[int] | None, dtype: torch.dtype, device: str) -> None:
     model, ring = Model(device, dtype), ScratchRing(device)
@@ -138,8 +142,16 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("index", [None, [0, -1, 1, 0, 3]], ids=str)
+@pytest.mark.parametrize(
+    ("index", "ahead"),
+    [
+        (None, True),
+        pytest.param(None, False, marks=SLOW),
+        pytest.param([0, -1, 1, 0, 3], True, marks=SLOW),
+        ([0, -1, 1, 0, 3], False),
+    ],
+    ids=str,
+)
 def test_chunks(index: list[int] | None, ahead: bool, device: str, small_chunks: list[tuple[int, int, bool]]) -> None:
     """Whole and ragged ones, of layers with and without a bias; two of them, or one, are all the memory there is."""
     model, ring = Model(device, sizes=(20, 600, 256)), ScratchRing(device)
@@ -266,8 +278,9 @@ def test_buffers_are_as_large_as_the_largest_layer(device: str) -> None:
     assert 0 < ring.nbytes <= 2 * (4 * 512 * 256 + 4 * 512)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernel_in_the_interpreter() -> None:
+def test_kernel_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
     check_interpreted(
         __file__,
@@ -277,6 +290,7 @@ def test_kernel_in_the_interpreter() -> None:
         test_weight_of_a_conv1d,
         test_chunks,
         test_a_wrong_first_channel_is_noticed,
+        slow=slow,
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from meswitch_kernels import round_in_turn, round_in_turn_reference
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,7 +70,7 @@ def check(arguments: Arguments, levels: torch.Tensor, change: torch.Tensor) -> N
 @pytest.mark.parametrize("started", [False, True], ids=["feedback", "descent"])
 @pytest.mark.parametrize("column_steps", [False, True], ids=["row", "row_column"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_kernel(bits: int, size: tuple[int, int], column_steps: bool, started: bool, device: str) -> None:
     kernel = importlib.import_module("meswitch_kernels.triton_rounding")
     arguments = random_arguments(*size, bits, column_steps=column_steps, started=started)
@@ -95,10 +95,11 @@ def test_operator_runs_the_kernel(device: str) -> None:
     check(arguments, levels.cpu(), change.cpu())
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernel_in_the_interpreter() -> None:
+def test_kernel_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
-    check_interpreted(__file__, test_kernel, test_operator_runs_the_kernel)
+    check_interpreted(__file__, test_kernel, test_operator_runs_the_kernel, slow=slow)
 
 
 # What follows needs neither Triton nor a GPU.

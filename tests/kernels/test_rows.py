@@ -29,14 +29,14 @@ from meswitch_kernels.rows_table import ROWS_COLUMNS
 from meswitch_kernels.table_views import rows_of_slot
 from tests.kernels.random_deltas import dense_delta, move, random_leaves
 from tests.kernels.test_delta_linear import DEVICES, INTERPRETED, ROUNDING, poisoned_memory
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted, slow_when_interpreted
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows here are short; the interpreter works on all of a tile."""
     if INTERPRETED:
-        monkeypatch.setattr(configurations, "_DEFAULT", configurations.Configuration(block_codes=512))
+        monkeypatch.setattr(configurations, "_DEFAULT", configurations.Configuration(block_out=32, block_codes=512))
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -214,7 +214,16 @@ def run_head(rows: Rows, index: list[int], x: torch.Tensor, base_out: torch.Tens
         return head_rows(x, base_out, rows.table.coded, rows.table.rows, groups, capacity=capacity)
 
 
-BATCHES = [[1], [4], [6], [-1, -1], [2, 2, 2], [0, 1, 2, 3, 4, 5, 6, -1], [3, -1, 3, 1, 4, 4, 1], [1] * 17]
+BATCHES = [
+    [1],
+    [4],
+    [6],
+    [-1, -1],
+    [2, 2, 2],
+    [3, -1, 3, 1, 4, 4, 1],
+    pytest.param([0, 1, 2, 3, 4, 5, 6, -1], marks=SLOW),
+    pytest.param([1] * 17, marks=SLOW),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,7 +236,11 @@ def test_batches(index: list[int], device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=SLOW), torch.bfloat16, pytest.param(torch.float16, marks=SLOW)],
+    ids=str,
+)
 def test_dtypes(dtype: torch.dtype, device: str) -> None:
     rows, index = mixed_rows(100, device), [0, 1, 2, 3, 4, 4, 3, -1]
     check_embeddings(rows, index, dtype)
@@ -236,6 +249,7 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
     check_logits(run_head(rows, index, x, base_out, BASE_ROWS + 30), rows, index, x, base_out)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("device", DEVICES)
 @settings(
     max_examples=6,
@@ -312,8 +326,9 @@ def test_a_slot_that_changes_is_seen_at_once(device: str) -> None:
         check_logits(run_head(rows, index, x, base_out, 77), rows, index, x, base_out)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(slow: bool) -> None:
     pytest.importorskip("triton")
     check_interpreted(
         __file__,
@@ -323,6 +338,7 @@ def test_kernels_in_the_interpreter() -> None:
         test_the_checks_see_what_is_wrong,
         test_ids_that_nobody_knows_read_no_memory_but_the_base,
         test_a_slot_that_changes_is_seen_at_once,
+        slow=slow,
     )
 
 

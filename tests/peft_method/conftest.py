@@ -11,8 +11,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures_models import VOCAB_SIZE, TinyFamily, dense_model
+from tests.triton_interpreter import make_few_blocks
 
 Answers = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_few_blocks(monkeypatch)
 
 
 @pytest.fixture(scope="session")

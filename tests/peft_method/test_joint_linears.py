@@ -14,14 +14,14 @@ import torch
 
 from meswitch_kernels import fused_linears
 from tests.model_state import prompt
-from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, model, needs_kernels
+from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, model, needs_kernels, tiny_family
 from tests.triton_interpreter import check_interpreted
 from transformers_meswitch.peft_method import joint_linears, kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.linear_layer import LinearLayer
 from transformers_meswitch.peft_method.live_choice import as_chosen
 
-__all__ = ["model"]
+__all__ = ["model", "tiny_family"]
 
 
 def siblings(model: Any) -> list[LinearLayer]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fixtures_models import UNCHANGED_IN_MATH, TinyFamily
+from tests.fixtures_models import TinyFamily, build_tiny_family
 from tests.model_state import prompt
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import joint_linears, kernel_path
 from transformers_meswitch.peft_method.injection import wrapped_layers
@@ -22,6 +22,17 @@ needs_kernels = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU; interpreted by test_in_the_interpreter"
 )
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+#: The interpreter's time goes by the number of launches.
+LAYERS = 1 if INTERPRETED else 2
+UNCHANGED_IN_MATH = f"model.layers.{LAYERS - 1}.mlp.down_proj"
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
+    folder = tmp_path_factory.mktemp("small-family")
+    return build_tiny_family(folder, unchanged=UNCHANGED_IN_MATH, num_hidden_layers=LAYERS)
 
 
 @pytest.fixture
@@ -60,7 +71,16 @@ def linears(model: Any) -> list[LinearLayer]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("experts", [["math"], ["code", "code"], ["math", None, "code"]], ids=str)
+@pytest.mark.parametrize(
+    "experts",
+    [
+        ["math"],
+        ["code", None, "code"],
+        pytest.param(["code", "code"], marks=SLOW),
+        pytest.param(["math", None, "code"], marks=SLOW),
+    ],
+    ids=str,
+)
 def test_kernels_give_what_dense_deltas_give(model: Any, experts: list[str | None], monkeypatch: Any) -> None:
     used = []
     one, several = kernel_path.fused_linear, joint_linears.fused_linears
@@ -156,8 +176,9 @@ def test_gradients_go_through_dense_deltas(model: Any) -> None:
     assert torch.allclose(x.grad, dense.sum(0).expand_as(x), atol=1e-4)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="runs the tests above")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(slow: bool) -> None:
     check_interpreted(
         __file__,
         test_kernels_give_what_dense_deltas_give,
@@ -168,4 +189,5 @@ def test_in_the_interpreter() -> None:
         test_a_copy_reads_tensors_of_its_own,
         test_what_is_saved_is_what_was_loaded,
         test_gradients_go_through_dense_deltas,
+        slow=slow,
     )

@@ -12,12 +12,21 @@ from torch.nn import functional as F
 from meswitch_kernels import prefill
 from tests.fixtures_models import TinyFamily, build_tiny_family
 from tests.model_state import prompt
-from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, check, linears, model, needs_kernels
-from tests.triton_interpreter import check_interpreted
+from tests.peft_method.test_kernel_path import (
+    DEVICE,
+    INTERPRETED,
+    LAYERS,
+    check,
+    linears,
+    model,
+    needs_kernels,
+    tiny_family,
+)
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.peft_method import kernel_path
 
-__all__ = ["model"]
+__all__ = ["model", "tiny_family"]
 
 TOKENS = 17
 
@@ -39,7 +48,11 @@ def run(model: Any, experts: list[str | None]) -> torch.Tensor:
 
 
 @needs_kernels
-@pytest.mark.parametrize("experts", [["math"], ["code", "code"], ["math", None, "code"]], ids=str)
+@pytest.mark.parametrize(
+    "experts",
+    [pytest.param(["math"], marks=SLOW), pytest.param(["code", "code"], marks=SLOW), ["math", None, "code"]],
+    ids=str,
+)
 def test_scratch_weights_give_what_dense_deltas_give(
     model: Any, experts: list[str | None], monkeypatch: Any, writes: list[bool]
 ) -> None:
@@ -63,7 +76,7 @@ def test_a_wrong_slot_is_noticed(model: Any, monkeypatch: Any) -> None:
 
 @needs_kernels
 def test_biases_are_the_experts_own(tmp_path: Path, monkeypatch: Any) -> None:
-    family = build_tiny_family(tmp_path, attention_bias=True)
+    family = build_tiny_family(tmp_path, attention_bias=True, num_hidden_layers=LAYERS)
     model = MESwitchModelForCausalLM.from_pretrained(
         family.base, experts=family.deltas, dtype=torch.float32, device_map=DEVICE
     )
@@ -137,8 +150,9 @@ def test_moved_and_cast_models_multiply_by_the_merged_weight(model: Any) -> None
         assert not torch.equal(merged, layer.base_layer.weight)
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="runs the tests above")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(slow: bool) -> None:
     check_interpreted(
         __file__,
         test_scratch_weights_give_what_dense_deltas_give,
@@ -148,4 +162,5 @@ def test_in_the_interpreter() -> None:
         test_a_call_broken_off_leaves_nothing_behind,
         test_layers_called_outside_of_the_model_write_nothing_ahead,
         test_moved_and_cast_models_multiply_by_the_merged_weight,
+        slow=slow,
     )

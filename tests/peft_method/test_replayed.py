@@ -9,21 +9,15 @@ import torch
 from torch import nn
 
 from tests.fixtures_models import TinyFamily
-from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, linears, needs_kernels
+from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, linears, model, needs_kernels, tiny_family
 from tests.triton_interpreter import check_interpreted
-from transformers_meswitch import MESwitchModelForCausalLM
 from transformers_meswitch.errors import UnsupportedOperationError
 from transformers_meswitch.peft_method.injection import wrapped_layers
 from transformers_meswitch.peft_method.live_choice import LiveChoice
 from transformers_meswitch.peft_method.values_layer import ValuesLayer
 from transformers_meswitch.peft_method.values_stack import run_with_rows, takes_rows
 
-
-@pytest.fixture
-def model(tiny_family: TinyFamily) -> Any:
-    return MESwitchModelForCausalLM.from_pretrained(
-        tiny_family.base, experts=tiny_family.deltas, dtype=torch.float32, device_map=DEVICE
-    )
+__all__ = ["model", "tiny_family"]
 
 
 def norms(model: Any) -> list[ValuesLayer]:

@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, StaticCache
 
-from meswitch_kernels import configurations
 from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model, llama_config
 from tests.models.architectures import VOCABULARY, build
-from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, needs_kernels
-from tests.triton_interpreter import check_interpreted
+from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, LAYERS, needs_kernels, tiny_family
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, calls, compress
 from transformers_meswitch.errors import UnsupportedOperationError
 from transformers_meswitch.peft_method import kernel_path, rows_layers, switch, values_layer
+
+__all__ = ["tiny_family"]
 
 Choice = list[str | None]
 #: Of the largest logit.
@@ -31,14 +32,6 @@ def no_grad() -> Iterator[None]:
     torch._dynamo.reset()
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(autouse=True)
-def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by the number of blocks, hardly by their size."""
-    if INTERPRETED:
-        sizes = configurations.Configuration(block_out=64, block_codes=512, block_in=128)
-        monkeypatch.setattr(configurations, "_DEFAULT", sizes)
 
 
 def load(family: TinyFamily, *names: str) -> Any:
@@ -112,7 +105,7 @@ def test_a_larger_vocabulary_is_compiled_again(tiny_family: TinyFamily, dense: A
 
 
 @needs_kernels
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gemma2", pytest.param("gpt2", marks=SLOW)])
 def test_capped_logits_and_learned_positions(model_type: str, tmp_path: Path) -> None:
     build(model_type, tied=True, num_hidden_layers=1).save_pretrained(tmp_path / "base")
     dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
@@ -182,7 +175,7 @@ def test_a_captured_decoding_step_answers_as_every_expert(
     device: str, tiny_family: TinyFamily, dense: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny_family, "math", "code")
-    cache = StaticCache(config=llama_config(), max_cache_len=8)
+    cache = StaticCache(config=llama_config(num_hidden_layers=LAYERS), max_cache_len=8)
     # Its name differs between releases of transformers.
     name = "cache" if "cache" in inspect.signature(type(model.model).forward).parameters else "past_key_values"
     token = torch.zeros(2, 1, dtype=torch.int64, device=device)
@@ -208,8 +201,9 @@ def test_a_captured_decoding_step_answers_as_every_expert(
     check(replay(), dense, ["code", "code"], torch.cat([prompt, IDS], 1))
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="runs the tests above")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(slow: bool) -> None:
     check_interpreted(
         __file__,
         test_a_model_is_compiled_once_for_all_experts,
@@ -217,4 +211,5 @@ def test_in_the_interpreter() -> None:
         test_capped_logits_and_learned_positions,
         test_choices_that_would_not_be_followed_are_refused,
         test_a_captured_decoding_step_answers_as_every_expert,
+        slow=slow,
     )

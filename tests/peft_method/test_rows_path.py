@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures_models import CODE_VOCAB_SIZE, VOCAB_SIZE, TinyFamily, dense_model
 from tests.models.architectures import VOCABULARY, build
 from tests.peft_method.test_kernel_path import DEVICE, INTERPRETED, needs_kernels
-from tests.triton_interpreter import check_interpreted
+from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
 from transformers_meswitch.peft_method import rows_layers
 
@@ -31,7 +31,7 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["tied", "untied"])
+@pytest.fixture(params=["tied", pytest.param("untied", marks=SLOW)])
 def family(request: pytest.FixtureRequest) -> TinyFamily:
     return request.getfixturevalue("tiny_family" if request.param == "tied" else "untied_family")
 
@@ -191,8 +191,9 @@ def test_own_rows_of_a_dtype_that_kernels_lack(tiny_family: TinyFamily) -> None:
     check(model, dense, ["code", "math"])
 
 
+@BOTH_SPEEDS
 @pytest.mark.skipif(INTERPRETED, reason="runs the tests above")
-def test_in_the_interpreter() -> None:
+def test_in_the_interpreter(slow: bool) -> None:
     check_interpreted(
         __file__,
         test_rows_of_experts_are_their_dense_rows,
@@ -203,4 +204,5 @@ def test_in_the_interpreter() -> None:
         test_gradients_go_past_the_kernels,
         test_a_head_with_a_bias,
         test_own_rows_of_a_dtype_that_kernels_lack,
+        slow=slow,
     )

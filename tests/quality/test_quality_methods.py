@@ -247,7 +247,18 @@ def test_a_tied_head_is_the_embedding(pair):
     assert torch.equal(parameters.of("lm_head")["weight"], pair.inputs.base["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.compress is not None])
+#: Methods that others in the table come close to, each of which spends a budget.
+ALIKE = ("ours-1.2bit", "ours-1.5bit", "preset-balanced")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ())
+        for name, method in METHODS.items()
+        if method.compress is not None
+    ],
+)
 def test_every_method_comes_nearer_to_the_expert_than_the_base_is(pair, name):
     compress_it = METHODS[name].compress
     assert compress_it is not None
