@@ -137,10 +137,21 @@ def layouts_of_products(ttgir: str) -> set[str]:
     return {layouts[name] for line in products for name in re.findall(r"x(?:i32|f32), (#\w+)>", line)}
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(Configuration(block_out=16), marks=pytest.mark.slow), *several_of_bytes()], ids=repr
-)
-@pytest.mark.parametrize(("name", "planes"), [("delta_linear", 1), ("delta_linear", 2), ("head_rows", 2)])
+def products() -> list[Any]:
+    """Kernels of several rows with all sizes; those that are shipped for linears by default."""
+    made = []
+    for name, planes, numerics in (
+        ("delta_linear", 1, "int8"),
+        ("delta_linear", 2, "int16"),
+        ("head_rows", 2, "int16"),
+    ):
+        for sizes in (Configuration(block_out=16), *several_of_bytes()):
+            shipped = name == "delta_linear" and sizes == _TABLES[9, 0][Key("several", numerics)]
+            made.append(pytest.param(name, planes, sizes, marks=() if shipped else pytest.mark.slow))
+    return made
+
+
+@pytest.mark.parametrize(("name", "planes", "sizes"), products())
 def test_threads_hold_what_their_products_take(
     name: str, planes: int, sizes: Configuration, tmp_path, monkeypatch
 ) -> None:
@@ -166,8 +177,16 @@ def test_activations(planes: int, tmp_path, monkeypatch) -> None:
     assert ".target sm_90" in compiled.ptx
 
 
-@pytest.mark.parametrize(("planes", "numerics"), [(2, "int16"), pytest.param(0, "exact", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(
+    ("rows", "planes", "numerics"),
+    [
+        (1, 2, "int16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((16, 2, "int16"), (1, 0, "exact"), (16, 0, "exact"))
+        ),
+    ],
+)
 def test_heads(rows: int, planes: int, numerics: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = _TABLES[9, 0][Key("head_several" if rows > 1 else "head_single", numerics)]
