@@ -27,7 +27,7 @@ def _where(exists, words):
     """Words where they exist, and zeros."""
     kept = ()
     for i in tl.static_range(len(words)):
-        kept += (tl.where(exists, words[i], 0),)
+        kept += (tl.where(exists, words[i], 0),)  # type: ignore[assignment]  # tuples of Triton's grow
     return kept
 
 
