@@ -1,9 +1,9 @@
 """An expert's codes times rows of bfloat16 activations as they are, on tensor cores.
 
 As in :mod:`~meswitch_kernels.triton_coded_columns` nothing that a thread has read is moved. Two codes of a word are
-made two bfloat16 by a mask, which puts them into the fraction of 128, and one multiply-add, which takes that away. So
-there is no scale to undo, half of the sums, and twice the output channels for each activation that is read: of several
-rows activations are most of what is read, again and again, from the caches. Importing this module needs Triton.
+made two bfloat16 by a mask, which puts them into the fraction of 128, and one multiply-add, which takes that away.
+So there is no scale to undo, and a sum for each row rather than for each byte of it. Importing this module needs
+Triton.
 """
 
 from __future__ import annotations
