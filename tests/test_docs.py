@@ -103,7 +103,7 @@ def run_page(page: Path, wanted: Callable[[Block], bool] = lambda block: True) -
             raise AssertionError(f"{page}, line {block.line}: printed\n{printed}\nexpected\n{block.output}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which ``compress.md`` was followed, but for budgets, of which no other page makes use."""
     folder = tmp_path_factory.mktemp("how-to")
