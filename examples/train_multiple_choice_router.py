@@ -9,7 +9,7 @@ divides none out.
 It takes a while before anything is learnt. The sign is the loss: that of guessing is ln(number of domains), 1.39 for
 four and 2.08 for eight, and it has to fall far below. SmolLM2-135M with ``--steps 800 --batch-size 32 --lr 1e-4``
 answered 99.4 % of four domains' prompts from other sources right, and 95.0 % of eight domains'; with ``--steps 200
---lr 5e-5`` it was 65.3 % of four, and nothing of eight: with eight at 1e-4 the loss stays at 2.1 for 200 steps.
+--lr 5e-5`` it was 65.3 % of four. With eight at 1e-4 the loss stays at 2.1 for 200 steps.
 
 What is written is a router that ``MESwitchModelForCausalLM.from_pretrained(family, router="choice-router")`` takes:
 ``router_config.json``, which names the fine-tuned model in ``choice-router/model``.

@@ -105,10 +105,10 @@ def _prepare_kernel(
     if column_step != 0:
         value *= tl.load(column_step.to(tl.pointer_type(tl.float32)) + code, mask=coded, other=0.0)
 
-    where = values + position * (width * max(1, PLANES)) + tile * BLOCK_CODES + place
+    start = values + position * (width * max(1, PLANES))
+    where = start + tile * BLOCK_CODES + place
     if as_float:
         kept = value.to(tl.bfloat16)
-        start = values + position * (width * PLANES)
         tl.store(start.to(tl.pointer_type(tl.bfloat16)) + tile * BLOCK_CODES + place, kept)
         tl.store(offset + position * tiles + tile, tl.sum(kept.to(tl.float32), axis=0))
     elif PLANES == 0:

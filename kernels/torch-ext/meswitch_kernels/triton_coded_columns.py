@@ -14,7 +14,17 @@ import triton.language as tl
 
 from .triton_codes import codes_in_place, four_codes
 from .triton_grids import wait_for_previous
-from .triton_parts import PART, gathered, load_part, position_of, regrouped, rows_of_codes, sums_of_activations
+from .triton_parts import (
+    PART,
+    count_parts,
+    gathered,
+    lanes,
+    levels_of,
+    load_part,
+    position_of,
+    regrouped,
+    rows_of_codes,
+)
 from .triton_warp import begin_loads, load_four_words, load_word, multiply_bytes, wait_for_loads
 
 __all__ = ["coded_columns"]
@@ -101,7 +111,7 @@ def _sum_parts(
     # Masking codes where they are is half the work of shifting them, too, and worth making up for in few sums.
     IN_PLACE: tl.constexpr = x.shape[0] == 1 and BITS != 3
     UNIT: tl.constexpr = 1 << (8 - BITS) if IN_PLACE else 1
-    parts = tl.cdiv(used, 3 * PART if BITS == 3 else PART)
+    parts = count_parts(used, BITS)
     zeros = tl.zeros(SHAPE, tl.int32)
     total_0 = tl.zeros(SHAPE, tl.float32)
     total_1 = tl.zeros(SHAPE, tl.float32)
@@ -161,15 +171,8 @@ def coded_columns(
         WARPS: warps of the program.
         SHARERS: warps that share output channels.
     """
-    THREADS: tl.constexpr = 32 * WARPS
-    OWNERS: tl.constexpr = WARPS // SHARERS
     COLUMN_TILES: tl.constexpr = BLOCK_ROWS * PLANES // 8
-    tl.static_assert(
-        WARPS % SHARERS == 0 and BLOCK_OUT % (16 * OWNERS) == 0, "a warp has a share of 16 channels or more"
-    )
-    thread = tl.arange(0, THREADS)
-    sharer, eighth, fourth = thread // 32 % SHARERS, (thread % 32) // 4, thread % 4
-
+    sharer, eighth, fourth = lanes(BLOCK_OUT, WARPS, SHARERS)
     top, bottom = rows_of_codes(codes, row_words, n, n_mask, SHARERS, WARPS)
 
     # As of a matrix of activations a thread holds column `eighth`, and of the sums, `2 * fourth` and the one after.
@@ -207,6 +210,4 @@ def coded_columns(
 
     columns = gathered(total_0, total_1, total_2, total_3, BLOCK_OUT, SHARERS)
     total = tl.sum(columns.reshape(PLANES, BLOCK_ROWS, BLOCK_OUT), axis=0)
-    # A level is less than its code by the same for all, so the sum of the activations suffices.
-    sums = sums_of_activations(offset, first, last, tiles, BLOCK_ROWS)
-    return total - ((1 << bits) - 1).to(tl.float32) * 0.5 * sums[:, None]
+    return levels_of(total, bits, offset, first, last, tiles)

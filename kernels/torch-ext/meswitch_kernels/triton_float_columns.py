@@ -13,7 +13,17 @@ import triton.language as tl
 
 from .triton_codes import four_codes
 from .triton_grids import wait_for_previous
-from .triton_parts import PART, gathered, load_part, position_of, regrouped, rows_of_codes, sums_of_activations
+from .triton_parts import (
+    PART,
+    count_parts,
+    gathered,
+    lanes,
+    levels_of,
+    load_part,
+    position_of,
+    regrouped,
+    rows_of_codes,
+)
 from .triton_warp import begin_loads, load_four_words, multiply_floats, two_floats, wait_for_loads
 
 __all__ = ["float_columns"]
@@ -88,7 +98,7 @@ def _sum_parts(
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
     PARTS: tl.constexpr = WORDS // PART
     STRIDE: tl.constexpr = 4 * WORDS * _SIZE
-    parts = tl.cdiv(used, 3 * PART if BITS == 3 else PART)
+    parts = count_parts(used, BITS)
     zeros = tl.zeros((x.shape[0], top.shape[0], x.shape[1]), tl.float32)
     sums = (zeros, zeros, zeros, zeros)
     # The words of the next part are on their way while those of this one are worked on.
@@ -137,12 +147,7 @@ def float_columns(
         WARPS: warps of the program.
         SHARERS: warps that share output channels.
     """
-    OWNERS: tl.constexpr = WARPS // SHARERS
-    tl.static_assert(
-        WARPS % SHARERS == 0 and BLOCK_OUT % (16 * OWNERS) == 0, "a warp has a share of 16 channels or more"
-    )
-    thread = tl.arange(0, 32 * WARPS)
-    sharer, eighth, fourth = thread // 32 % SHARERS, (thread % 32) // 4, thread % 4
+    sharer, eighth, fourth = lanes(BLOCK_OUT, WARPS, SHARERS)
     top, bottom = rows_of_codes(codes, row_words, n, n_mask, SHARERS, WARPS)
     # As of a matrix of activations a thread holds column `eighth`.
     column = tl.arange(0, BLOCK_ROWS // 8)[:, None] * 8 + eighth[None, :]
@@ -168,6 +173,4 @@ def float_columns(
         )
 
     total = gathered(sum_0, sum_1, sum_2, sum_3, BLOCK_OUT, SHARERS)
-    # A level is less than its code by the same for all, so the sum of the activations suffices.
-    sums = sums_of_activations(offset, first, last, tiles, BLOCK_ROWS)
-    return total - ((1 << bits) - 1).to(tl.float32) * 0.5 * sums[:, None]
+    return levels_of(total, bits, offset, first, last, tiles)

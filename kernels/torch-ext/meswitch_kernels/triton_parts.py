@@ -12,12 +12,39 @@ import triton.language as tl
 from .triton_codes import regroup
 from .triton_warp import load_four_words, spread_rows
 
-__all__ = ["PART", "gathered", "load_part", "position_of", "regrouped", "rows_of_codes", "sums_of_activations"]
+__all__ = [
+    "PART",
+    "count_parts",
+    "gathered",
+    "lanes",
+    "levels_of",
+    "load_part",
+    "position_of",
+    "regrouped",
+    "rows_of_codes",
+]
 
 #: Words of a row, or groups of three with three bits, in a part: four of each of four threads.
 PART = tl.constexpr(16)
 #: Offsets of activations that are summed at a time.
 _BLOCK_TILES = tl.constexpr(16)
+
+
+@triton.jit
+def lanes(BLOCK_OUT: tl.constexpr, WARPS: tl.constexpr, SHARERS: tl.constexpr):
+    """Of each thread: which its warp is of those that share channels, its eighth of it, and its place in that."""
+    OWNERS: tl.constexpr = WARPS // SHARERS
+    tl.static_assert(
+        WARPS % SHARERS == 0 and BLOCK_OUT % (16 * OWNERS) == 0, "a warp has a share of 16 channels or more"
+    )
+    thread = tl.arange(0, 32 * WARPS)
+    return thread // 32 % SHARERS, (thread % 32) // 4, thread % 4
+
+
+@triton.jit
+def count_parts(used, BITS: tl.constexpr):
+    """Parts of a row of so many words."""
+    return tl.cdiv(used, 3 * PART if BITS == 3 else PART)
 
 
 @triton.jit
@@ -84,12 +111,15 @@ def gathered(sum_0, sum_1, sum_2, sum_3, BLOCK_OUT: tl.constexpr, SHARERS: tl.co
 
 
 @triton.jit
-def sums_of_activations(offset, first, last, tiles, BLOCK_ROWS: tl.constexpr):
-    """The sum of the activations at each position: float32 ``[BLOCK_ROWS]``."""
-    position = position_of(tl.arange(0, BLOCK_ROWS), first, last)
-    sums = tl.zeros((BLOCK_ROWS, _BLOCK_TILES), tl.float32)
+def levels_of(total, bits, offset, first, last, tiles):
+    """What codes times activations ``[BLOCK_ROWS, n]`` is of levels.
+
+    A level is less than its code by the same for all, so the sum of the activations at each position suffices.
+    """
+    position = position_of(tl.arange(0, total.shape[0]), first, last)
+    sums = tl.zeros((total.shape[0], _BLOCK_TILES), tl.float32)
     for begin in range(0, tiles, _BLOCK_TILES):
         tile = begin + tl.arange(0, _BLOCK_TILES)
         where = offset + position[:, None] * tiles + tile[None, :]
         sums += tl.load(where, mask=(tile < tiles)[None, :], other=0.0)
-    return tl.sum(sums, axis=1)
+    return total - ((1 << bits) - 1).to(tl.float32) * 0.5 * tl.sum(sums, axis=1)[:, None]

@@ -27,6 +27,16 @@ _ONES = tl.constexpr(0x43004300)
 
 
 @triton.jit
+def _plus_product(a, b, c0, c1, c2, c3):
+    """The sums that threads hold plus ``a`` ``[n, 16, 1, k]`` times ``b`` ``[n, 1, 8, k]``, spelled out."""
+    d = tl.sum(a * b, axis=3).reshape(a.shape[0], 2, 8, 4, 2).permute(0, 2, 3, 4, 1)
+    upper, lower = tl.split(d.reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2))
+    d0, d1 = tl.split(upper)
+    d2, d3 = tl.split(lower)
+    return c0 + d0, c1 + d1, c2 + d2, c3 + d3
+
+
+@triton.jit
 def multiply_bytes(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
     """Each warp's sums ``c`` ``[16, 8]`` plus unsigned bytes ``a`` ``[16, 32]`` times signed ones ``b`` ``[32, 8]``.
 
@@ -54,22 +64,13 @@ def multiply_bytes(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    # All at once rather than in helpers: the interpreter takes its time for each call.
+    # As much as can be at once: the interpreter takes its time for each call.
     COUNT: tl.constexpr = c0.numel // 32
     left = 24 - 8 * tl.arange(0, 4)
     a = tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape(COUNT, 8, 8, 2).permute(0, 3, 1, 2).reshape(COUNT, 16, 8, 1)
     a = (((a << left) >> 24) & 0xFF).reshape(COUNT, 16, 1, 32)
     b = ((tl.join(b0, b1).reshape(COUNT, 8, 8, 1) << left) >> 24).reshape(COUNT, 1, 8, 32)
-    c = (
-        tl.sum(a * b, axis=3)
-        .reshape(COUNT, 2, 8, 4, 2)
-        .permute(0, 2, 3, 4, 1)
-        .reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2)
-    )
-    upper, lower = tl.split(c)
-    d0, d1 = tl.split(upper)
-    d2, d3 = tl.split(lower)
-    return c0 + d0, c1 + d1, c2 + d2, c3 + d3
+    return _plus_product(a, b, c0, c1, c2, c3)
 
 
 @triton.jit
@@ -141,16 +142,7 @@ def multiply_floats(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX: tl.constexpr):
     a = tl.join(_lower_float(a), _upper_float(a)).reshape(COUNT, 16, 1, 16)
     b = tl.join(b0, b1).reshape(COUNT, 8, 8)
     b = tl.join(_lower_float(b), _upper_float(b)).reshape(COUNT, 1, 8, 16)
-    d = (
-        tl.sum(a * b, axis=3)
-        .reshape(COUNT, 2, 8, 4, 2)
-        .permute(0, 2, 3, 4, 1)
-        .reshape(c0.shape[0], c0.shape[1], c0.shape[2], 2, 2)
-    )
-    upper, lower = tl.split(d)
-    d0, d1 = tl.split(upper)
-    d2, d3 = tl.split(lower)
-    return c0 + d0, c1 + d1, c2 + d2, c3 + d3
+    return _plus_product(a, b, c0, c1, c2, c3)
 
 
 @triton.jit
