@@ -1,6 +1,7 @@
 """Time of a decode step of a whole model with experts, and their memory.
 
     python -m benchmarks.decode --shape mistral-7b --device cuda
+    python -m benchmarks.decode --shape mistral-7b --device cuda --compile
     python -m benchmarks.decode --shape deep --device cpu --experts 2
 
 Random weights (speed and memory only). A step is a CUDA graph over a static cache. Peers in the same run: the plain
@@ -51,12 +52,19 @@ def weight_bytes(model: torch.nn.Module, *parts: str) -> int:
 
 
 def step_row(
-    what: str, model: PreTrainedModel, rows: int, read: int, bandwidth: float, *, graph: bool
+    what: str,
+    model: PreTrainedModel,
+    rows: int,
+    read: int,
+    bandwidth: float,
+    *,
+    graph: bool,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time of a step, beside the least that reading ``read`` bytes takes; a step that cannot be taken says why."""
 
     def measured() -> dict[str, Any]:
-        milliseconds = median_ms(DecodeStep(model, rows, graph=graph), model.device)
+        milliseconds = median_ms(DecodeStep(model, rows, graph=graph, compiled=compiled), model.device)
         limit = {"limit_milliseconds": read / bandwidth * 1e3} if bandwidth else {}
         return {"milliseconds": milliseconds, **limit}
 
@@ -64,9 +72,18 @@ def step_row(
 
 
 def measure(
-    config: PreTrainedConfig, device: str, experts: int, request: MESwitchConfig, rows_bits: int
+    config: PreTrainedConfig,
+    device: str,
+    experts: int,
+    request: MESwitchConfig,
+    rows_bits: int,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """The rows of the table, and the memory of base and experts."""
+    """The rows of the table, and the memory of base and experts.
+
+    Compiled steps are of the plain base and of experts alone, without the LoRA adapters.
+    """
     cuda = device == "cuda"
     bandwidth = 0.0
     if cuda:
@@ -78,7 +95,7 @@ def measure(
     model: Any = random_model(config, device)
     base_bytes = weight_bytes(model)
     rows = [
-        step_row(f"the plain base, {count} rows", model, count, base_bytes, bandwidth, graph=cuda)
+        step_row(f"the plain base, {count} rows", model, count, base_bytes, bandwidth, graph=cuda, compiled=compiled)
         for count in (1, experts)
     ]
     names = [f"expert{number}" for number in range(experts)]
@@ -91,15 +108,22 @@ def measure(
     memory = torch.cuda.max_memory_allocated() if cuda else None
     one = weight_bytes(model, f".{LEAF_PREFIX}.{module_key(names[0])}.")
     model.set_expert(names[0])
-    rows.append(step_row("one expert, 1 row", model, 1, base_bytes + one, bandwidth, graph=cuda))
-    rows.append(step_row(f"one expert, {experts} rows", model, experts, base_bytes + one, bandwidth, graph=cuda))
+    rows.append(step_row("one expert, 1 row", model, 1, base_bytes + one, bandwidth, graph=cuda, compiled=compiled))
+    rows.append(
+        step_row(
+            f"one expert, {experts} rows", model, experts, base_bytes + one, bandwidth, graph=cuda, compiled=compiled
+        )
+    )
     with model._meswitch_switch.rows(names):
         read = base_bytes + experts * one
-        rows.append(step_row(f"{experts} experts, a row each", model, experts, read, bandwidth, graph=cuda))
+        rows.append(
+            step_row(f"{experts} experts, a row each", model, experts, read, bandwidth, graph=cuda, compiled=compiled)
+        )
     del model
     if cuda:
         torch.cuda.empty_cache()
-    rows += lora_rows(config, device, experts, bandwidth)
+    if not compiled:
+        rows += lora_rows(config, device, experts, bandwidth)
     return {
         "rows": rows,
         "read_bandwidth_tb_per_second": bandwidth / 1e12 or None,
@@ -167,21 +191,28 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--embedding-bits", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/decode_<shape>_<device>.json")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the steps of base and experts; leaves out the LoRA adapters"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/decode_<shape>_<device>[_compiled].json"
+    )
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if args.layers is not None:
         config.num_hidden_layers = args.layers
     request = MESwitchConfig(bits=args.bits)
-    found = measure(config, args.device, args.experts, request, args.embedding_bits)
+    found = measure(config, args.device, args.experts, request, args.embedding_bits, compiled=args.compile)
     add_ratios(found["rows"], args.experts)
     result = {
         **provenance("benchmarks.decode", device_name(args.device)),
         "weights": "random: for time and memory only",
         "experts": args.experts,
+        "compiled": args.compile,
         **found,
     }
-    write_result(args.output or RESULTS / f"decode_{args.shape}_{args.device}.json", result)
+    name = f"decode_{args.shape}_{args.device}{'_compiled' * args.compile}.json"
+    write_result(args.output or RESULTS / name, result)
     print(render(found["rows"]))
     if found["peak_bytes_of_base_and_experts"] is not None:
         print(f"\nBase and {args.experts} experts: {found['peak_bytes_of_base_and_experts'] / 1e9:.2f} GB at most.")

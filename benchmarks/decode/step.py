@@ -27,11 +27,13 @@ class DecodeStep:
         model: in evaluation mode.
         rows: of the batch.
         graph: whether to capture the step as a CUDA graph; else it is called.
+        compiled: whether ``torch.compile`` makes it one graph of its own kernels first.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, *, graph: bool) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, *, graph: bool, compiled: bool = False) -> None:
         device, dtype = model.device, model.dtype
         self._model = model
+        self._step: Callable[..., Any] = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         self._cache = StaticCache(config=model.config, max_cache_len=_SLOTS)
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -52,7 +54,7 @@ class DecodeStep:
         self._model(ids, use_cache=True, **{self._cache_name: self._cache})
 
     def _call(self) -> None:
-        self.logits = self._model(
+        self.logits = self._step(
             self._tokens,
             attention_mask=self._mask,
             position_ids=self._positions,

@@ -73,12 +73,12 @@ def _multiply_shifts(
                 a2 = four_codes(top[2 * pair + 1], top[2 * pair + 1], top[2 * pair + 1], FIRST + i, BITS)
                 a3 = four_codes(bottom[2 * pair + 1], bottom[2 * pair + 1], bottom[2 * pair + 1], FIRST + i, BITS)
             sums = multiply_bytes(
-                tl.broadcast_to(a0[None], SHAPE),
-                tl.broadcast_to(a1[None], SHAPE),
-                tl.broadcast_to(a2[None], SHAPE),
-                tl.broadcast_to(a3[None], SHAPE),
-                tl.broadcast_to(xs[4 * i + 2 * pair][:, None], SHAPE),
-                tl.broadcast_to(xs[4 * i + 2 * pair + 1][:, None], SHAPE),
+                tl.broadcast_to(a0, SHAPE),
+                tl.broadcast_to(a1, SHAPE),
+                tl.broadcast_to(a2, SHAPE),
+                tl.broadcast_to(a3, SHAPE),
+                tl.broadcast_to(xs[4 * i + 2 * pair], SHAPE),
+                tl.broadcast_to(xs[4 * i + 2 * pair + 1], SHAPE),
                 sums[0], sums[1], sums[2], sums[3],
                 PTX,
             )  # fmt: skip
@@ -93,19 +93,19 @@ def _sum_parts(
     """Codes times activations of each warp's parts, as a warp holds sums: four float32 ``[column tiles, m, threads]``.
 
     Args:
-        top: addresses of each thread's rows of codes, ``[m, threads]``; ``bottom`` those eight rows on.
+        top: addresses of each thread's rows of codes, ``[1, m, threads]``; ``bottom`` those eight rows on.
         used: words of a row.
-        x: addresses of the activations that a thread meets, ``[column tiles, threads]``.
+        x: addresses of the activations that a thread meets, ``[column tiles, 1, threads]``.
         scale_0: addresses of the scales of the columns of which a thread holds sums; ``scale_1`` of the columns after.
         weight: what these columns count, of that shape.
-        sharer: which of those that share its output channels a warp is, ``[threads]``.
+        sharer: which of those that share its output channels a warp is, ``[1, 1, threads]``.
         fourth: which of four threads with the same rows a thread is.
         tiles: scales of a row of activations.
     """
     SHIFTS: tl.constexpr = 8 if BITS % 2 else 8 // BITS
     WORDS: tl.constexpr = BLOCK_CODES // (4 * SHIFTS)
     PARTS: tl.constexpr = WORDS // PART
-    SHAPE: tl.constexpr = (x.shape[0], top.shape[0], x.shape[1])
+    SHAPE: tl.constexpr = (x.shape[0], top.shape[1], x.shape[2])
     # Shifts of which a thread has the activations at a time: those of eight column tiles are as many as fit.
     CHUNK: tl.constexpr = min(SHIFTS, 8 // x.shape[0])
     # Masking codes where they are is half the work of shifting them, too, and worth making up for in few sums.
@@ -127,14 +127,14 @@ def _sum_parts(
         bottom_words = regrouped(next_bottom, BITS, PTX)
         place = tl.minimum(part, parts - 1)
         tile = place // PARTS
-        here = x + (tile * BLOCK_CODES + place % PARTS * (4 * PART)).to(tl.uint32).to(tl.int64)[None, :]
+        here = x + (tile * BLOCK_CODES + place % PARTS * (4 * PART)).to(tl.uint32).to(tl.int64)
         sums = (zeros, zeros, zeros, zeros)
         for shift in tl.static_range(0, SHIFTS - CHUNK, CHUNK):
             xs, loaded = _load_shifts(here, shift, CHUNK, 4 * WORDS, PTX)
             sums = _multiply_shifts(sums, top_words, bottom_words, xs, shift, CHUNK, BITS, IN_PLACE, PTX)
         xs, loaded = _load_shifts(here, SHIFTS - CHUNK, CHUNK, 4 * WORDS, PTX)
-        unit_0 = load_word(scale_0 + (tile * 4)[None, :], PTX)
-        unit_1 = load_word(scale_1 + (tile * 4)[None, :], PTX)
+        unit_0 = load_word(scale_0 + tile * 4, PTX)
+        unit_1 = load_word(scale_1 + tile * 4, PTX)
         loaded |= unit_0 | unit_1
         wait_for_loads(loaded, here, tiles, PTX)
         next_top = load_part(top, part + SHARERS, fourth, used, BITS, PTX)
@@ -142,9 +142,9 @@ def _sum_parts(
         begin_loads(sharer, PTX)
         sums = _multiply_shifts(sums, top_words, bottom_words, xs, SHIFTS - CHUNK, CHUNK, BITS, IN_PLACE, PTX)
         # What is beyond the last part counts nothing.
-        own_weight = tl.where((part < parts)[None, :], weight * (1.0 / UNIT), 0.0)
-        unit_0 = (unit_0.to(tl.float32, bitcast=True) * own_weight)[:, None]
-        unit_1 = (unit_1.to(tl.float32, bitcast=True) * own_weight)[:, None]
+        own_weight = tl.where(part < parts, weight * (1.0 / UNIT), 0.0)
+        unit_0 = unit_0.to(tl.float32, bitcast=True) * own_weight
+        unit_1 = unit_1.to(tl.float32, bitcast=True) * own_weight
         total_0 += sums[0].to(tl.float32) * unit_0
         total_1 += sums[1].to(tl.float32) * unit_1
         total_2 += sums[2].to(tl.float32) * unit_0
@@ -176,12 +176,12 @@ def coded_columns(
     top, bottom = rows_of_codes(codes, row_words, n, n_mask, SHARERS, WARPS)
 
     # As of a matrix of activations a thread holds column `eighth`, and of the sums, `2 * fourth` and the one after.
-    block = tl.arange(0, COLUMN_TILES)[:, None] * 8
-    column = block + eighth[None, :]
+    block = tl.arange(0, COLUMN_TILES)[:, None, None] * 8
+    column = block + eighth
     position = position_of(column % BLOCK_ROWS, first, last)
     x = values.to(tl.int64) + (position * PLANES + column // BLOCK_ROWS) * (tiles * BLOCK_CODES)
-    x += 16 * fourth[None, :]
-    column = block + 2 * fourth[None, :]
+    x += 16 * fourth
+    column = block + 2 * fourth
     scale_0 = scale.to(tl.int64) + position_of(column % BLOCK_ROWS, first, last) * tiles * 4
     scale_1 = scale.to(tl.int64) + position_of((column + 1) % BLOCK_ROWS, first, last) * tiles * 4
     weight = tl.where(column < (PLANES - 1) * BLOCK_ROWS, 256.0, 1.0)

@@ -67,12 +67,12 @@ def _multiply_shift(sums, top, bottom, xs, SHIFT: tl.constexpr, BITS: tl.constex
         a0, a2 = _pairs(top, i, SHIFT, BITS, PTX)
         a1, a3 = _pairs(bottom, i, SHIFT, BITS, PTX)
         sums = multiply_floats(
-            tl.broadcast_to(a0[None], SHAPE),
-            tl.broadcast_to(a1[None], SHAPE),
-            tl.broadcast_to(a2[None], SHAPE),
-            tl.broadcast_to(a3[None], SHAPE),
-            tl.broadcast_to(xs[2 * i][:, None], SHAPE),
-            tl.broadcast_to(xs[2 * i + 1][:, None], SHAPE),
+            tl.broadcast_to(a0, SHAPE),
+            tl.broadcast_to(a1, SHAPE),
+            tl.broadcast_to(a2, SHAPE),
+            tl.broadcast_to(a3, SHAPE),
+            tl.broadcast_to(xs[2 * i], SHAPE),
+            tl.broadcast_to(xs[2 * i + 1], SHAPE),
             sums[0], sums[1], sums[2], sums[3],
             PTX,
         )  # fmt: skip
@@ -87,10 +87,10 @@ def _sum_parts(
     """Codes times activations of each warp's parts, as a warp holds sums: four float32 ``[column tiles, m, threads]``.
 
     Args:
-        top: addresses of each thread's rows of codes, ``[m, threads]``; ``bottom`` those eight rows on.
+        top: addresses of each thread's rows of codes, ``[1, m, threads]``; ``bottom`` those eight rows on.
         used: words of a row.
-        x: addresses of the activations that a thread meets, ``[column tiles, threads]``.
-        sharer: which of those that share its output channels a warp is, ``[threads]``.
+        x: addresses of the activations that a thread meets, ``[column tiles, 1, threads]``.
+        sharer: which of those that share its output channels a warp is, ``[1, 1, threads]``.
         fourth: which of four threads with the same rows a thread is.
         tiles: of a row of activations.
     """
@@ -99,7 +99,7 @@ def _sum_parts(
     PARTS: tl.constexpr = WORDS // PART
     STRIDE: tl.constexpr = 4 * WORDS * _SIZE
     parts = count_parts(used, BITS)
-    zeros = tl.zeros((x.shape[0], top.shape[0], x.shape[1]), tl.float32)
+    zeros = tl.zeros((x.shape[0], top.shape[1], x.shape[2]), tl.float32)
     sums = (zeros, zeros, zeros, zeros)
     # The words of the next part are on their way while those of this one are worked on.
     next_top = load_part(top, sharer, fourth, used, BITS, PTX)
@@ -108,12 +108,12 @@ def _sum_parts(
     for turn in range(tl.cdiv(parts, SHARERS)):
         part = turn * SHARERS + sharer
         # What is beyond the last part counts nothing: its codes are made zero.
-        exists = (part < parts)[None, :]
+        exists = part < parts
         top_words = regrouped(_where(exists, next_top), BITS, PTX)
         bottom_words = regrouped(_where(exists, next_bottom), BITS, PTX)
         place = tl.minimum(part, parts - 1)
         here = (place // PARTS * BLOCK_CODES + place % PARTS * (4 * PART)) * _SIZE
-        here = x + here.to(tl.uint32).to(tl.int64)[None, :]
+        here = x + here.to(tl.uint32).to(tl.int64)
         xs = _load_shift(here, 0, STRIDE, PTX)
         for shift in tl.static_range(SHIFTS - 1):
             next_xs = _load_shift(here, shift + 1, STRIDE, PTX)
@@ -150,9 +150,9 @@ def float_columns(
     sharer, eighth, fourth = lanes(BLOCK_OUT, WARPS, SHARERS)
     top, bottom = rows_of_codes(codes, row_words, n, n_mask, SHARERS, WARPS)
     # As of a matrix of activations a thread holds column `eighth`.
-    column = tl.arange(0, BLOCK_ROWS // 8)[:, None] * 8 + eighth[None, :]
+    column = tl.arange(0, BLOCK_ROWS // 8)[:, None, None] * 8 + eighth
     x = values.to(tl.int64) + position_of(column, first, last) * (tiles * (BLOCK_CODES * _SIZE))
-    x += 16 * _SIZE * fourth[None, :]
+    x += 16 * _SIZE * fourth
 
     # One kernel for all numbers of bits, as of one row: a branch a block, which is uniform.
     if bits == 1:

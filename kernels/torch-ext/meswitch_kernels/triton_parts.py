@@ -32,12 +32,16 @@ _BLOCK_TILES = tl.constexpr(16)
 
 @triton.jit
 def lanes(BLOCK_OUT: tl.constexpr, WARPS: tl.constexpr, SHARERS: tl.constexpr):
-    """Of each thread: which its warp is of those that share channels, its eighth of it, and its place in that."""
+    """Of each thread: which its warp is of those that share channels, its eighth of it, and its place in that.
+
+    ``[1, 1, threads]``, since all that a thread holds has the three dimensions of sums here. Each change of dimensions
+    in a loop is a layout for Triton to reconcile, which of some thousand takes it a minute and a half.
+    """
     OWNERS: tl.constexpr = WARPS // SHARERS
     tl.static_assert(
         WARPS % SHARERS == 0 and BLOCK_OUT % (16 * OWNERS) == 0, "a warp has a share of 16 channels or more"
     )
-    thread = tl.arange(0, 32 * WARPS)
+    thread = tl.arange(0, 32 * WARPS)[None, None, :]
     return thread // 32 % SHARERS, (thread % 32) // 4, thread % 4
 
 
@@ -58,7 +62,7 @@ def load_part(rows, part, fourth, used, BITS: tl.constexpr, PTX: tl.constexpr):
     words = ()
     for vector in tl.static_range(WIDTH // 4):
         byte = tl.minimum(word + 4 * vector, used - 4) * 4
-        words += load_four_words(rows + byte.to(tl.uint32).to(tl.int64)[None, :], False, PTX)
+        words += load_four_words(rows + byte.to(tl.uint32).to(tl.int64), False, PTX)
     return words
 
 
@@ -84,13 +88,14 @@ def position_of(row, first, last):
 
 @triton.jit
 def rows_of_codes(codes, row_words, n, n_mask, SHARERS: tl.constexpr, WARPS: tl.constexpr):
-    """Addresses of a thread's rows of codes, int64 ``[m, threads]``: rows ``g``, and those eight on.
+    """Addresses of a thread's rows of codes, int64 ``[1, m, threads]``: rows ``g``, and those eight on.
 
     Rows that do not exist read another's codes.
     """
     top, bottom = spread_rows(tl.where(n_mask, n, 0), SHARERS, WARPS)
     first = codes.to(tl.int64)
-    return first + top.to(tl.int64) * (row_words * 4), first + bottom.to(tl.int64) * (row_words * 4)
+    top, bottom = top[None].to(tl.int64), bottom[None].to(tl.int64)
+    return first + top * (row_words * 4), first + bottom * (row_words * 4)
 
 
 @triton.jit

@@ -210,7 +210,7 @@ def wait_for_loads(loaded, address, count, PTX: tl.constexpr):
 def begin_loads(thread, PTX: tl.constexpr):
     """Begin the loads before this, rather than when what they load is needed, as the compiler does to spare registers.
 
-    ``thread`` is any int32 ``[threads]``. A warp waits for its own threads, which costs next to nothing.
+    ``thread`` is any int32 of an element a thread. A warp waits for its own threads, which costs next to nothing.
     """
     if PTX:
         tl.inline_asm_elementwise(
