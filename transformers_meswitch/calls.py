@@ -71,14 +71,15 @@ class ExpertCallMixin:
     def _replayed(self, batch: int | None, *args: Any, **kwargs: Any) -> Any:
         """The call while it is compiled or captured, to be run again with other experts."""
         switch = self._meswitch_switch
-        if not torch.compiler.is_compiling():
-            for live in switch.live.values():
-                live.begin()
+        for live in switch.live.values():
+            live.begin()
         switch.replayed_batch = batch
         try:
             return self._masked(super().__call__(*args, **kwargs))  # type: ignore[misc]
         finally:
             switch.replayed_batch = None
+            for live in switch.live.values():
+                live.end()
 
     def _masked(self, output: Any) -> Any:
         """The output with ``-inf`` at ids that a row's expert does not know, where the class changed the head's."""

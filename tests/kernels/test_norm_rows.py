@@ -196,8 +196,12 @@ def test_what_is_captured_runs_the_kernel(
 
     def recorded(x: torch.Tensor) -> Any:
         # Each recording is a call of the model, which works out anew which expert each row has.
-        model._meswitch_switch.live_on(x.device).begin()
-        return record(lambda: layer(x), monkeypatch)
+        live = model._meswitch_switch.live_on(x.device)
+        live.begin()
+        try:
+            return record(lambda: layer(x), monkeypatch)
+        finally:
+            live.end()
 
     calls.clear()
     with torch.no_grad():

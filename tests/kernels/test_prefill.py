@@ -376,11 +376,18 @@ def test_graphs_that_share_a_pool_or_were_captured_by_threads() -> None:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             captured.append((graph, model.run(x, [(1, None)], ring)))
 
+    def capture_in_thread() -> None:
+        # cuBLAS makes itself ready once a thread, which no graph can record.
+        model.run(x, [(1, None)], ring)
+        torch.cuda.synchronize()
+        capture()
+
     capture()
     capture()
-    thread = threading.Thread(target=capture)
+    thread = threading.Thread(target=capture_in_thread)
     thread.start()
     thread.join()
+    assert len(captured) == 3
     for graph, y in captured:
         y.fill_(float("nan"))
         graph.replay()

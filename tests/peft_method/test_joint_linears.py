@@ -174,6 +174,34 @@ def test_an_output_stays_in_its_stream_and_capture(model: Any, monkeypatch: Any)
 
 @needs_kernels
 @torch.no_grad()
+def test_compiled_code_has_one_launch_of_one_input(model: Any) -> None:
+    model.set_expert("code")
+    first, second, *_ = siblings(model)
+    live = model._meswitch_switch.live_on(torch.device(DEVICE))
+    launches: list[int] = []
+
+    def count(module: torch.fx.GraphModule, _: Any) -> Any:
+        launches.extend(len(node.args[1]) for node in module.graph.nodes if "fused_linears" in str(node.target))
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        live.begin()
+        outputs = first(x), second(x), second(other), second(x * 1)
+        live.end()
+        return outputs
+
+    torch._dynamo.reset()
+    x, other = (torch.randn(1, 1, first.in_features, device=DEVICE) for _ in range(2))
+    expected = apart(first, x), apart(second, x), apart(second, other), apart(second, x)
+    for ours, alone in zip(run(x, other), expected, strict=True):
+        torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
+    assert launches == [len(siblings(model)), 1, 1]
+    assert live.worked_out is None
+
+
+@needs_kernels
+@torch.no_grad()
 def test_threads_do_not_get_each_others(model: Any) -> None:
     model.set_expert("code")
     first, second, *_ = siblings(model)
@@ -247,6 +275,7 @@ def test_in_the_interpreter() -> None:
         test_an_output_that_is_kept_by_mistake_is_noticed,
         test_layers_that_are_not_asked_for_are_left_alone,
         test_layers_of_other_inputs_do_not_know_each_other,
+        test_compiled_code_has_one_launch_of_one_input,
         test_threads_do_not_get_each_others,
         test_layers_that_cannot_share_a_launch_are_apart,
         test_copies_know_their_own,

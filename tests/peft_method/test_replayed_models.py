@@ -93,6 +93,21 @@ def test_a_model_is_compiled_once_for_all_experts(tiny_family: TinyFamily, dense
 
 
 @needs_kernels
+def test_compiled_code_works_out_once_what_layers_share(tiny_family: TinyFamily) -> None:
+    model = load(tiny_family, "math", "code")
+    asked: list[str] = []
+
+    def count(module: torch.fx.GraphModule, _: Any) -> Any:
+        asked.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    torch.compile(model, fullgraph=True, backend=count)(IDS.to(DEVICE))
+    times = [sum(name in target for target in asked) for name in ("group_rows", "fused_linears", "head_rows")]
+    # The rows by expert; queries, keys and values in one launch, outputs, gate and up in one, down.
+    assert times == [1, 4 * LAYERS, 1]
+
+
+@needs_kernels
 def test_a_larger_vocabulary_is_compiled_again(tiny_family: TinyFamily, dense: Any) -> None:
     model = load(tiny_family, "math")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -207,6 +222,7 @@ def test_in_the_interpreter(slow: bool) -> None:
     check_interpreted(
         __file__,
         test_a_model_is_compiled_once_for_all_experts,
+        test_compiled_code_works_out_once_what_layers_share,
         test_a_larger_vocabulary_is_compiled_again,
         test_capped_logits_and_learned_positions,
         test_choices_that_would_not_be_followed_are_refused,

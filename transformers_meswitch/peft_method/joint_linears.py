@@ -82,12 +82,14 @@ class JointLinears:
             groups: the rows by expert.
 
         Returns:
-            ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: while
-            ``torch.compile`` traces, which does not know one object from another; in inference mode, whose tensors do
-            not tell that they were written to; where one of the layers is no plain linear or has an input of another
-            kind than kernels take; and where the module does not ask for all of them.
+            ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: in inference
+            mode, whose tensors do not tell that they were written to; where one of the layers is no plain linear or
+            has an input of another kind than kernels take; and where the module does not ask for all of them. Where
+            ``torch.compile`` traces a layer rather than the model, too.
         """
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or x.is_inference():
+        if torch.compiler.is_compiling():
+            return self._take_traced(layer, x, groups)
+        if torch.is_inference_mode_enabled() or x.is_inference():
             return None
         own = self._of_thread
         kept: _Kept | None = getattr(own, "kept", None)
@@ -103,6 +105,31 @@ class JointLinears:
             return None
         if not all(joins(other, x) for other in self._layers):
             return None
+        outputs = {id(other): y for other, y in zip(self._layers, self._multiply(x, groups), strict=True)}
+        y = outputs.pop(id(layer))
+        own.kept = _Kept(weakref.ref(x), x._version, groups, _stream_of(x), outputs)
+        return y
+
+    def _take_traced(self, layer: LinearLayer, x: torch.Tensor, groups: RowGroups) -> torch.Tensor | None:
+        """:meth:`take` for ``torch.compile``, which follows what is kept while it traces.
+
+        It cannot tell that a tensor was written to, which no module of transformers does between these linears.
+        """
+        call = layer.switch.live_on(x.device).worked_out
+        if call is None or not all(joins(other, x) for other in self._layers):
+            return None
+        # Modules are keys that all releases of torch trace.
+        key = self._layers[0]
+        if key not in call:
+            call[key] = (x, self._multiply(x, groups))
+        of, outputs = call[key]
+        if of is not x:
+            # Of another input, like keys and values of an image's states: the rest of them apart.
+            return None
+        return next(y for other, y in zip(self._layers, outputs, strict=True) if other is layer)
+
+    def _multiply(self, x: torch.Tensor, groups: RowGroups) -> list[torch.Tensor]:
+        """All layers' outputs ``[..., out]`` in one launch."""
         bases: list[Any] = [other.base_layer for other in self._layers]
         flat = fused_linears(
             x.reshape(-1, x.shape[-1]),
@@ -111,10 +138,7 @@ class JointLinears:
             [other.kernel_table for other in self._layers],  # type: ignore[misc]  # as they join
             groups,
         )
-        outputs = {id(other): y.view(*x.shape[:-1], y.shape[1]) for other, y in zip(self._layers, flat, strict=True)}
-        y = outputs.pop(id(layer))
-        own.kept = _Kept(weakref.ref(x), x._version, groups, _stream_of(x), outputs)
-        return y
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in flat]
 
 
 def _stream_of(x: torch.Tensor) -> tuple[Any, ...]:

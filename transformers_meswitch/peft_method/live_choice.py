@@ -56,7 +56,7 @@ class LiveChoice:
         self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
         self._known = torch.zeros_like(self._names)
         self._count = torch.ones((), dtype=torch.int64, device=device)
-        self._worked_out: dict[tuple[str, int, int], Any] = {}
+        self._worked_out: dict[Any, Any] | None = None
         load_group_rows(device)
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
@@ -76,13 +76,12 @@ class LiveChoice:
         self._names[: len(slots)].copy_(torch.tensor(slots, dtype=torch.int32))
         self._known[: len(slots)].copy_(torch.tensor(known, dtype=torch.int32))
         self._count.fill_(len(slots))
-        self._worked_out = {}
 
     def index(self, batch: int, repeats: int = 1) -> torch.Tensor:
         """Slots of ``batch`` rows of which each stands ``repeats`` times, int32 ``[batch * repeats]``.
 
         The rows of the request are spread over beams and return sequences when the batch is a multiple of them. Worked
-        out once a call, as every norm asks.
+        out once a call of the model, as every norm asks.
         """
         index: torch.Tensor = self._once(
             ("index", batch, repeats), lambda: self._names[self._row_of_request(batch, repeats)]
@@ -98,18 +97,28 @@ class LiveChoice:
         return row * self._count // batch
 
     def begin(self) -> None:
-        """A call of the model begins: forget what an earlier one worked out, which may be of another graph."""
+        """A call of the model begins, until :meth:`end` of which what is worked out is kept, as it is of one graph."""
         self._worked_out = {}
 
+    def end(self) -> None:
+        """A call of the model ended."""
+        self._worked_out = None
+
+    @property
+    def worked_out(self) -> dict[Any, Any] | None:
+        """What was worked out in the model's call so far, for whoever adds to it; `None` outside of one."""
+        return self._worked_out
+
     def groups(self, batch: int, repeats: int) -> RowGroups:
-        """The rows by expert, as the kernels take them; worked out once a call."""
+        """The rows by expert, as the kernels take them; worked out once a call of the model."""
         groups: RowGroups = self._once(("groups", batch, repeats), lambda: group_rows(self.index(batch, repeats)))
         return groups
 
     def _once(self, what: tuple[str, int, int], work_out: Callable[[], Any]) -> Any:
-        if torch.compiler.is_compiling():
-            # One computation in the compiled code, however often it is asked for.
+        kept = self._worked_out
+        if kept is None:
             return work_out()
-        if what not in self._worked_out:
-            self._worked_out[what] = work_out()
-        return self._worked_out[what]
+        # In compiled code, too: its compiler does not find out that layers ask for the same.
+        if what not in kept:
+            kept[what] = work_out()
+        return kept[what]

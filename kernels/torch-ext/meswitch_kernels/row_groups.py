@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .op import has_kernel
+from .op import add_op_namespace_prefix, has_kernel
 
 _group_with_triton: Callable[..., None] | None = None
 _BLOCKS: tuple[int, ...] = ()
@@ -58,12 +58,24 @@ def group_rows(expert_index: torch.Tensor) -> RowGroups:
     >>> groups.order.tolist(), groups.slot.tolist(), groups.start.tolist(), groups.group_count.tolist()
     ([3, 5, 1, 4, 0, 2], [0, 1, -1, -1, 3, 3], [0, 1, 2, 4, 6, 6, 6], [2, 4])
     """
-    kernel = None if torch.compiler.is_compiling() else _kernel_for(expert_index)
+    if torch.compiler.is_compiling():
+        return RowGroups(*_group_rows(expert_index))
+    kernel = _kernel_for(expert_index)
     if kernel is None:
         return _group_by_sorting(expert_index)
     groups = _group_by_comparing(expert_index)
     _LOADED.add(kernel)
     return groups
+
+
+@torch.library.custom_op(add_op_namespace_prefix("group_rows"), mutates_args=())
+def _group_rows(expert_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(group_rows(expert_index))  # type: ignore[return-value]
+
+
+@_group_rows.register_fake
+def _(expert_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(_new_groups(expert_index))  # type: ignore[return-value]
 
 
 def load_group_rows(device: torch.device) -> None:
@@ -90,10 +102,14 @@ def _kernel_for(expert_index: torch.Tensor) -> tuple[torch.device, torch.dtype, 
 
 def _group_by_comparing(expert_index: torch.Tensor) -> RowGroups:
     assert _group_with_triton is not None
-    rows = expert_index.shape[0]
-    groups = RowGroups(*(expert_index.new_empty(size, dtype=torch.int32) for size in (rows, rows, rows + 1, 2)))
+    groups = _new_groups(expert_index)
     _group_with_triton(expert_index.contiguous(), *groups)
     return groups
+
+
+def _new_groups(expert_index: torch.Tensor) -> RowGroups:
+    rows = expert_index.shape[0]
+    return RowGroups(*(expert_index.new_empty(size, dtype=torch.int32) for size in (rows, rows, rows + 1, 2)))
 
 
 def _group_by_sorting(expert_index: torch.Tensor) -> RowGroups:

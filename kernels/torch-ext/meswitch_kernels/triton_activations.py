@@ -58,23 +58,27 @@ def _prepare_kernel(
     allow_next(OVERLAP)
     position = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
+    # All that does not depend on each other is asked for at once: this kernel is a chain of waits, and others wait for
+    # it.
     expert = tl.load(slot + position)
-    if expert < 0:
-        return
+    row = tl.load(order + position).to(tl.int64)
+    singles = tl.load(group_count)
     which = tl.program_id(2)
-    entry = chosen(which, tables) + expert.to(tl.int64) * _COLUMNS
+    entry = chosen(which, tables) + tl.maximum(expert, 0).to(tl.int64) * _COLUMNS
     bits = tl.load(entry + _BITS).to(tl.int32)
-    if bits == 0:
+    salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
+    salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
+    column_step = tl.load(entry + _COLUMN_STEP)
+    if expert < 0 or bits == 0:
         return
     width = tiles * BLOCK_CODES
     values += which * (tl.cast(rows, tl.int64) * width * max(1, PLANES))
     scale += which * rows * tiles
     offset += which * rows * tiles
-    salient_channels = tl.load(entry + _SALIENT_CHANNELS).to(tl.int32)
     # Whether the position is of a group of several rows, which come after those of one, and stays in bfloat16.
     as_float = tl.full((), False, tl.int1)
     if PLANES == 2 and x.dtype.element_ty == tl.bfloat16:
-        as_float = position >= tl.load(group_count)
+        as_float = position >= singles
     shifts = tl.where(bits == 2, 4, tl.where(bits == 4, 2, 8))
     words = BLOCK_CODES // (4 * shifts)
     place = tl.arange(0, BLOCK_CODES)
@@ -91,17 +95,16 @@ def _prepare_kernel(
     coded = code < in_features - salient_channels
 
     # Before coded channel c lie the salient channels of which salient_index[s] - s <= c. All are compared with, rather
-    # than searched, since a search is as many loads one after the other.
+    # than searched, since a search is as many loads one after the other; and one at a time, since to count along a
+    # dimension is work between threads.
     before = tl.zeros((BLOCK_CODES,), tl.int32)
-    salient_index = tl.load(entry + _SALIENT_INDEX).to(tl.pointer_type(tl.int32))
     for begin in range(0, salient_channels, _BLOCK_SALIENT):
-        s = begin + tl.arange(0, _BLOCK_SALIENT)
-        channel = tl.load(salient_index + s, mask=s < salient_channels, other=1 << 30)
-        before += tl.sum((channel - s <= code[:, None]).to(tl.int32), axis=1)
+        for i in tl.static_range(_BLOCK_SALIENT):
+            s = begin + i
+            channel = tl.load(salient_index + s, mask=s < salient_channels, other=1 << 30)
+            before += (channel - s <= code).to(tl.int32)
 
-    row = tl.load(order + position).to(tl.int64)
     value = tl.load(x + row * in_features + code + before, mask=coded, other=0.0).to(tl.float32)
-    column_step = tl.load(entry + _COLUMN_STEP)
     if column_step != 0:
         value *= tl.load(column_step.to(tl.pointer_type(tl.float32)) + code, mask=coded, other=0.0)
 
