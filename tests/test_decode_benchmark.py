@@ -40,6 +40,19 @@ def test_every_row_is_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().out.count("\n|") == len(rows) + 1
 
 
+def test_compiled_steps_are_of_base_and_experts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setitem(benchmark.SHAPES, "deep", TINY)
+    monkeypatch.setattr(sys, "argv", ["decode", "--experts", "2", "--compile"])
+    benchmark.main()
+    result = json.loads((tmp_path / "decode_deep_cpu_compiled.json").read_text())
+    assert result["compiled"]
+    assert [row["what"] for row in result["rows"]][-1] == "2 experts, a row each"
+    assert asked == [{"fullgraph": True, "dynamic": False}] * len(result["rows"])
+
+
 def test_a_step_sees_the_tokens_before_it() -> None:
     model: Any = benchmark.random_model(TINY, "cpu").float()
     step = DecodeStep(model, 2, graph=False)
