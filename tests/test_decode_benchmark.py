@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.decode import __main__ as benchmark
+from benchmarks.decode import step
 from benchmarks.decode.step import DecodeStep
 from benchmarks.load.random_family import random_expert
 from transformers_meswitch import MESwitchConfig
@@ -42,7 +43,19 @@ def test_every_row_is_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_compiled_steps_are_of_base_and_experts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    called: list[int] = []
+
+    def compiled(model: Any, **options: Any) -> Any:
+        asked.append(options)
+        called.append(0)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called[-1] += 1
+            return model(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setitem(benchmark.SHAPES, "deep", TINY)
     monkeypatch.setattr(sys, "argv", ["decode", "--experts", "2", "--compile"])
@@ -51,14 +64,16 @@ def test_compiled_steps_are_of_base_and_experts(tmp_path: Any, monkeypatch: pyte
     assert result["compiled"]
     assert [row["what"] for row in result["rows"]][-1] == "2 experts, a row each"
     assert asked == [{"fullgraph": True, "dynamic": False}] * len(result["rows"])
+    # All that is timed, and nothing else.
+    assert called == [step._REPEATS + 3] * len(asked)
 
 
 def test_a_step_sees_the_tokens_before_it() -> None:
     model: Any = benchmark.random_model(TINY, "cpu").float()
-    step = DecodeStep(model, 2, graph=False)
-    step()
-    seen = step.logits
-    alone = model(step._tokens).logits
+    one = DecodeStep(model, 2, graph=False)
+    one()
+    seen = one.logits
+    alone = model(one._tokens).logits
     assert seen.shape == alone.shape
     assert not torch.allclose(seen, alone, atol=1e-3)
 

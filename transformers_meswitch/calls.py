@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from .peft_method.live_choice import is_replayed
 from .peft_method.switch import ExpertSwitch
 
 __all__ = ["ExpertCallMixin"]
+
+#: One capture at a time: what layers share in a call is kept in the model.
+_CAPTURING = threading.RLock()
 
 
 class ExpertCallMixin:
@@ -49,7 +53,10 @@ class ExpertCallMixin:
                     "followed later. Give them to PeftModel's call or to generate, around the compiled model."
                 )
             # The choice is read from tensors; what is checked below was checked by whoever made it.
-            return self._replayed(batch, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self._replayed(batch, *args, **kwargs)
+            with _CAPTURING:
+                return self._replayed(batch, *args, **kwargs)
         if names is not None:
             if isinstance(names, str) or len(names) != batch:
                 raise UnsupportedOperationError(

@@ -15,12 +15,36 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.utils import logging
 
 from .errors import UnsupportedOperationError
 from .generation import STICKY, ExpertGenerationMixin, Experts, check_vocabulary, named, one_expert
 from .peft_method.switch import ExpertInfo, ExpertSwitch
 
 __all__ = ["ContinuousExpertMixin", "ExpertBatchingManager"]
+
+
+_LOGGER = logging.get_logger(__name__)
+
+
+def _call_as_written(config: Any) -> None:
+    """Let a manager call the model without CUDA graphs and compiled code.
+
+    Those read which expert is chosen when they run, and that may be another one by then than the manager's.
+
+    Args:
+        config: the manager's own copy of what it was asked for, with every default filled in.
+    """
+    compiled = [name for name in ("varlen_compile_config", "decode_compile_config") if getattr(config, name, None)]
+    if any(config.cuda_graph_booleans) or compiled:
+        _LOGGER.warning_once(
+            "A batching manager calls a model with experts without CUDA graphs and compiled code, which would follow "
+            "later choices of experts. Merge an expert (merge_and_unload) to serve it with them."
+        )
+    config.use_cuda_graph = (False, False)
+    config.use_async_batching = False
+    for name in compiled:
+        setattr(config, name, None)
 
 
 class ExpertBatchingManager(ContinuousBatchingManager):
@@ -36,6 +60,8 @@ class ExpertBatchingManager(ContinuousBatchingManager):
     ) -> ContinuousBatchingManager:
         """Make a manager that serves nothing yet serve an expert (`None` is the base)."""
         manager.__class__ = cls
+        if switch.live:
+            _call_as_written(manager.continuous_batching_config)
         manager.expert = expert
         manager._info = None if expert is None else switch.experts[expert]
         return manager

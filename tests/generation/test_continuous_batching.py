@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 from tests.fixtures_models import TinyFamily
 from tests.generation.conftest import NAMES, PROMPT
-from transformers_meswitch import MESwitchModelForCausalLM
+from transformers_meswitch import MESwitchModelForCausalLM, continuous_batching
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError, VocabularyError
 
 LENGTH = 8
@@ -78,6 +78,32 @@ def test_a_batch_by_one_expert(family: Any, expected: Any, name: str | None) -> 
     family.set_expert(name)
     assert tokens(family.generate_batch(INPUTS, config(), batching())) == expected[name]
     assert family.generate_batch([], config(), expert=name) == {}
+
+
+def test_no_manager_replays_what_would_follow_other_choices(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are kernels graphs and compiled code read the choice of the time when they run."""
+    warned: list[str] = []
+    monkeypatch.setattr(continuous_batching._LOGGER, "warning_once", warned.append)
+    asked = ContinuousBatchingConfig(**SMALL, varlen_compile_config=CompileConfig())
+    manager = family.init_continuous_batching(config(expert="math"), asked)
+    assert manager.continuous_batching_config.varlen_compile_config is not None  # without kernels each expert's own
+    assert not warned
+    family._meswitch_switch.live_on(torch.device("cpu"))
+    for graphs in (False, True):
+        manager = family.init_continuous_batching(config(expert="math"), asked)
+        resolved = manager.continuous_batching_config
+        if graphs:
+            resolved.use_cuda_graph, resolved.use_async_batching = (True, True), True
+            continuous_batching._call_as_written(resolved)
+        assert resolved.cuda_graph_booleans == (False, False)
+        assert not resolved.use_async_batching
+        assert resolved.varlen_compile_config is None
+        assert asked.varlen_compile_config is not None
+    assert len(warned) == 3
+    manager.start()
+    manager.add_request(INPUTS[0])
+    assert manager.get_result(timeout=60).error is None
+    manager.stop(block=True)
 
 
 def test_answers_end_at_the_experts_own_eos(ending_family: TinyFamily, endings: Any) -> None:

@@ -165,6 +165,7 @@ def test_comparing_and_sorting_group_alike(rows: int, device: str, monkeypatch: 
     torch._dynamo.reset()
     assert torch.equal(compiled(index).order, expected.order)
     assert len(launched) == (25 if rows <= 128 else 0)
+    torch.library.opcheck(row_groups._group_rows, (index,))
 
 
 @pytest.mark.gpu

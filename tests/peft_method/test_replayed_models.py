@@ -150,6 +150,60 @@ def test_capped_logits_and_learned_positions(model_type: str, tmp_path: Path) ->
 
 
 @needs_kernels
+def test_a_compiled_forward_and_norms_changed_in_part(tmp_path: Path) -> None:
+    """The forward alone is compiled, so the rows of the call are seen around it; biases of norms are the base's."""
+    base = build("gpt2", tied=True, num_hidden_layers=1)
+    for name, parameter in base.named_parameters():
+        if ".ln_" in name and name.endswith("bias"):
+            parameter += 1.0
+    base.save_pretrained(tmp_path / "base")
+    dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
+    for seed, name in enumerate(("one", "two")):
+        expert = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in expert.named_parameters():
+            if not (name == "one" and ".ln_" in key and key.endswith("bias")):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        expert.save_pretrained(tmp_path / name)
+        how = MESwitchConfig(bits=4, salient_channels=3)
+        delta = compress(
+            tmp_path / "base", tmp_path / name, tmp_path / f"{name}-delta", how, calibration=None, progress=False
+        )
+        dense[name] = dense_model(tmp_path / "base", delta)
+    deltas = {name: tmp_path / f"{name}-delta" for name in ("one", "two")}
+    model = MESwitchModelForCausalLM.from_pretrained(
+        tmp_path / "base", experts=deltas, dtype=torch.float32, device_map=DEVICE
+    ).eval()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    ids = torch.tensor([[5, 6], [7, 8]])
+    for names in (["one", "two"], ["two", None], ["one", "one"]):
+        with model._meswitch_switch.rows(names):
+            check(model(ids.to(DEVICE)).logits, dense, names, ids)
+    # Who takes the place of another has nothing of it.
+    for name in ("two", "one"):
+        model.delete_adapter(name)
+    model.load_adapter(deltas["two"], adapter_name="two")
+    model.delete_adapter("two")
+    model.load_adapter(deltas["one"], adapter_name="one")
+    with model._meswitch_switch.rows(["one", None]):
+        check(model(ids.to(DEVICE)).logits, dense, ["one", None], ids)
+
+
+@needs_kernels
+@pytest.mark.parametrize("made", ["model", "expert"])
+def test_what_was_loaded_in_inference_mode_can_be_changed(tiny_family: TinyFamily, dense: Any, made: str) -> None:
+    with torch.inference_mode(made == "model"):
+        model = load(tiny_family, "math")
+    with torch.inference_mode():
+        model.load_adapter(tiny_family.deltas["code"], adapter_name="code")
+    model.set_expert("math")
+    model.delete_adapter("code")
+    model.load_adapter(tiny_family.deltas["code"], adapter_name="again")
+    with torch.inference_mode(), model._meswitch_switch.rows(["again", None]):
+        check(model(IDS.to(DEVICE)).logits, dense, ["code", None], IDS)
+
+
+@needs_kernels
 def test_choices_that_would_not_be_followed_are_refused(tiny_family: TinyFamily, monkeypatch: Any) -> None:
     model = load(tiny_family, "math", "code")
     monkeypatch.setattr("transformers_meswitch.calls.is_replayed", lambda: True)
@@ -214,6 +268,13 @@ def test_a_captured_decoding_step_answers_as_every_expert(
     model.load_adapter(tiny_family.deltas["code"], adapter_name="again")
     start(["again", "again"], IDS)
     check(replay(), dense, ["code", "code"], torch.cat([prompt, IDS], 1))
+    live = model._meswitch_switch.live_on(torch.device(device))
+    assert live.worked_out is None
+    if INTERPRETED:
+        monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            record(lambda: model(token, **{name: cache}).logits, monkeypatch)()
+        assert live.worked_out is None
 
 
 @BOTH_SPEEDS
@@ -225,6 +286,8 @@ def test_in_the_interpreter(slow: bool) -> None:
         test_compiled_code_works_out_once_what_layers_share,
         test_a_larger_vocabulary_is_compiled_again,
         test_capped_logits_and_learned_positions,
+        test_a_compiled_forward_and_norms_changed_in_part,
+        test_what_was_loaded_in_inference_mode_can_be_changed,
         test_choices_that_would_not_be_followed_are_refused,
         test_a_captured_decoding_step_answers_as_every_expert,
         slow=slow,

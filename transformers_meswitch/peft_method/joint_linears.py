@@ -18,6 +18,7 @@ from torch import nn
 from meswitch_kernels import RowGroups, fused_linears
 
 from .kernel_path import is_plain_linear
+from .live_choice import is_replayed
 
 if TYPE_CHECKING:
     from .linear_layer import LinearLayer
@@ -82,14 +83,17 @@ class JointLinears:
             groups: the rows by expert.
 
         Returns:
-            ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: in inference
-            mode, whose tensors do not tell that they were written to; where one of the layers is no plain linear or
-            has an input of another kind than kernels take; and where the module does not ask for all of them. Where
-            ``torch.compile`` traces a layer rather than the model, too.
+            ``[..., out]`` of the dtype of ``x``; `None` where the layers have to be multiplied by apart: where one of
+            them is no plain linear or has an input of another kind than kernels take; where a part of the model is
+            compiled or captured rather than its call; and, unless ``torch.compile`` traces, in inference mode, whose
+            tensors do not tell that they were written to, and where the module does not ask for all of them.
         """
         if torch.compiler.is_compiling():
             return self._take_traced(layer, x, groups)
         if torch.is_inference_mode_enabled() or x.is_inference():
+            return None
+        if is_replayed() and layer.switch.live_on(x.device).worked_out is None:
+            # Part of a model is captured, whose layers group rows for themselves.
             return None
         own = self._of_thread
         kept: _Kept | None = getattr(own, "kept", None)
@@ -121,12 +125,15 @@ class JointLinears:
         # Modules are keys that all releases of torch trace.
         key = self._layers[0]
         if key not in call:
-            call[key] = (x, self._multiply(x, groups))
+            call[key] = x, dict(zip(self._layers, self._multiply(x, groups), strict=True))
         of, outputs = call[key]
-        if of is not x:
+        if of is not x or layer not in outputs:
             # Of another input, like keys and values of an image's states: the rest of them apart.
             return None
-        return next(y for other, y in zip(self._layers, outputs, strict=True) if other is layer)
+        y = outputs.pop(layer)
+        if not outputs:
+            del call[key]  # code with graph breaks would hold on to it until the call ends
+        return y
 
     def _multiply(self, x: torch.Tensor, groups: RowGroups) -> list[torch.Tensor]:
         """All layers' outputs ``[..., out]`` in one launch."""

@@ -52,11 +52,13 @@ class LiveChoice:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # The base alone until something is written.
-        self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
-        self._known = torch.zeros_like(self._names)
-        self._count = torch.ones((), dtype=torch.int64, device=device)
-        self._worked_out: dict[Any, Any] | None = None
+        # The base alone until something is written, in whatever mode this is made.
+        with torch.inference_mode(False):
+            self._names = torch.full((_MOST_NAMES,), -1, dtype=torch.int32, device=device)
+            self._known = torch.zeros_like(self._names)
+            self._count = torch.ones((), dtype=torch.int64, device=device)
+        self._captured: dict[Any, Any] | None = None
+        self._traced: dict[Any, Any] | None = None
         load_group_rows(device)
 
     def write(self, slots: Sequence[int], known: Sequence[int]) -> None:
@@ -98,16 +100,26 @@ class LiveChoice:
 
     def begin(self) -> None:
         """A call of the model begins, until :meth:`end` of which what is worked out is kept, as it is of one graph."""
-        self._worked_out = {}
+        if torch.compiler.is_compiling():
+            self._traced = {}
+        else:
+            self._captured = {}
 
     def end(self) -> None:
         """A call of the model ended."""
-        self._worked_out = None
+        if torch.compiler.is_compiling():
+            self._traced = None
+        else:
+            self._captured = None
 
     @property
     def worked_out(self) -> dict[Any, Any] | None:
-        """What was worked out in the model's call so far, for whoever adds to it; `None` outside of one."""
-        return self._worked_out
+        """What was worked out in the model's call so far, for whoever adds to it; `None` outside of one.
+
+        Compiled code sees what was begun while it was traced: a layer that was compiled alone is not to be compiled
+        anew for whether a graph is being captured around it.
+        """
+        return self._traced if torch.compiler.is_compiling() else self._captured
 
     def groups(self, batch: int, repeats: int) -> RowGroups:
         """The rows by expert, as the kernels take them; worked out once a call of the model."""
@@ -115,7 +127,7 @@ class LiveChoice:
         return groups
 
     def _once(self, what: tuple[str, int, int], work_out: Callable[[], Any]) -> Any:
-        kept = self._worked_out
+        kept = self.worked_out
         if kept is None:
             return work_out()
         # In compiled code, too: its compiler does not find out that layers ask for the same.

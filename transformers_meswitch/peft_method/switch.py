@@ -148,7 +148,7 @@ class ExpertSwitch:
         scratch: memory for experts' whole weights, by device on which kernels run.
         widest_vocabulary: what :attr:`vocab_capacity` was at most: the width of logits that are compiled or captured,
             which deleting an expert must not change.
-        replayed_batch: rows of the model's call, while one is compiled or captured.
+        replayed_batch: rows of the model's call, for what is compiled or captured of it.
     """
 
     base_vocab_size: int
@@ -328,16 +328,19 @@ class ExpertSwitch:
         with ExitStack() as scratch:
             for memory in self.scratch.values():
                 scratch.enter_context(memory.call())
-            if choice is None:
-                yield
-                return
-            if batch is not None:
+            if choice is not None and batch is not None:
                 choice.check_batch(batch)
-            before, choice.batch = choice.batch, batch
+            # The model's forward, or a module in it, may be compiled where its call is not.
+            outer, self.replayed_batch = self.replayed_batch, batch
+            before = None if choice is None else choice.batch
+            if choice is not None:
+                choice.batch = batch
             try:
                 yield
             finally:
-                choice.batch = before
+                self.replayed_batch = outer
+                if choice is not None:
+                    choice.batch = before
 
     @property
     def rows_apart(self) -> int:

@@ -43,7 +43,9 @@ class ValuesLayer(MESwitchLayer):
             self.stack = ValuesStack(base)
         if self.stack is not None:
             self.stack.ask(base)
-            self.stack.put(expert, self.switch.slots.of(expert), self._own(delta))
+            # All of them: a delta lists only those that differ.
+            whole = {**dict(base.named_parameters(recurse=False)), **self._own(delta)}
+            self.stack.put(expert, self.switch.slots.of(expert), whole)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As of every wrapped layer; the stack forgets the expert, too."""

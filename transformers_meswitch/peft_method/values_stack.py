@@ -50,11 +50,12 @@ class ValuesStack(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         first = next(base.parameters())
-        self.register_buffer("has", torch.zeros(ROOM + 1, dtype=torch.bool, device=first.device), persistent=False)
         self._names = [name for name, _ in base.named_parameters(recurse=False)]
         self._slots: dict[str, int] = {}
-        for name, parameter in base.named_parameters(recurse=False):
-            self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM + 1, *parameter.shape), persistent=False)
+        with torch.inference_mode(False), torch.no_grad():  # written to later, in whatever mode it is made
+            self.register_buffer("has", torch.zeros(ROOM + 1, dtype=torch.bool, device=first.device), persistent=False)
+            for name, parameter in base.named_parameters(recurse=False):
+                self.register_buffer(f"of_{name}", parameter.new_zeros(ROOM + 1, *parameter.shape), persistent=False)
         self._norm: NormKind | None = None
         self._asked: tuple[torch.dtype, torch.device] | None = None
         self.ask(base)
@@ -85,7 +86,7 @@ class ValuesStack(nn.Module):
             self.norm(base, first.new_ones(1, *first.shape), torch.zeros(1, dtype=torch.int32, device=first.device))
 
     def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
-        """Enter an expert: its name, its slot, and its own parameters by name."""
+        """Enter an expert: its name, its slot, and all parameters of its module by name, the base's among them."""
         # A graph that was captured with fewer has to be captured again, as the documentation says.
         while slot >= self.has.shape[0] - 1:
             self._double()

@@ -58,7 +58,8 @@ class ExpertTable:
     ) -> None:
         self.out_features = out_features
         self.in_features = in_features
-        self.rows = torch.zeros(slots, len(COLUMNS), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # written to later, in whatever mode it is made
+            self.rows = torch.zeros(slots, len(COLUMNS), dtype=torch.int64, device=device)
         self._held: list[tuple[torch.Tensor, ...]] = [()] * slots
 
     @property

@@ -45,8 +45,9 @@ class RowsTable:
 
     def __init__(self, slots: int, width: int, device: torch.device | str | None = None) -> None:
         self.width = width
-        self.coded = torch.zeros(slots, len(COLUMNS), dtype=torch.int64, device=device)
-        self.rows = torch.zeros(slots, len(ROWS_COLUMNS), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # written to later, in whatever mode they are made
+            self.coded = torch.zeros(slots, len(COLUMNS), dtype=torch.int64, device=device)
+            self.rows = torch.zeros(slots, len(ROWS_COLUMNS), dtype=torch.int64, device=device)
         self._held: list[tuple[torch.Tensor, ...]] = [()] * slots
 
     @property
