@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -238,3 +239,18 @@ def test_evidence_of_the_delta_that_was_there_before_goes(
     AutoModelForCausalLM.from_pretrained(tiny_family.deltas["code"]).save_pretrained(verified)
     assert not (verified / EVIDENCE).exists()
     assert "## Fidelity" not in (verified / "README.md").read_text()
+
+
+def test_a_delta_saved_elsewhere_names_the_base_where_it_is(tiny_family: TinyFamily, tmp_path: Path) -> None:
+    """In a family the base is named from the delta's own folder, which says nothing to a delta saved elsewhere."""
+    moved = tmp_path / "family" / "experts" / "math"
+    shutil.copytree(tiny_family.deltas["math"], moved)
+    config = moved / "adapter_config.json"
+    stated = json.loads(config.read_text())
+    config.write_text(json.dumps({**stated, "base_model_name_or_path": "../../base"}))
+    model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts={"math": moved})
+    model.set_expert("math")
+    expected = model(prompt()).logits
+    save_expert(model, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(prompt()).logits, expected)

@@ -82,6 +82,12 @@ def push_folder(
             f"{folder} holds neither {ADAPTER_CONFIG_NAME} (a delta) nor config.json (a family); pass the folder that "
             "save_pretrained() or compress() wrote."
         )
+    is_delta = (folder / ADAPTER_CONFIG_NAME).is_file()
+    if not is_delta and _json(folder / "config.json").get("model_type") != MESwitchFamilyConfig.model_type:
+        raise DeltaFormatError(
+            f"{folder} holds a full model, neither a delta nor a family; push the model with its own push_to_hub, or "
+            "compress it and push the delta."
+        )
     for path in _files(folder).values():
         if path.name in _CONFIGS:
             _check_portable(path)

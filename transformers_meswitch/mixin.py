@@ -79,9 +79,11 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin, RoutingMixin):
         """PEFT's name for :meth:`set_expert`. A list may name one expert.
 
         Raises:
-            ExpertNotFoundError: the expert is not loaded.
+            ExpertNotFoundError: the expert is not loaded, or `None`.
             UnsupportedOperationError: several experts.
         """
+        if adapter_name is None:
+            raise ExpertNotFoundError("set_adapter(None) names no expert; use set_expert(None) or disable_adapters().")
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             if name not in self._meswitch_switch.experts:

@@ -204,13 +204,17 @@ def _own_generation_config(model: Any, expert: str, assets: Collection[Path]) ->
 
 
 def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchExpertConfig:
-    """The expert's config in today's format version, without the name of a folder where the base's Hub id is known."""
+    """The expert's config in today's format version; the base by its Hub id if that is known, else by its folder."""
     changes: dict[str, Any] = {
         "expert_model_name_or_path": hub_id(config.expert_model_name_or_path),
         # What an earlier version can hold means the same in this one.
         "format_version": FORMAT_VERSION,
     }
     name = str(model.name_or_path)
+    base = str(config.base_model_name_or_path)
+    if hub_id(base) is None and not Path(base).is_absolute() and Path(name).is_dir():
+        # It was relative to where the delta was, and is not to where it is written.
+        changes["base_model_name_or_path"] = str(Path(name).resolve())
     if hub_id(config.base_model_name_or_path) is None and hub_id(name) and not _download(model).get("subfolder"):
         changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}
     return dataclasses.replace(config, **changes)

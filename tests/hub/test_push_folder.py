@@ -111,6 +111,9 @@ def test_branch_and_pull_request(hub, client, delta_folder):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(DeltaFormatError, match="neither adapter_config"):
         push_folder(tmp_path, "alice/delta")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DeltaFormatError, match="holds a full model, neither a delta nor a family"):
+        push_folder(tmp_path, "alice/delta")
 
 
 def test_paths_of_this_machine_are_refused_wherever_they_stand(tmp_path):
@@ -124,7 +127,11 @@ def test_paths_of_this_machine_are_refused_wherever_they_stand(tmp_path):
         with pytest.raises(UnsupportedOperationError, match="Push the base, load it by its Hub id"):
             push_folder(tmp_path, "alice/delta")
     (tmp_path / "adapter_config.json").unlink()
-    family = {"base_model_name_or_path": "alice/base", "experts": {"a": {"repo": "./experts/a"}}}
+    family = {
+        "model_type": "meswitch",
+        "base_model_name_or_path": "alice/base",
+        "experts": {"a": {"repo": "./experts/a"}},
+    }
     write("config.json", **family)
     write("experts/a/adapter_config.json", base_model_name_or_path="/data/secret")
     with pytest.raises(
@@ -165,7 +172,8 @@ def test_only_what_belongs_is_pushed_and_dropped_experts_are_deleted(hub, client
 
     def push_family(*experts):
         references = {name: {"repo": f"./experts/{name}"} for name in experts}
-        (folder / "config.json").write_text(json.dumps({"base_model_name_or_path": "./base", "experts": references}))
+        config = {"model_type": "meswitch", "base_model_name_or_path": "./base", "experts": references}
+        (folder / "config.json").write_text(json.dumps(config))
         push(folder)
         return {path for path in hub.repos["alice/delta"].history()[0].files if path != ".gitattributes"}
 

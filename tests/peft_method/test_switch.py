@@ -122,6 +122,7 @@ def test_an_unknown_expert_is_refused_with_the_names_of_those_loaded(model: Any)
         lambda: model.generate(prompt(rows=2), expert=["math", "chess"]),
         lambda: model.get_adapter_state_dict("chess"),
         lambda: model.merge_adapter(["chess"]),
+        lambda: model.merge_adapter("chess"),
         lambda: model.tokenizer_for("chess"),
     ]
     for call in calls:
@@ -129,6 +130,8 @@ def test_an_unknown_expert_is_refused_with_the_names_of_those_loaded(model: Any)
             call()
     with pytest.raises(UnsupportedOperationError, match=r"\['math', 'code'\]"):
         model.set_adapter(["math", "code"])
+    with pytest.raises(ExpertNotFoundError, match=r"set_expert\(None\)"):
+        model.set_adapter(None)
     before.assert_unchanged(model)
 
 

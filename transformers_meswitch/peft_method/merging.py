@@ -17,7 +17,7 @@ __all__ = ["describe_expert", "merge_expert", "unload", "unmerge_expert"]
 
 
 def merge_expert(
-    model: Any, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    model: Any, adapter_names: list[str] | str | None = None, safe_merge: bool = False, progressbar: bool = False
 ) -> None:
     """Write W + Δ̂ into the base's modules; the base's own tensors are set aside for :func:`unmerge_expert`.
 
@@ -26,7 +26,7 @@ def merge_expert(
 
     Args:
         model: the model.
-        adapter_names: the expert, as a list of one; the active one if `None`.
+        adapter_names: the expert, as a list of one or by itself; the active one if `None`.
         safe_merge: refuse non-finite results.
         progressbar: show one.
 
@@ -37,6 +37,8 @@ def merge_expert(
     """
     switch = switch_of(model)
     names = adapter_names if adapter_names is not None else ([] if switch is None else list(switch.active))
+    if isinstance(names, str):
+        names = [names]
     if switch is None or not names:
         raise ExpertNotFoundError("There is no expert to merge: name one, or make one active with set_expert().")
     experts = [known_expert(name, switch.experts) for name in names]
