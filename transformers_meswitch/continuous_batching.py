@@ -24,7 +24,7 @@ from .peft_method.switch import ExpertInfo, ExpertSwitch
 __all__ = ["ContinuousExpertMixin", "ExpertBatchingManager"]
 
 
-_LOGGER = logging.get_logger(__name__)
+logger = logging.get_logger(__name__)
 
 
 def _call_as_written(config: Any) -> None:
@@ -37,7 +37,7 @@ def _call_as_written(config: Any) -> None:
     """
     compiled = [name for name in ("varlen_compile_config", "decode_compile_config") if getattr(config, name, None)]
     if any(config.cuda_graph_booleans) or compiled:
-        _LOGGER.warning_once(
+        logger.warning_once(
             "A batching manager calls a model with experts without CUDA graphs and compiled code, which would follow "
             "later choices of experts. Merge an expert (merge_and_unload) to serve it with them."
         )

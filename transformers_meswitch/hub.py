@@ -77,12 +77,12 @@ def push_folder(
             not be reached; see :func:`~transformers_meswitch.hub_commit.commit`.
     """
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+    is_delta = (folder / ADAPTER_CONFIG_NAME).is_file()
+    if not is_delta and not (folder / "config.json").is_file():
         raise DeltaFormatError(
             f"{folder} holds neither {ADAPTER_CONFIG_NAME} (a delta) nor config.json (a family); pass the folder that "
             "save_pretrained() or compress() wrote."
         )
-    is_delta = (folder / ADAPTER_CONFIG_NAME).is_file()
     if not is_delta and _json(folder / "config.json").get("model_type") != MESwitchFamilyConfig.model_type:
         raise DeltaFormatError(
             f"{folder} holds a full model, neither a delta nor a family; push the model with its own push_to_hub, or "

@@ -325,7 +325,7 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin, RoutingMixin):
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: list[str] | str | None = None, safe_merge: bool = False) -> None:
         """Write one expert into the base weights, for speed; see :func:`~.peft_method.merging.merge_expert`."""
         merge_expert(self, adapter_names, safe_merge)
 
@@ -334,7 +334,7 @@ class MESwitchMixin(ExpertCallMixin, TokenizerMixin, RoutingMixin):
         unmerge_expert(self)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | str | None = None
     ) -> PreTrainedModel:
         """Merge one expert and return the plain model; all other experts are gone."""
         merge_expert(self, adapter_names, safe_merge, progressbar)

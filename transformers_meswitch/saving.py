@@ -210,13 +210,13 @@ def _published(model: MESwitchMixin, config: MESwitchExpertConfig) -> MESwitchEx
         # What an earlier version can hold means the same in this one.
         "format_version": FORMAT_VERSION,
     }
-    name = str(model.name_or_path)
-    base = str(config.base_model_name_or_path)
-    if hub_id(base) is None and not Path(base).is_absolute() and Path(name).is_dir():
-        # It was relative to where the delta was, and is not to where it is written.
-        changes["base_model_name_or_path"] = str(Path(name).resolve())
-    if hub_id(config.base_model_name_or_path) is None and hub_id(name) and not _download(model).get("subfolder"):
-        changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}
+    name, base = str(model.name_or_path), config.base_model_name_or_path
+    if hub_id(base) is None:
+        if hub_id(name) and not _download(model).get("subfolder"):
+            changes |= {"base_model_name_or_path": name, "revision": _base_commit(model)}
+        elif not Path(str(base)).is_absolute() and Path(name).is_dir():
+            # It was relative to where the delta was, and is not to where it is written.
+            changes["base_model_name_or_path"] = str(Path(name).resolve())
     return dataclasses.replace(config, **changes)
 
 

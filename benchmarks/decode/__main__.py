@@ -13,6 +13,7 @@ goes to ``benchmarks/results``.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     model: Any = random_model(config, device)
     base_bytes = weight_bytes(model)
-    rows = [
-        step_row(f"the plain base, {count} rows", model, count, base_bytes, bandwidth, graph=cuda, compiled=compiled)
-        for count in (1, experts)
-    ]
+    row = functools.partial(step_row, bandwidth=bandwidth, graph=cuda, compiled=compiled)
+    rows = [row(f"the plain base, {count} rows", model, count, base_bytes) for count in (1, experts)]
     names = [f"expert{number}" for number in range(experts)]
     for seed, name in enumerate(names):
         delta, tensors = random_expert(config, request, seed, rows_bits=rows_bits, device=device)
@@ -108,17 +107,10 @@ def measure(
     memory = torch.cuda.max_memory_allocated() if cuda else None
     one = weight_bytes(model, f".{LEAF_PREFIX}.{module_key(names[0])}.")
     model.set_expert(names[0])
-    rows.append(step_row("one expert, 1 row", model, 1, base_bytes + one, bandwidth, graph=cuda, compiled=compiled))
-    rows.append(
-        step_row(
-            f"one expert, {experts} rows", model, experts, base_bytes + one, bandwidth, graph=cuda, compiled=compiled
-        )
-    )
+    rows.append(row("one expert, 1 row", model, 1, base_bytes + one))
+    rows.append(row(f"one expert, {experts} rows", model, experts, base_bytes + one))
     with model._meswitch_switch.rows(names):
-        read = base_bytes + experts * one
-        rows.append(
-            step_row(f"{experts} experts, a row each", model, experts, read, bandwidth, graph=cuda, compiled=compiled)
-        )
+        rows.append(row(f"{experts} experts, a row each", model, experts, base_bytes + experts * one))
     del model
     if cuda:
         torch.cuda.empty_cache()

@@ -83,7 +83,7 @@ def test_a_batch_by_one_expert(family: Any, expected: Any, name: str | None) -> 
 def test_no_manager_replays_what_would_follow_other_choices(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are kernels graphs and compiled code read the choice of the time when they run."""
     warned: list[str] = []
-    monkeypatch.setattr(continuous_batching._LOGGER, "warning_once", warned.append)
+    monkeypatch.setattr(continuous_batching.logger, "warning_once", warned.append)
     asked = ContinuousBatchingConfig(**SMALL, varlen_compile_config=CompileConfig())
     manager = family.init_continuous_batching(config(expert="math"), asked)
     assert manager.continuous_batching_config.varlen_compile_config is not None  # without kernels each expert's own

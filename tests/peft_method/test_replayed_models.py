@@ -119,28 +119,42 @@ def test_a_larger_vocabulary_is_compiled_again(tiny_family: TinyFamily, dense: A
     check(logits, dense, ["code"] * 2, IDS)
 
 
+def one_and_two(
+    folder: Path, base: Any, changed: Callable[[str, Any], list[torch.nn.Parameter]]
+) -> tuple[Any, dict[str | None, Any], dict[str, Path]]:
+    """A model with experts ``one`` and ``two`` of a base, their dense models, and their deltas.
+
+    Of an expert the parameters that ``changed`` returns differ from the base's.
+    """
+    base.save_pretrained(folder / "base")
+    dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(folder / "base")}
+    deltas = {}
+    how = MESwitchConfig(bits=4, salient_channels=3)
+    for seed, name in enumerate(("one", "two")):
+        expert = AutoModelForCausalLM.from_pretrained(folder / "base")
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in changed(name, expert):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        expert.save_pretrained(folder / name)
+        out = folder / f"{name}-delta"
+        deltas[name] = compress(folder / "base", folder / name, out, how, calibration=None, progress=False)
+        dense[name] = dense_model(folder / "base", deltas[name])
+    model = MESwitchModelForCausalLM.from_pretrained(
+        folder / "base", experts=deltas, dtype=torch.float32, device_map=DEVICE
+    )
+    return model.eval(), dense, deltas
+
+
 @needs_kernels
 @pytest.mark.parametrize("model_type", ["gemma2", pytest.param("gpt2", marks=SLOW)])
 def test_capped_logits_and_learned_positions(model_type: str, tmp_path: Path) -> None:
-    build(model_type, tied=True, num_hidden_layers=1).save_pretrained(tmp_path / "base")
-    dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
-    for seed, (name, added) in enumerate((("one", 0), ("two", 3))):
-        expert = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        expert.resize_token_embeddings(VOCABULARY + added, mean_resizing=False)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in expert.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        expert.save_pretrained(tmp_path / name)
-        how = MESwitchConfig(bits=4, salient_channels=3)
-        delta = compress(
-            tmp_path / "base", tmp_path / name, tmp_path / f"{name}-delta", how, calibration=None, progress=False
-        )
-        dense[name] = dense_model(tmp_path / "base", delta)
-    deltas = {name: tmp_path / f"{name}-delta" for name in ("one", "two")}
-    model = MESwitchModelForCausalLM.from_pretrained(
-        tmp_path / "base", experts=deltas, dtype=torch.float32, device_map=DEVICE
-    )
-    compiled = torch.compile(model.eval(), fullgraph=True, backend="eager")
+    def grow(name: str, expert: Any) -> list[torch.nn.Parameter]:
+        expert.resize_token_embeddings(VOCABULARY + (3 if name == "two" else 0), mean_resizing=False)
+        return list(expert.parameters())
+
+    base = build(model_type, tied=True, num_hidden_layers=1)
+    model, dense, _ = one_and_two(tmp_path, base, grow)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.tensor([[5, 6], [7, 8]])
     compiled(ids.to(DEVICE))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -156,24 +170,12 @@ def test_a_compiled_forward_and_norms_changed_in_part(tmp_path: Path) -> None:
     for name, parameter in base.named_parameters():
         if ".ln_" in name and name.endswith("bias"):
             parameter += 1.0
-    base.save_pretrained(tmp_path / "base")
-    dense: dict[str | None, Any] = {None: AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
-    for seed, name in enumerate(("one", "two")):
-        expert = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in expert.named_parameters():
-            if not (name == "one" and ".ln_" in key and key.endswith("bias")):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        expert.save_pretrained(tmp_path / name)
-        how = MESwitchConfig(bits=4, salient_channels=3)
-        delta = compress(
-            tmp_path / "base", tmp_path / name, tmp_path / f"{name}-delta", how, calibration=None, progress=False
-        )
-        dense[name] = dense_model(tmp_path / "base", delta)
-    deltas = {name: tmp_path / f"{name}-delta" for name in ("one", "two")}
-    model = MESwitchModelForCausalLM.from_pretrained(
-        tmp_path / "base", experts=deltas, dtype=torch.float32, device_map=DEVICE
-    ).eval()
+
+    def changed(name: str, expert: Any) -> list[torch.nn.Parameter]:
+        everything = expert.named_parameters()
+        return [p for key, p in everything if not (name == "one" and ".ln_" in key and key.endswith("bias"))]
+
+    model, dense, deltas = one_and_two(tmp_path, base, changed)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     ids = torch.tensor([[5, 6], [7, 8]])
     for names in (["one", "two"], ["two", None], ["one", "one"]):

@@ -92,9 +92,6 @@ class JointLinears:
             return self._take_traced(layer, x, groups)
         if torch.is_inference_mode_enabled() or x.is_inference():
             return None
-        if is_replayed() and layer.switch.live_on(x.device).worked_out is None:
-            # Part of a model is captured, whose layers group rows for themselves.
-            return None
         own = self._of_thread
         kept: _Kept | None = getattr(own, "kept", None)
         if kept is not None and kept.are_of(x, groups):
@@ -106,6 +103,9 @@ class JointLinears:
             unasked = unasked + 1 if kept.outputs else 0
             own.kept, own.unasked = None, unasked
         if unasked >= _MOST_UNASKED:
+            return None
+        if is_replayed() and layer.switch.live_on(x.device).worked_out is None:
+            # Part of a model is captured, whose layers group rows for themselves.
             return None
         if not all(joins(other, x) for other in self._layers):
             return None

@@ -37,8 +37,7 @@ def merge_expert(
     """
     switch = switch_of(model)
     names = adapter_names if adapter_names is not None else ([] if switch is None else list(switch.active))
-    if isinstance(names, str):
-        names = [names]
+    names = [names] if isinstance(names, str) else names
     if switch is None or not names:
         raise ExpertNotFoundError("There is no expert to merge: name one, or make one active with set_expert().")
     experts = [known_expert(name, switch.experts) for name in names]

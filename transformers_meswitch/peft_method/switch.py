@@ -325,22 +325,18 @@ class ExpertSwitch:
     def batch_of(self, batch: int | None) -> Iterator[None]:
         """The model's call is inside the block, with so many rows, for layers that see one row for all of them."""
         choice = self._choice
-        with ExitStack() as scratch:
+        with ExitStack() as undo:
             for memory in self.scratch.values():
-                scratch.enter_context(memory.call())
-            if choice is not None and batch is not None:
-                choice.check_batch(batch)
-            # The model's forward, or a module in it, may be compiled where its call is not.
-            outer, self.replayed_batch = self.replayed_batch, batch
-            before = None if choice is None else choice.batch
+                undo.enter_context(memory.call())
             if choice is not None:
+                if batch is not None:
+                    choice.check_batch(batch)
+                undo.callback(setattr, choice, "batch", choice.batch)
                 choice.batch = batch
-            try:
-                yield
-            finally:
-                self.replayed_batch = outer
-                if choice is not None:
-                    choice.batch = before
+            # The model's forward, or a module in it, may be compiled where its call is not.
+            undo.callback(setattr, self, "replayed_batch", self.replayed_batch)
+            self.replayed_batch = batch
+            yield
 
     @property
     def rows_apart(self) -> int:

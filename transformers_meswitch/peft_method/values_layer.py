@@ -43,9 +43,7 @@ class ValuesLayer(MESwitchLayer):
             self.stack = ValuesStack(base)
         if self.stack is not None:
             self.stack.ask(base)
-            # All of them: a delta lists only those that differ.
-            whole = {**dict(base.named_parameters(recurse=False)), **self._own(delta)}
-            self.stack.put(expert, self.switch.slots.of(expert), whole)
+            self.stack.put(expert, self.switch.slots.of(expert), self._whole(base, delta))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As of every wrapped layer; the stack forgets the expert, too."""
@@ -80,8 +78,12 @@ class ValuesLayer(MESwitchLayer):
         view = copy.copy(base)
         # accelerate's hook is a bound ``forward`` of the original module; the copy must use its own.
         view.__dict__.pop("forward", None)
-        view._parameters = {**base._parameters, **self._own(delta)}  # type: ignore[dict-item]
+        view._parameters = self._whole(base, delta)  # type: ignore[assignment]
         return view
+
+    def _whole(self, base: nn.Module, delta: ValuesDelta) -> dict[str, torch.Tensor | None]:
+        """All parameters of the expert's module: a delta lists those that differ from the base's."""
+        return {**base._parameters, **self._own(delta)}
 
     def _own(self, delta: ValuesDelta) -> dict[str, torch.Tensor]:
         base = self.get_base_layer()._parameters

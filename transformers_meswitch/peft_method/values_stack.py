@@ -85,13 +85,13 @@ class ValuesStack(nn.Module):
             # While a graph is captured CUDA loads no kernel, so it is launched here for the first time.
             self.norm(base, first.new_ones(1, *first.shape), torch.zeros(1, dtype=torch.int32, device=first.device))
 
-    def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor]) -> None:
+    def put(self, expert: str, slot: int, values: Mapping[str, torch.Tensor | None]) -> None:
         """Enter an expert: its name, its slot, and all parameters of its module by name, the base's among them."""
         # A graph that was captured with fewer has to be captured again, as the documentation says.
         while slot >= self.has.shape[0] - 1:
             self._double()
-        for name, value in values.items():
-            getattr(self, f"of_{name}")[slot].copy_(value)
+        for name in self._names:
+            getattr(self, f"of_{name}")[slot].copy_(values[name])  # type: ignore[arg-type]  # the base has all of them
         self.has[slot] = True
         self._slots[expert] = slot
 
