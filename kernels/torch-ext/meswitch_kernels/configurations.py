@@ -83,6 +83,10 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
         Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
         Key("several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
         Key("several", "int16"): Configuration(block_out=32, programs=4, max_registers=128),
+        # So few channels and so many codes that a warp would have too many of them.
+        Key("several", "int16", 4096, 14336): Configuration(
+            block_out=32, warps=8, sharers=8, programs=2, max_registers=128
+        ),
         Key("head_single", "exact"): Configuration(block_out=32, programs=4),
         Key("head_single", "int16"): Configuration(block_out=32, programs=4, max_registers=128),
         Key("head_several", "exact"): Configuration(block_out=32, stages=3, programs=3),
