@@ -79,7 +79,7 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
         },
         Key("single", "exact"): Configuration(block_out=32, programs=4),
         Key("single", "int8"): Configuration(block_out=32, programs=6),
-        Key("single", "int16"): Configuration(block_out=32, programs=5, max_registers=96),
+        Key("single", "int16"): Configuration(warps=2, programs=10, max_registers=96),
         Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
         Key("several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
         Key("several", "int16"): Configuration(block_out=32, programs=4, max_registers=128),

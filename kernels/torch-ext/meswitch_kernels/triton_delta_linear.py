@@ -96,8 +96,10 @@ def _delta_linear_kernel(
                 if HAS_BASE:
                     delta += tl.load(base_out + where, mask=both, other=0.0).to(tl.float32)
                 tl.store(y + where, delta.to(y.dtype.element_ty), mask=both)
-    # Programs that found nothing to do have to, too: see :func:`allow_next`.
-    wait_for_previous(OVERLAP)
+    # One program has to, whether it found something to do or not: see :func:`allow_next`. Others that found nothing
+    # make room at once, for the kernel of the other groups, which can so begin while activations are being prepared.
+    if tl.program_id(0) == 0:
+        wait_for_previous(OVERLAP)
 
 
 def delta_linear_triton(

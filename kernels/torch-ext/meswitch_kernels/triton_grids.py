@@ -35,8 +35,8 @@ _TENSOR_CORE_ROWS = 16
 def allow_next(OVERLAP: tl.constexpr) -> None:
     """Let the next kernel of the stream start; what this one stores it sees after :func:`wait_for_previous`.
 
-    Who waits for a kernel has waited for what came before it only if that kernel waited itself, in each of its
-    programs, if only at its end. The kernels here do, and what runs before them has to, whoever made it. The first of
+    Who waits for a kernel has waited for what came before it only if that kernel waited itself, in one of its programs
+    at least, if only at its end. The kernels here do, and what runs before them has to, whoever made it. The first of
     a call lets the next one start after its own wait: so the next may read, before it waits, what was there before
     the call: inputs, groups and tables, but not what the first one writes.
     """
@@ -54,19 +54,20 @@ def wait_for_previous(OVERLAP: tl.constexpr) -> None:
 def group_launches(
     rows: int, channels: Sequence[int], single: Configuration, several: Configuration, device: torch.device
 ) -> Iterator[tuple[int, int, Configuration]]:
-    """The kernels of groups of one row and of several: rows of a program, programs, and sizes of blocks.
+    """The kernels of groups of several rows and of one: rows of a program, programs, and sizes of blocks.
 
-    ``channels`` are those of each linear.
+    ``channels`` are those of each linear. The second kernel begins later than the first even if that finds nothing to
+    do. Groups of several rows come first, since theirs takes less time, so there is more to lose.
 
     >>> sizes = Configuration(block_out=16)
     >>> [launch[:2] for launch in group_launches(4, [24], sizes, sizes, torch.device("cpu"))]
-    [(1, 8), (16, 4)]
+    [(16, 4), (1, 8)]
     """
-    blocks = sum(triton.cdiv(own, single.block_out) for own in channels)
-    yield 1, program_count(rows * blocks, single, device), single
     if rows > 1:
         pieces = rows // 2 * sum(triton.cdiv(own, several.block_out) for own in channels)
         yield _TENSOR_CORE_ROWS, program_count(pieces, several, device), several
+    blocks = sum(triton.cdiv(own, single.block_out) for own in channels)
+    yield 1, program_count(rows * blocks, single, device), single
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
