@@ -191,6 +191,19 @@ class MESwitchConfig(QuantizationConfigMixin):
         return cls(base_model_name_or_path, base_revision, **(settings | overrides))
 
     @property
+    def peft_type(self) -> str:
+        """There is none: PEFT asks its own configs for it.
+
+        Raises:
+            AttributeError: always, with what to do instead.
+        """
+        raise AttributeError(
+            "A MESwitchConfig says how a finished fine-tune is compressed, it is no config of an adapter to train. "
+            "Compress with AutoModelForCausalLM.from_pretrained(expert, quantization_config=config), and attach what "
+            "that saves with PeftModel.from_pretrained(base, delta) or base.load_adapter(delta)."
+        )
+
+    @property
     def budget(self) -> tuple[str, float] | None:
         """The budget's name and value; `None` where ``bits`` holds."""
         return next(((name, getattr(self, name)) for name in _BUDGETS if getattr(self, name) is not None), None)

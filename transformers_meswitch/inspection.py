@@ -204,6 +204,7 @@ def relative_errors(delta: Delta, base: str, expert: str, *, progress: Progress 
         progress: wraps the module names.
 
     Raises:
+        BaseMismatchError: the delta was formed against another base.
         CheckpointError: weights are absent, truncated, or only pickles.
         CompressionError: a checkpoint does not fit its configuration.
         DeltaFormatError: the delta changes a layer that the checkpoints lack, or whose sizes are others.
@@ -227,10 +228,13 @@ def exact_deltas(delta: Delta, names: Iterable[str], base: str, expert: str) -> 
     from .compression.rows import coded_index
     from .compression.sources import CheckpointParameters, meta_model
     from .delta_format.checkpoint import resolve_checkpoint
+    from .delta_format.fingerprint import check_checkpoint
     from .module_kinds import is_conv1d
 
     models = [meta_model(AutoConfig.from_pretrained(repo)) for repo in (base, expert)]
-    sources = [CheckpointParameters(m, resolve_checkpoint(r)) for m, r in zip(models, (base, expert), strict=True)]
+    checkpoints = [resolve_checkpoint(repo) for repo in (base, expert)]
+    sources = [CheckpointParameters(*pair) for pair in zip(models, checkpoints, strict=True)]
+    check_checkpoint(delta.config.base_fingerprint, checkpoints[0].paths, base)
     for name in names:
         record = delta.records[name]
         assert isinstance(record, _Quantised)

@@ -30,8 +30,8 @@ from .routing.loading import ROUTER_TYPES, load_router
 __all__ = ["MESwitchModel", "MESwitchModelForCausalLM"]
 
 _IS_DELTA = (
-    "{!r} is itself a delta repo, not a base. Load it with AutoModelForCausalLM.from_pretrained, or name its base "
-    "here and the delta under experts=."
+    "{!r} is itself a delta repo, not a base. Name its base here and the delta under experts=, or its family alone if "
+    "it is inside one; or load it with AutoModelForCausalLM.from_pretrained."
 )
 _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
 

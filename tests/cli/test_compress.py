@@ -147,6 +147,13 @@ def test_two_budgets_are_refused(repos, tmp_path, capsys):
     assert "'2 stone' is no size" in capsys.readouterr().err
 
 
+def test_bits_beside_a_budget_are_refused(repos, tmp_path, capsys):
+    command = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), "--bits", "2"]
+    assert main([*command, "--target-bits", "1.5"]) == 2
+    assert "argument --bits: --target-bits is a budget, which takes its place" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_tokenizer_the_way_out_is_named(repos, tmp_path, capsys):
     expert = tmp_path / "expert"
     shutil.copytree(repos.expert, expert, ignore=shutil.ignore_patterns("tokenizer*"))

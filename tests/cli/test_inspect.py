@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM
 
@@ -52,10 +53,23 @@ def test_relative_error_needs_and_gets_the_checkpoints(repos, capsys):
     assert all(0.2 < error < 0.4 for error in errors.values())
 
 
-def test_the_wrong_expert_is_not_measured_as_right(repos, capsys):
-    swapped = inspect(capsys, repos.delta, "--base", repos.expert, "--expert", repos.base)
-    kinds = ("linear", "quantized_rows")
-    assert all(row["relative_error"] > 1 for row in swapped["modules"] if row["kind"] in kinds)
+def test_the_wrong_expert_is_not_measured_as_right(repos, tmp_path, capsys):
+    """One that went as far from the base as the expert, but the other way."""
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (repos.base, repos.expert)]
+    base, expert = (dict(model.named_parameters()) for model in models)
+    with torch.no_grad():
+        for name, parameter in base.items():
+            parameter += parameter - expert[name]
+    models[0].save_pretrained(tmp_path / "wrong")
+    result = inspect(capsys, repos.delta, "--base", repos.base, "--expert", tmp_path / "wrong")
+    errors = [row["relative_error"] for row in result["modules"] if row["kind"] in ("linear", "quantized_rows")]
+    assert len(errors) == 16
+    assert all(1.7 < error < 2.1 for error in errors)
+
+
+def test_the_wrong_base_is_refused(repos, capsys):
+    assert main(["inspect", str(repos.delta), "--base", str(repos.expert), "--expert", str(repos.base)]) == 1
+    assert "formed against" in capsys.readouterr().err
 
 
 def test_rows_that_base_and_expert_do_not_both_have_are_left_out(repos, tmp_path, capsys):
@@ -77,12 +91,12 @@ def test_rows_that_base_and_expert_do_not_both_have_are_left_out(repos, tmp_path
     assert 0 < row["relative_error"] < 0.25
 
 
-def test_a_base_of_fewer_rows_is_refused(repos, tmp_path, capsys):
-    base = AutoModelForCausalLM.from_pretrained(repos.base)
-    base.resize_token_embeddings(20)
-    base.save_pretrained(tmp_path / "base")
-    assert main(["inspect", str(repos.delta), "--base", str(tmp_path / "base"), "--expert", str(repos.expert)]) == 1
-    assert "is [20, 32] in" in capsys.readouterr().err
+def test_an_expert_of_fewer_rows_is_refused(repos, tmp_path, capsys):
+    expert = AutoModelForCausalLM.from_pretrained(repos.expert)
+    expert.resize_token_embeddings(20)
+    expert.save_pretrained(tmp_path / "expert")
+    assert main(["inspect", str(repos.delta), "--base", str(repos.base), "--expert", str(tmp_path / "expert")]) == 1
+    assert f"[20, 32] in {tmp_path / 'expert'}" in capsys.readouterr().err
 
 
 def test_table(repos, capsys):
@@ -180,6 +194,8 @@ def test_plot_of_what_is_not_there(repos, tmp_path, monkeypatch, capsys):
     assert "'lm_head' is no linear layer that the delta changes" in capsys.readouterr().err
     assert main(["inspect", str(repos.delta), "--plot", str(tmp_path / "plot.abacus")]) == 1
     assert "abacus" in capsys.readouterr().err
+    assert main(["inspect", str(repos.delta), "--plot", str(tmp_path / "nowhere" / "plot.png")]) == 2
+    assert f"there is no folder {str(tmp_path / 'nowhere')!r}" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", str(repos.delta), "--plot", str(path)]) == 1
     assert "pip install 'transformers-meswitch[plot]'" in capsys.readouterr().err

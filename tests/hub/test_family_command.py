@@ -48,6 +48,15 @@ def answers(family: Any, *experts: str | None) -> dict[str | None, torch.Tensor]
     return found
 
 
+@pytest.mark.parametrize("name", ["mlp", "layers", "0", "norm"])
+def test_names_that_are_parts_of_a_modules_are_refused_before_anything_is_written(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    error = refused(capsys, "create", "alice/base", f"{name}=alice/math", "-o", tmp_path / "made")
+    assert f"{name!r} is part of the module path 'model." in error
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_family_made_by_the_command_is_the_one_that_a_model_saves(
     hub: HubServer, published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.fixtures_models import TinyFamily
 from tests.model_state import ModelState, prompt
+from transformers_meswitch import MESwitchConfig
 from transformers_meswitch.errors import (
     DeltaFormatError,
     ExpertNameError,
@@ -36,6 +37,13 @@ def lora_repo(tiny_family: TinyFamily, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("lora")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_family.base), lora()).save_pretrained(folder)
     return folder
+
+
+def test_a_config_of_compression_is_no_adapters(model: Any) -> None:
+    before = ModelState(model)
+    with pytest.raises(AttributeError, match=r"how a finished fine-tune is compressed.*PeftModel\.from_pretrained"):
+        get_peft_model(model, MESwitchConfig())
+    before.assert_unchanged(model)
 
 
 def test_a_lora_is_refused_on_a_model_with_experts(model: Any, peft_model: PeftModel, lora_repo: Path) -> None:

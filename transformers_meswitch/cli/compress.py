@@ -23,8 +23,9 @@ _EXAMPLE = r"""examples:
       --layer-bits 'down_proj$=2' --layer-bits 'layers\.0\.=4'
 """
 _BITS = (1, 2, 3, 4)
+_BUDGETS = ("target_bits", "target_size", "max_kl")
 #: Options that win over the preset's values.
-_SETTINGS = ("bits", "salient_channels", "column_steps", "target_bits", "target_size", "max_kl")
+_SETTINGS = ("bits", "salient_channels", "column_steps", *_BUDGETS)
 _NONE = "none"
 
 
@@ -146,6 +147,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    budget = next((key for key in _BUDGETS if getattr(args, key) is not None), None)
+    if args.bits is not None and budget is not None:
+        args.parser.error(
+            f"argument --bits: --{budget.replace('_', '-')} is a budget, which takes its place; give one of them, and "
+            "--layer-bits to pin layers to their bits"
+        )
     if args.salient_channels is not None and args.salient_channels < 0:
         args.parser.error(f"argument --salient-channels: {args.salient_channels} is below 0")
     if args.max_calibration_tokens < 1:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
         from ..plotting import require_matplotlib
 
         require_matplotlib()
+        folder = Path(args.plot).parent
+        if not folder.is_dir():
+            args.parser.error(f"argument --plot: there is no folder {str(folder)!r}; make it, or choose another place")
 
     def bar(names: Iterable[str]) -> Iterable[str]:
         return tqdm(names, desc="Measuring", unit="layer", disable=None)

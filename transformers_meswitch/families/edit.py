@@ -229,7 +229,10 @@ def _with_sources(config: MESwitchFamilyConfig, sources: Mapping[str, ExpertSour
             references[name], copied[path] = {"repo": f"./{path}", "revision": None}, source
         else:
             references[name] = {"repo": source.location.repo, "revision": source.location.revision}
-    return with_experts(config, references), copied
+    # With an expert whose name is part of a module's the family could not be loaded.
+    fingerprints = (source.config.base_fingerprint or {} for source in sources.values())
+    tensors = {tensor for fingerprint in fingerprints for tensor in fingerprint.get("tensors", ())}
+    return with_experts(config, references, sorted(tensor.rpartition(".")[0] for tensor in tensors)), copied
 
 
 def _stage(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..configuration import MESwitchFamilyConfig
@@ -13,23 +13,26 @@ from ..peft_method.naming import check_expert_name
 __all__ = ["with_experts", "without_experts"]
 
 
-def with_experts(config: MESwitchFamilyConfig, references: Mapping[str, Mapping[str, Any]]) -> MESwitchFamilyConfig:
+def with_experts(
+    config: MESwitchFamilyConfig, references: Mapping[str, Mapping[str, Any]], module_names: Iterable[str] = ()
+) -> MESwitchFamilyConfig:
     """The family with further experts.
 
     Args:
         config: the family.
         references: name to ``{"repo": ..., "revision": ...}``.
+        module_names: dotted names of the base's modules, as far as they are known.
 
     Raises:
-        ExpertNameError: a name that is taken, reserved or no name.
+        ExpertNameError: a name that is taken, reserved or no name, or part of a module's.
 
     >>> family = MESwitchFamilyConfig("me/base", experts={"math": "me/math"})
     >>> list(with_experts(family, {"code": {"repo": "me/code", "revision": None}}).experts)
     ['code', 'math']
     """
-    experts = dict(config.experts or {})
+    experts, modules = dict(config.experts or {}), tuple(module_names)
     for name, reference in references.items():
-        check_expert_name(name, experts, ())
+        check_expert_name(name, experts, modules)
         experts[name] = dict(reference)
     changed = copy.deepcopy(config)
     changed.experts = dict(sorted(experts.items()))
