@@ -55,6 +55,7 @@ def channel_ranges(delta: Delta, module: str, base: str | None = None, expert: s
             delta's own reconstruction, whose codes have fewer and narrower levels.
 
     Raises:
+        BaseMismatchError: the delta was formed against another base.
         CheckpointError: base or expert cannot be read.
         DeltaFormatError: the delta has no such linear layer, or base and expert do not fit it.
     """

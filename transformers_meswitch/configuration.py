@@ -199,8 +199,8 @@ class MESwitchConfig(QuantizationConfigMixin):
         """
         raise AttributeError(
             "A MESwitchConfig says how a finished fine-tune is compressed, it is no config of an adapter to train. "
-            "Compress with AutoModelForCausalLM.from_pretrained(expert, quantization_config=config), and attach what "
-            "that saves with PeftModel.from_pretrained(base, delta) or base.load_adapter(delta)."
+            "Compress with AutoModelForCausalLM.from_pretrained(expert, quantization_config=MESwitchConfig(base)), "
+            "and attach what that saves with PeftModel.from_pretrained(base, delta) or base.load_adapter(delta)."
         )
 
     @property

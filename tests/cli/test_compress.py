@@ -147,10 +147,11 @@ def test_two_budgets_are_refused(repos, tmp_path, capsys):
     assert "'2 stone' is no size" in capsys.readouterr().err
 
 
-def test_bits_beside_a_budget_are_refused(repos, tmp_path, capsys):
+@pytest.mark.parametrize("budget", [("--target-bits", "1.5"), ("--target-size", "1MB"), ("--max-kl", "0.1")])
+def test_bits_beside_a_budget_are_refused(repos, tmp_path, capsys, budget):
     command = ["compress", str(repos.base), str(repos.expert), "-o", str(tmp_path / "delta"), "--bits", "2"]
-    assert main([*command, "--target-bits", "1.5"]) == 2
-    assert "argument --bits: --target-bits is a budget, which takes its place" in capsys.readouterr().err
+    assert main([*command, *budget]) == 2
+    assert f"argument --bits: {budget[0]} is a budget, which takes its place" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

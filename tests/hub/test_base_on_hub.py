@@ -18,6 +18,7 @@ from tests.hub.test_pull import logits
 from tests.hub_server import HubServer
 from tests.test_bad_input import UP
 from transformers_meswitch import MESwitchConfig, MESwitchModelForCausalLM, compress
+from transformers_meswitch.cli import main
 from transformers_meswitch.errors import BaseMismatchError
 
 pytestmark = pytest.mark.integration
@@ -84,3 +85,15 @@ def test_a_base_whose_weights_are_the_same_is_the_right_one(hub: HubServer, publ
     before = logits(AutoModelForCausalLM.from_pretrained("alice/math"))
     hub.repos["alice/base"].edit("main", {"README.md": b"New card."})
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("alice/math")), before)
+
+
+def test_errors_are_measured_against_the_recorded_commit(
+    hub: HubServer, published: Published, moved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert = str(published.family.experts["math"])
+    capsys.readouterr()
+    assert main(["inspect", "alice/delta", "--base", "alice/base", "--expert", expert, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["modules"]
+    errors = [row["relative_error"] for row in rows if row["kind"] == "linear"]
+    assert errors
+    assert max(errors) < 0.2  # of 4 bits

@@ -48,13 +48,31 @@ def answers(family: Any, *experts: str | None) -> dict[str | None, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("name", ["mlp", "layers", "0", "norm"])
-def test_names_that_are_parts_of_a_modules_are_refused_before_anything_is_written(
+@pytest.mark.parametrize("name", ["mlp", "0", "norm", "rotary_emb", "lm_head"])
+def test_a_name_that_is_part_of_a_modules_is_refused_before_anything_is_written(
     published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    error = refused(capsys, "create", "alice/base", f"{name}=alice/math", "-o", tmp_path / "made")
-    assert f"{name!r} is part of the module path 'model." in error
-    assert not (tmp_path / "made").exists()
+    """That the model could not load, whether the base's files have tensors of that module or not."""
+    made = tmp_path / "made"
+    error = refused(capsys, "create", "alice/base", f"{name}=alice/math", "-o", made)
+    assert f"{name!r} is part of the module path" in error
+    assert not made.exists()
+    run(capsys, "create", "alice/base", "math=alice/math", "-o", made)
+    before = contents(made)
+    assert f"{name!r} is part of the module path" in refused(capsys, "add", made, f"{name}=alice/math")
+    assert contents(made) == before
+
+
+def test_where_the_base_is_out_of_reach_names_are_those_that_the_delta_changes(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    run(capsys, "create", "alice/base", "math=alice/math", "-o", made)
+    config = json.loads((made / "config.json").read_text())
+    gone = {"base_model_name_or_path": "alice/gone", "base_revision": None}
+    (made / "config.json").write_text(json.dumps(config | gone))
+    assert "'mlp' is part of the module path" in refused(capsys, "add", made, "mlp=alice/math")
+    run(capsys, "add", made, "again=alice/math")
 
 
 def test_a_family_made_by_the_command_is_the_one_that_a_model_saves(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import meswitch_kernels
 from meswitch_kernels import DeltaLeaves, delta_linear, delta_linear_reference, fused_linear, group_rows, has_kernel
-from meswitch_kernels.configurations import Configuration
+from meswitch_kernels.configurations import _TABLES, Configuration, Key
 from meswitch_kernels.linear import Numerics
 from tests.kernels.random_deltas import DISTRIBUTIONS, Layer, dense_delta, expert_indices, move, random_leaves
 from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted, slow_when_interpreted
@@ -248,6 +248,21 @@ def test_warps_with_channels_of_their_own(
     check_both(layer, torch.tensor([0] * 19 + [3, 3]), dtype, numerics)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 0), (4096, 14336)], ids=["shipped", "shipped-down"])
+def test_sizes_that_are_shipped(shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a linear of these channels gets, for fewer."""
+    table = _TABLES[9, 0]
+
+    def shipped(key: Key, _: torch.device) -> Configuration:
+        return table.get(Key(key.kind, key.numerics, *shape)) or table[Key(key.kind, key.numerics)]
+
+    monkeypatch.setattr(importlib.import_module("meswitch_kernels.linear"), "configuration", shipped)
+    layer = Layer.make(mixed_experts(70, 1100, 8), 70, 1100, device)
+    for index in ([0, 1, 2, 2, 3, 3, 3, -1], [4] * 9 + [5, 6, 6], [7]):
+        check_both(layer, torch.tensor(index), torch.bfloat16, "int16")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 @BOTH_SPEEDS
 @pytest.mark.parametrize(
@@ -262,6 +277,7 @@ def test_warps_with_channels_of_their_own(
             test_a_slot_that_changes_is_seen_at_once,
             test_runs_give_the_same_bits,
             test_warps_with_channels_of_their_own,
+            test_sizes_that_are_shipped,
         ),
     ],
     ids=["rows", "rest"],
@@ -344,14 +360,23 @@ def test_a_graph_sees_other_rows_and_other_experts_without_compiling(rows: int, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("numerics", NUMERICS)
-@pytest.mark.parametrize("rows", [1, 2, 16])
-def test_kernels_that_start_early_wait(rows: int, numerics: Numerics, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linears that feed each other, so that one which does not wait for another reads what is not there yet."""
+@pytest.mark.parametrize(
+    "experts",
+    [[3], [3, 3], [3, 3, -1, 0, 1, 1, 2, 4] * 2, [0, 1, 2, 3, 4, 5, 6, 7], [2] * 16, [-1] * 4],
+    ids=["one", "two", "mixed", "distinct", "shared", "base"],
+)
+def test_kernels_that_start_early_wait(
+    experts: list[int], numerics: Numerics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linears that feed each other, so that one which does not wait for another reads what is not there yet.
+
+    Where rows are distinct, or all share an expert, one of two kernels finds nothing to do, and with the base both.
+    """
     width, depth, replays = 2048, 8, 6
     layers = [Layer.make(mixed_experts(width, width, 8), width, width, "cuda") for _ in range(depth)]
     weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16) / width**0.5
-    index = torch.tensor(([3, 3, -1, 0, 1, 1, 2, 4] * 2)[:rows], device="cuda")
-    inputs = torch.randn(replays, rows, width, device="cuda", dtype=torch.bfloat16)
+    index = torch.tensor(experts, device="cuda")
+    inputs = torch.randn(replays, len(experts), width, device="cuda", dtype=torch.bfloat16)
 
     def chain(x: torch.Tensor) -> torch.Tensor:
         groups = group_rows(index)

@@ -16,13 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..cards import family_card, merge_card, read_card
 from ..compression.assets import find_assets
 from ..compression.expert_config import portable_name
-from ..compression.sources import read_config
+from ..compression.sources import meta_model, read_config
 from ..configuration import MESwitchFamilyConfig, reference_in_family
 from ..delta_format.asset_files import GENERATION_CONFIG, is_template
 from ..delta_format.location import RepoLocation
 from ..errors import (
     DeltaFormatError,
     ExpertNotFoundError,
+    MESwitchError,
     OutputFolderError,
     UnsupportedModelError,
     UnsupportedOperationError,
@@ -72,7 +73,7 @@ def create_family(base: RepoLocation, experts: Mapping[str, RepoLocation], folde
     Raises:
         BaseMismatchError: a delta of another base.
         DeltaFormatError: a malformed delta.
-        ExpertNameError: a name that is reserved or no name.
+        ExpertNameError: a name that is reserved or no name, or part of a module's of the base.
         MESwitchError: base or delta cannot be found.
         OutputFolderError: the folder holds a model or a family.
     """
@@ -88,7 +89,7 @@ def create_family(base: RepoLocation, experts: Mapping[str, RepoLocation], folde
         base_subfolder=base.subfolder,
         architectures=["MESwitchModelForCausalLM"],
     )
-    config, copied = _with_sources(family, sources)
+    config, copied = _with_sources(family, sources, base)
     assets = find_assets(base)
     with staging_folder(folder) as staging:
         for path in assets:
@@ -149,8 +150,9 @@ def add_experts(family: RepoLocation, experts: Mapping[str, RepoLocation], *, cr
     sources = {name: find_expert(location) for name, location in experts.items()}
 
     def change(where: RepoLocation, config: MESwitchFamilyConfig) -> _Changed:
-        changed, copied = _with_sources(config, sources)
-        check_one_base({**_one_of(where, config), **sources}, base_of_family(where, config))
+        base = base_of_family(where, config)
+        changed, copied = _with_sources(config, sources, base)
+        check_one_base({**_one_of(where, config), **sources}, base)
         return changed, copied
 
     return _edit(family, change, f"Add {', '.join(experts)}", create_pr)
@@ -219,7 +221,9 @@ def _edit_folder(family: RepoLocation, change: _Edit) -> Change:
     return Change(changed, str(folder))
 
 
-def _with_sources(config: MESwitchFamilyConfig, sources: Mapping[str, ExpertSource]) -> _Changed:
+def _with_sources(
+    config: MESwitchFamilyConfig, sources: Mapping[str, ExpertSource], base: RepoLocation | None
+) -> _Changed:
     references: dict[str, dict[str, Any]] = {}
     copied: dict[str, ExpertSource] = {}
     taken = inner_experts(config.to_dict())
@@ -229,10 +233,17 @@ def _with_sources(config: MESwitchFamilyConfig, sources: Mapping[str, ExpertSour
             references[name], copied[path] = {"repo": f"./{path}", "revision": None}, source
         else:
             references[name] = {"repo": source.location.repo, "revision": source.location.revision}
-    # With an expert whose name is part of a module's the family could not be loaded.
-    fingerprints = (source.config.base_fingerprint or {} for source in sources.values())
-    tensors = {tensor for fingerprint in fingerprints for tensor in fingerprint.get("tensors", ())}
-    return with_experts(config, references, sorted(tensor.rpartition(".")[0] for tensor in tensors)), copied
+    return with_experts(config, references, _module_names(base, sources)), copied
+
+
+def _module_names(base: RepoLocation | None, sources: Mapping[str, ExpertSource]) -> list[str]:
+    """Dotted names of the base's modules; of those that deltas change, where its configuration is out of reach."""
+    if base is not None:
+        try:
+            return [name for name, _ in meta_model(read_config(base)[1]).named_modules()]
+        except MESwitchError:
+            pass  # the base is looked for again, and what is wrong with it said, when the family is loaded
+    return sorted({name for source in sources.values() for name in source.config.modules or ()})
 
 
 def _stage(

@@ -67,8 +67,8 @@ _NUMERICS = ("exact", "int8", "int16")
 
 #: By compute capability. A GPU without a table, and a case without a line, run with the default.
 _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
-    # H100, H200. Tuned on an H200 at 2 bits with int8 and int16, groups of several rows with int16 alone; exact
-    # numerics have the same sizes but for those. As many programs as the registers allow are the fastest.
+    # H100, H200. Tuned on an H200 at 2 bits: fused kernels and groups of one row with int8 and int16, groups of
+    # several rows with int16 alone. As many programs as the registers allow are the fastest.
     (9, 0): {
         **{Key("fused", numerics): Configuration(block_in=512, stages=3) for numerics in _NUMERICS},
         **{
@@ -83,7 +83,7 @@ _TABLES: dict[tuple[int, int], dict[Key, Configuration]] = {
         Key("several", "exact"): Configuration(block_out=32, stages=3, programs=3),
         Key("several", "int8"): Configuration(block_out=32, programs=3, max_registers=168),
         Key("several", "int16"): Configuration(block_out=32, programs=4, max_registers=128),
-        # So few channels and so many codes that a warp would have too many of them.
+        # Few channels with many codes each: with four warps to share them each would have too many codes.
         Key("several", "int16", 4096, 14336): Configuration(
             block_out=32, warps=8, sharers=8, programs=2, max_registers=128
         ),

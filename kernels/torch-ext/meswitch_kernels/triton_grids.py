@@ -57,7 +57,7 @@ def group_launches(
     """The kernels of groups of several rows and of one: rows of a program, programs, and sizes of blocks.
 
     ``channels`` are those of each linear. The second kernel begins later than the first even if that finds nothing to
-    do. Groups of several rows come first, since theirs takes less time, so there is more to lose.
+    do. Groups of several rows come first: their time is shorter, so a late start would cost a larger share of it.
 
     >>> sizes = Configuration(block_out=16)
     >>> [launch[:2] for launch in group_launches(4, [24], sizes, sizes, torch.device("cpu"))]
