@@ -13,7 +13,7 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .compression.presets import PRESETS
+from .compression.presets import BUDGETS, PRESETS
 from .delta_format.spec import FORMAT_RELEASES, FORMAT_VERSION, PEFT_TYPE, SUPPORTED_BITS, ModuleRecord, parse_record
 from .errors import CompressionError, DeltaFormatError, FormatVersionError
 from .sizes import parse_size
@@ -47,8 +47,6 @@ class _PeftTypeName(str):
 
 #: Bits a weight that a budget may give at most: 4 of a code, with room for steps and salient channels.
 _MOST_TARGET_BITS = 6
-#: Arguments of :class:`MESwitchConfig` of which at most one may be given.
-_BUDGETS = ("target_bits", "target_size", "max_kl")
 
 #: The key under which the method is registered with PEFT.
 MESWITCH = _PeftTypeName(PEFT_TYPE)
@@ -150,7 +148,7 @@ class MESwitchConfig(QuantizationConfigMixin):
         self.target_bits = _number("target_bits", target_bits, _MOST_TARGET_BITS)
         self.target_size = _size(target_size)
         self.max_kl = _number("max_kl", max_kl, math.inf)
-        given = [name for name in _BUDGETS if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise CompressionError(
                 f"{' and '.join(f'{name}={getattr(self, name)!r}' for name in given)} are given together; "
@@ -185,8 +183,8 @@ class MESwitchConfig(QuantizationConfigMixin):
         if name not in PRESETS:
             raise CompressionError(f"There is no preset {name!r}; known are {', '.join(PRESETS)}.")
         settings = dict(PRESETS[name])
-        if any(overrides.get(key) is not None for key in ("bits", *_BUDGETS)):
-            for key in _BUDGETS:
+        if any(overrides.get(key) is not None for key in ("bits", *BUDGETS)):
+            for key in BUDGETS:
                 settings.pop(key, None)
         return cls(base_model_name_or_path, base_revision, **(settings | overrides))
 
@@ -206,7 +204,7 @@ class MESwitchConfig(QuantizationConfigMixin):
     @property
     def budget(self) -> tuple[str, float] | None:
         """The budget's name and value; `None` where ``bits`` holds."""
-        return next(((name, getattr(self, name)) for name in _BUDGETS if getattr(self, name) is not None), None)
+        return next(((name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None), None)
 
     def is_pinned(self, module: str) -> bool:
         """Whether a pattern of ``layer_bits`` states a module's bits, so that a budget does not choose them."""
@@ -218,7 +216,7 @@ class MESwitchConfig(QuantizationConfigMixin):
         >>> MESwitchConfig(target_bits=1.5, layer_bits={"q_proj": 4}).with_codes(3, 8, False).bits_of("q_proj")
         3
         """
-        settings = self.to_dict() | dict.fromkeys(_BUDGETS) | {"layer_bits": {}}
+        settings = self.to_dict() | dict.fromkeys(BUDGETS) | {"layer_bits": {}}
         codes = {"bits": bits, "salient_channels": salient_channels, "column_steps": column_steps}
         return type(self)(**(settings | codes))
 
@@ -361,6 +359,15 @@ class MESwitchExpertConfig(PeftConfig):
     def files(self) -> DeltaFiles | None:
         """The delta repo that the config was read from by :meth:`from_pretrained`; not a field, and never saved."""
         return self.__dict__.get("_files")
+
+    def revision_of(self, base: str | os.PathLike[str]) -> str | None:
+        """The commit of a base that the delta was formed against, if the delta knows it and names this base.
+
+        >>> config = MESwitchExpertConfig(base_model_name_or_path="me/base", revision="c0ffee")
+        >>> config.revision_of("me/base"), config.revision_of("./base")
+        ('c0ffee', None)
+        """
+        return self.revision if os.fspath(base) == self.base_model_name_or_path else None
 
     def records(self) -> dict[str, ModuleRecord]:
         """The parsed ``modules`` table.

@@ -231,9 +231,7 @@ def exact_deltas(delta: Delta, names: Iterable[str], base: str, expert: str) -> 
     from .delta_format.fingerprint import check_checkpoint
     from .module_kinds import is_conv1d
 
-    # The delta's own base at the commit that the delta was formed against.
-    pinned = delta.config.revision if base == delta.config.base_model_name_or_path else None
-    repos = ((base, pinned), (expert, None))
+    repos = ((base, delta.config.revision_of(base)), (expert, None))
     models = [meta_model(AutoConfig.from_pretrained(repo, revision=revision)) for repo, revision in repos]
     checkpoints = [resolve_checkpoint(repo, revision) for repo, revision in repos]
     sources = [CheckpointParameters(*pair) for pair in zip(models, checkpoints, strict=True)]

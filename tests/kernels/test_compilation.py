@@ -149,8 +149,8 @@ def products() -> list[Any]:
         ("delta_linear", 2, "int16"),
         ("head_rows", 2, "int16"),
     ):
+        alike = [own for key, own in _TABLES[9, 0].items() if key[:2] == ("several", numerics)]
         for sizes in (Configuration(block_out=16), *several_of_bytes()):
-            alike = [own for key, own in _TABLES[9, 0].items() if key[:2] == ("several", numerics)]
             shipped = name == "delta_linear" and sizes in alike
             marks = () if shipped else pytest.mark.slow
             made.append(pytest.param(name, planes, sizes, marks=marks, id=f"{name}-{planes}-{sizes}"))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import meswitch_kernels
 from meswitch_kernels import DeltaLeaves, delta_linear, delta_linear_reference, fused_linear, group_rows, has_kernel
-from meswitch_kernels.configurations import _TABLES, Configuration, Key
+from meswitch_kernels.configurations import Configuration, Key, configuration
 from meswitch_kernels.linear import Numerics
 from tests.kernels.random_deltas import DISTRIBUTIONS, Layer, dense_delta, expert_indices, move, random_leaves
 from tests.triton_interpreter import BOTH_SPEEDS, SLOW, check_interpreted, slow_when_interpreted
@@ -254,11 +254,11 @@ def test_warps_with_channels_of_their_own(
 )
 def test_sizes_that_are_shipped(shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that a linear of these channels gets, for fewer."""
-    table = _TABLES[9, 0]
 
-    def shipped(key: Key, _: torch.device) -> Configuration:
-        return table.get(Key(key.kind, key.numerics, *shape)) or table[Key(key.kind, key.numerics)]
+    def shipped(key: Key, device: torch.device) -> Configuration:
+        return configuration(Key(key.kind, key.numerics, *shape), device)
 
+    monkeypatch.setattr(importlib.import_module("meswitch_kernels.configurations"), "capability", lambda _: (9, 0))
     monkeypatch.setattr(importlib.import_module("meswitch_kernels.linear"), "configuration", shipped)
     layer = Layer.make(mixed_experts(40, 1100), 40, 1100, device)
     check_both(layer, torch.tensor([0, 1, 2, 2, 3, 3, -1] + [4] * 9), torch.bfloat16, "int16")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..compression.calibration import DEFAULT
-from ..compression.presets import DEFAULT_PRESET, PRESETS
+from ..compression.presets import BUDGETS, DEFAULT_PRESET, PRESETS
 from .device import usable_device
 from .written import print_written
 
@@ -23,9 +23,8 @@ _EXAMPLE = r"""examples:
       --layer-bits 'down_proj$=2' --layer-bits 'layers\.0\.=4'
 """
 _BITS = (1, 2, 3, 4)
-_BUDGETS = ("target_bits", "target_size", "max_kl")
 #: Options that win over the preset's values.
-_SETTINGS = ("bits", "salient_channels", "column_steps", *_BUDGETS)
+_SETTINGS = ("bits", "salient_channels", "column_steps", *BUDGETS)
 _NONE = "none"
 
 
@@ -147,7 +146,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    budget = next((key for key in _BUDGETS if getattr(args, key) is not None), None)
+    budget = next((key for key in BUDGETS if getattr(args, key) is not None), None)
     if args.bits is not None and budget is not None:
         args.parser.error(
             f"argument --bits: --{budget.replace('_', '-')} is a budget, which takes its place; give one of them, and "

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DEFAULT_PRESET", "PRESETS"]
+__all__ = ["BUDGETS", "DEFAULT_PRESET", "PRESETS"]
 
 DEFAULT_PRESET = "lossless"
+
+#: Arguments of :class:`~transformers_meswitch.MESwitchConfig` that take the place of ``bits``, one at most.
+BUDGETS = ("target_bits", "target_size", "max_kl")
 
 #: Name to arguments of :class:`~transformers_meswitch.MESwitchConfig`; what is not named is its default.
 PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -98,8 +98,7 @@ def open_inputs(
     delta = open_delta(resolve_delta(repo, revision=revision, subfolder=subfolder, **download))
     check_delta(delta)
     if base is not None:
-        same = os.fspath(base) == delta.config.base_model_name_or_path
-        pinned = base_revision or (delta.config.revision if same else None)
+        pinned = base_revision or delta.config.revision_of(base)
         location = RepoLocation(os.fspath(base), pinned, None, **download, error=CheckpointError)
     else:
         location = family_base or _stated_base(delta, download)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..configuration import MESwitchFamilyConfig
@@ -14,7 +14,7 @@ __all__ = ["with_experts", "without_experts"]
 
 
 def with_experts(
-    config: MESwitchFamilyConfig, references: Mapping[str, Mapping[str, Any]], module_names: Iterable[str] = ()
+    config: MESwitchFamilyConfig, references: Mapping[str, Mapping[str, Any]], module_names: Collection[str] = ()
 ) -> MESwitchFamilyConfig:
     """The family with further experts.
 
@@ -30,9 +30,9 @@ def with_experts(
     >>> list(with_experts(family, {"code": {"repo": "me/code", "revision": None}}).experts)
     ['code', 'math']
     """
-    experts, modules = dict(config.experts or {}), tuple(module_names)
+    experts = dict(config.experts or {})
     for name, reference in references.items():
-        check_expert_name(name, experts, modules)
+        check_expert_name(name, experts, module_names)
         experts[name] = dict(reference)
     changed = copy.deepcopy(config)
     changed.experts = dict(sorted(experts.items()))

@@ -363,7 +363,7 @@ def _base_checkpoints(
     folders = dict.fromkeys([known.get("subfolder") or None, None])
     # A family's loader knows which revision it asked for; of a model that a caller loaded it may be the delta's own.
     told = "revision" in known or (switch is not None and switch.keep)
-    stated = config.revision if source == config.base_model_name_or_path and not told else None
+    stated = None if told else config.revision_of(source)
     checkpoints, errors = [], []
     for revision in dict.fromkeys([commit, stated, None]):
         for cache_dir, subfolder in itertools.product(caches, folders):

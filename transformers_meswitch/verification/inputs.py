@@ -66,8 +66,8 @@ def open_inputs(
         resolve_delta(delta, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     )
     check_delta(opened)
-    if base_revision is None and os.fspath(base) == opened.config.base_model_name_or_path:
-        base_revision = opened.config.revision
+    if base_revision is None:
+        base_revision = opened.config.revision_of(base)
 
     def located(repo: str | os.PathLike[str], wanted: str | None) -> Source:
         return locate(
