@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode --shape mistral-7b --device cuda
     python -m benchmarks.decode --shape mistral-7b --device cuda --compile
-    python -m benchmarks.decode --shape deep --device cpu --experts 2
+    python -m benchmarks.decode --shape smollm2-135m --device cpu --dtype float32 --experts 2
 
 Random weights (speed and memory only). A step is a CUDA graph over a static cache. Peers in the same run: the plain
 base under the same graph, and a mixed batch of rank-64 LoRA adapters through PEFT, captured and called. The limit is
@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from benchmarks.decode.step import DecodeStep, median_ms
+from benchmarks.decode.step import DecodeStep, median_ms, paired_ms
 from benchmarks.load.random_family import SHAPES, random_expert
 from benchmarks.provenance import device_name, provenance, write_result
 from benchmarks.timing import attempt
@@ -33,11 +33,11 @@ _LORA_RANK = 64
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def random_model(config: PreTrainedConfig, device: str) -> PreTrainedModel:
-    """A model of random bfloat16 weights."""
+def random_model(config: PreTrainedConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model of random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def weight_bytes(model: torch.nn.Module, *parts: str) -> int:
@@ -61,13 +61,21 @@ def step_row(
     *,
     graph: bool,
     compiled: bool = False,
+    plain: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
-    """Time of a step, beside the least that reading ``read`` bytes takes; a step that cannot be taken says why."""
+    """Time of a step, beside the least that reading ``read`` bytes takes; a step that cannot be taken says why.
+
+    Given a plain base to compare with, their steps take turns.
+    """
 
     def measured() -> dict[str, Any]:
-        milliseconds = median_ms(DecodeStep(model, rows, graph=graph, compiled=compiled), model.device)
+        step = DecodeStep(model, rows, graph=graph, compiled=compiled)
         limit = {"limit_milliseconds": read / bandwidth * 1e3} if bandwidth else {}
-        return {"milliseconds": milliseconds, **limit}
+        if plain is None:
+            return {"milliseconds": median_ms(step, model.device), **limit}
+        base = DecodeStep(plain, rows, graph=graph, compiled=compiled)
+        own, of_base = paired_ms(step, base, model.device)
+        return {"milliseconds": own, "base_milliseconds": of_base, **limit}
 
     return attempt({"what": what, "rows": rows, "read_bytes": read}, measured)
 
@@ -79,6 +87,7 @@ def measure(
     request: MESwitchConfig,
     rows_bits: int,
     *,
+    dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
 ) -> dict[str, Any]:
     """The rows of the table, and the memory of base and experts.
@@ -93,10 +102,13 @@ def measure(
         bandwidth = read_bandwidth()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model: Any = random_model(config, device)
+    model: Any = random_model(config, device, dtype)
     base_bytes = weight_bytes(model)
     row = functools.partial(step_row, bandwidth=bandwidth, graph=cuda, compiled=compiled)
     rows = [row(f"the plain base, {count} rows", model, count, base_bytes) for count in (1, experts)]
+    if not cuda:
+        # A processor's clock and neighbours change within a second, and it has the memory for a second base.
+        row = functools.partial(row, plain=random_model(config, device, dtype))
     names = [f"expert{number}" for number in range(experts)]
     for seed, name in enumerate(names):
         delta, tensors = random_expert(config, request, seed, rows_bits=rows_bits, device=device)
@@ -115,7 +127,7 @@ def measure(
     if cuda:
         torch.cuda.empty_cache()
     if not compiled:
-        rows += lora_rows(config, device, experts, bandwidth)
+        rows += lora_rows(config, device, experts, bandwidth, dtype)
     return {
         "rows": rows,
         "read_bandwidth_tb_per_second": bandwidth / 1e12 or None,
@@ -123,16 +135,18 @@ def measure(
     }
 
 
-def lora_rows(config: PreTrainedConfig, device: str, experts: int, bandwidth: float) -> list[dict[str, Any]]:
+def lora_rows(
+    config: PreTrainedConfig, device: str, experts: int, bandwidth: float, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """PEFT's mixed batch over as many LoRA adapters of the same base."""
-    base: Any = random_model(config, device)
+    base: Any = random_model(config, device, dtype)
     read = weight_bytes(base)
     lora = LoraConfig(r=_LORA_RANK, target_modules=_LORA_TARGETS, init_lora_weights=False)
     names = [f"lora{number}" for number in range(experts)]
     model: Any = get_peft_model(base, lora, adapter_name=names[0]).eval()
     for name in names[1:]:
         model.add_adapter(name, lora)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     read += weight_bytes(model, ".lora_A.", ".lora_B.")
     plain = model.forward
     model.forward = lambda *args, **kwargs: plain(*args, adapter_names=names, **kwargs)
@@ -149,8 +163,9 @@ def add_ratios(rows: list[dict[str, Any]], experts: int) -> None:
     for row in rows:
         if "milliseconds" not in row:
             continue
-        if base.get(row["rows"]):
-            row["ratio_to_base"] = row["milliseconds"] / base[row["rows"]]
+        of_base = row.get("base_milliseconds") or base.get(row["rows"])
+        if of_base:
+            row["ratio_to_base"] = row["milliseconds"] / of_base
         if "a row each" in row["what"] and base.get(1):
             row["full_models_in_turn"] = experts * base[1] / row["milliseconds"]
 
@@ -180,6 +195,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="deep")
     parser.add_argument("--layers", type=int, help="default: the shape's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--embedding-bits", type=int, default=3)
@@ -187,23 +203,27 @@ def main() -> None:
         "--compile", action="store_true", help="compile the steps of base and experts; leaves out the LoRA adapters"
     )
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/decode_<shape>_<device>[_compiled].json"
+        "--output", type=Path, help="default: benchmarks/results/decode_<shape>_<device>[_float32][_compiled].json"
     )
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if args.layers is not None:
         config.num_hidden_layers = args.layers
     request = MESwitchConfig(bits=args.bits)
-    found = measure(config, args.device, args.experts, request, args.embedding_bits, compiled=args.compile)
+    dtype = getattr(torch, args.dtype)
+    found = measure(
+        config, args.device, args.experts, request, args.embedding_bits, dtype=dtype, compiled=args.compile
+    )
     add_ratios(found["rows"], args.experts)
     result = {
         **provenance("benchmarks.decode", device_name(args.device)),
         "weights": "random: for time and memory only",
+        "dtype": args.dtype,
         "experts": args.experts,
         "compiled": args.compile,
         **found,
     }
-    name = f"decode_{args.shape}_{args.device}{'_compiled' * args.compile}.json"
+    name = f"decode_{args.shape}_{args.device}{'_float32' * (dtype == torch.float32)}{'_compiled' * args.compile}.json"
     write_result(args.output or RESULTS / name, result)
     print(render(found["rows"]))
     if found["peak_bytes_of_base_and_experts"] is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-__all__ = ["DecodeStep", "median_ms"]
+__all__ = ["DecodeStep", "median_ms", "paired_ms"]
 
 #: Tokens that the cache has room for; the step is taken behind half as many.
 _SLOTS = 256
@@ -87,17 +87,26 @@ def median_ms(action: Callable[[], Any], device: torch.device) -> float:
     """Median milliseconds of a call, on the device's own clock where it has one."""
     for _ in range(3):
         action()
-    times = []
-    for _ in range(_REPEATS):
-        if device.type == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            action()
-            after.record()
-            torch.cuda.synchronize()
-            times.append(before.elapsed_time(after))
-        else:
-            start = time.perf_counter()
-            action()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return statistics.median(_milliseconds(action, device) for _ in range(_REPEATS))
+
+
+def paired_ms(one: Callable[[], Any], other: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Median milliseconds of two calls that take turns, so that what slows a machine down slows both."""
+    for _ in range(3):
+        one()
+        other()
+    times = [(_milliseconds(one, device), _milliseconds(other, device)) for _ in range(_REPEATS)]
+    return statistics.median(first for first, _ in times), statistics.median(second for _, second in times)
+
+
+def _milliseconds(action: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        action()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after)
+    start = time.perf_counter()
+    action()
+    return 1e3 * (time.perf_counter() - start)

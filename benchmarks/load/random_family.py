@@ -31,6 +31,11 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=32, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512,
     ),
+    # The smallest model that people run on a CPU; its head apart from its embedding, as random experts have it.
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=False,
+    ),
     "mistral-7b": MistralConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None,

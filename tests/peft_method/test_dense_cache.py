@@ -1,4 +1,4 @@
-"""One expert on a CPU: its dense delta is made once, answers as before, and is never another's or an old one."""
+"""Experts on a CPU: their dense weights are made once, answer as before, and are never another's or old ones."""
 
 from __future__ import annotations
 
@@ -49,6 +49,44 @@ def test_deltas_are_made_dense_once_for_an_expert(model: Any, made: list[int]) -
     model.set_expert("math")
     assert torch.equal(logits(model), first)
     assert not torch.equal(code[..., : first.shape[-1]], first)
+
+
+def test_deltas_of_a_mixed_batch_are_made_dense_once(model: Any, made: list[int]) -> None:
+    def mixed(*names: str | None) -> torch.Tensor:
+        with torch.no_grad(), model._meswitch_switch.rows(names):
+            return model(prompt().expand(len(names), -1)).logits
+
+    def kept() -> int:
+        return len(model.model.layers[0].mlp.down_proj._dense._kept)
+
+    first = mixed("math", None, "code", "math")
+    assert made
+    assert kept() == 2
+    made.clear()
+    assert torch.equal(mixed("math", None, "code", "math"), first)
+    # The memory of experts that are not in the batch goes, and not that of the others.
+    mixed("math", None)
+    assert kept() == 1
+    made.clear()
+    mixed("math", "math")
+    assert not made
+    # An expert alone answers by the same weights as in company.
+    for row, name in enumerate(["math", None, "code"]):
+        alone = mixed(name, name)[0]
+        assert torch.allclose(alone, first[row], atol=1e-5 if model.dtype == torch.float32 else 0.05)
+    assert not torch.allclose(first[0, :, :64], first[2, :, :64], atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_in_half_precision_are_those_of_merging(dtype: torch.dtype, tiny_family: TinyFamily) -> None:
+    model = MESwitchModelForCausalLM.from_pretrained(tiny_family.base, experts=tiny_family.deltas, dtype=dtype)
+    for name in ("math", "code"):
+        model.set_expert(name)
+        answer = logits(model)
+        model.merge_adapter()
+        merged = logits(model)
+        assert torch.equal(answer, merged)
+        model.unmerge_adapter()
 
 
 @pytest.mark.parametrize("name", ["math", "code"])
@@ -128,15 +166,15 @@ def test_an_expert_in_the_memory_of_another_is_noticed(dtype: torch.dtype) -> No
         delta.assign("step", torch.rand(64) + number, torch.device("cpu"))
         layer.switch.set_active(["a"])
         with torch.no_grad():
-            expected = layer.base_layer(x) + x @ delta.weight(dtype).T
-            assert torch.allclose(layer(x), expected, rtol=1e-2, atol=0.5)
+            weight = layer.base_layer.weight.float() + delta.weight(torch.float32)
+            assert torch.allclose(layer(x), x @ weight.to(dtype).T, rtol=1e-2, atol=0.5)
         layer.delete_adapter("a")
-        assert layer._dense._kept is None
+        assert not layer._dense._kept
 
 
 def test_memory_is_given_back(model: Any) -> None:
     def kept() -> int:
-        return sum(layer._dense._kept is not None for layer in model.modules() if hasattr(layer, "_dense"))
+        return sum(len(layer._dense._kept) for layer in model.modules() if hasattr(layer, "_dense"))
 
     for gone in (lambda: model.merge_adapter(), lambda: model.to(torch.float64), lambda: model.delete_adapter("math")):
         model.unmerge_adapter()

@@ -42,6 +42,11 @@ class StoredDelta(nn.Module):
             tensor = _room(leaf, shape, _DTYPES[stored] if stored else dtype, device)
             self.owner(leaf).register_parameter(leaf.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
 
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """Its own tensors; ``parameters()`` takes as long to list them as a CPU takes for a small product."""
+        return list(cast(dict[str, torch.Tensor], self._parameters).values())
+
     def owner(self, leaf: str) -> nn.Module:
         """The module that holds a leaf: this one, or the container of ``values.*``."""
         prefix, dot, _ = leaf.rpartition(".")

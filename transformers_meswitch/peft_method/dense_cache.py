@@ -1,113 +1,152 @@
-"""What makes one expert quick on a CPU: the dense delta of the expert that answered last, kept from call to call."""
+"""What makes experts quick on a CPU: their dense weights, kept from call to call while the same experts answer."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .deltas import LinearDelta, QuantizedRowsDelta
+from .deltas import LinearDelta, QuantizedRowsDelta, StoredDelta
 from .host_memory import free_share
-from .kernel_path import is_plain_linear, wants_gradients
+from .kernel_path import is_plain_linear, is_watched, wants_gradients
+from .made_of import MadeOf
+from .switch import ExpertSwitch
 
-__all__ = ["DenseCache"]
+__all__ = ["DenseCache", "takes_whole_head"]
 
 #: Nothing is kept when less than this share of the memory is free.
 _FREE = 0.25
 
 
 class DenseCache:
-    """The dense delta of a layer's last expert, or in float32 the sum of the base's weight and it.
+    """The dense weights of the experts that answered a layer's last call.
 
-    Takes as much memory as the layer's weight. In half precision the sum is not used: rounding it would change
-    answers, as merging does.
+    Each takes as much memory as the layer's weight. Of a plain linear it is the sum of its weight and the delta, which
+    in half precision is rounded once, as merging rounds it and as the fine-tune's own weight was; of others it is the
+    delta alone.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[torch.dtype, list[torch.Tensor], list[int], torch.Tensor] | None = None
+        # Replaced as a whole, never changed, since threads may answer at once.
+        self._kept: dict[StoredDelta, tuple[torch.dtype, MadeOf, torch.Tensor]] = {}
+        self._last: tuple[str, nn.Linear, LinearDelta] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin empty."""
-        return {"_kept": None}
+        return {"_kept": {}, "_last": None}
 
     def clear(self) -> None:
         """Give the memory back: what was kept is of tensors that go, move or are not asked any more."""
-        self._kept = None
+        self._kept, self._last = {}, None
+
+    def keep_only(self, deltas: Collection[StoredDelta | None]) -> None:
+        """Give back the memory of all experts but those that answer now, before more is made."""
+        if any(delta not in deltas for delta in self._kept):
+            self._kept = {delta: kept for delta, kept in self._kept.items() if delta in deltas}
+
+    def again(self, x: torch.Tensor, base: nn.Module, switch: ExpertSwitch) -> torch.Tensor | None:
+        """What :meth:`whole` gives, by the shortest way there is, if the layer's last call was of the same expert.
+
+        A small model's product takes as long as a dozen of Python's calls.
+
+        Args:
+            x: ``[..., in]``.
+            base: the base's module.
+            switch: the model's.
+
+        Returns:
+            ``[..., out]``; `None` if it is not as simple as that.
+        """
+        last = self._last
+        if last is None or last[1] is not base or last[0] != switch.sole_expert or not self.takes(x, base):
+            return None
+        _, module, delta = last
+        kept = self._kept.get(delta)
+        if kept is None or is_watched(module):
+            return None
+        dtype, made_of, dense = kept
+        # Past ``__getattr__``, as all here is for the sake of some microseconds.
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        if weight is None or dtype != x.dtype or not made_of.still([*delta.leaves, weight]):
+            return None
+        return F.linear(x, dense, delta.bias.to(dtype) if delta.record.bias else bias)
 
     def takes(self, x: torch.Tensor, base: nn.Module) -> bool:
         """Whether this is for such inputs: on a CPU, without autocast and gradients, and not while being traced."""
         return (
             type(x) is torch.Tensor
-            and x.device.type == "cpu"
+            and x.is_cpu
             and not torch.is_autocast_enabled("cpu")
             and not wants_gradients(x, base)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         )
 
-    def multiply(self, x: torch.Tensor, base: nn.Module, delta: LinearDelta) -> torch.Tensor:
-        """``base(x) + x Δ̂ᵀ``, without the expert's bias.
+    def whole(self, x: torch.Tensor, base: nn.Linear, expert: str, delta: LinearDelta) -> torch.Tensor:
+        """The expert's output with its bias, of a base that :func:`~.kernel_path.is_plain_linear`.
 
         Args:
             x: ``[..., in]``.
             base: the base's module.
+            expert: its name.
             delta: the expert's.
 
         Returns:
-            ``[..., out]`` of the dtype that the base's module returns.
+            ``[..., out]`` of the dtype of ``x``.
         """
-        leaves = list(delta.parameters())
-        if is_plain_linear(base, x) and x.dtype == torch.float32:
-            weight = base.weight
-            return F.linear(x, self._get([*leaves, weight], x, lambda: delta.weight(x.dtype).add_(weight)), base.bias)
-        y: torch.Tensor = base(x)
-        return y + F.linear(x, self._get(leaves, x, lambda: delta.weight(x.dtype))).to(y.dtype)
+        weight = base.weight
+        dense = self._get(delta, x.dtype, lambda: delta.merged_into(weight), weight)
+        self._last = expert, base, delta
+        return F.linear(x, dense, delta.bias.to(x.dtype) if delta.record.bias else base.bias)
 
-    def whole_head(self, hidden: torch.Tensor, base: nn.Module, delta: QuantizedRowsDelta) -> torch.Tensor | None:
-        """The expert's logits ``[..., num_rows]`` by one product, where that is no less exact; else `None`.
+    def part(self, x: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
+        """``x Δ̂ᵀ``: ``[..., in]`` to ``[..., out]``."""
+        return F.linear(x, self._get(delta, x.dtype, lambda: delta.weight(x.dtype)))
+
+    def whole_head(self, hidden: torch.Tensor, base: nn.Module, delta: QuantizedRowsDelta) -> torch.Tensor:
+        """The expert's logits ``[..., num_rows]`` by one product, of heads that :func:`takes_whole_head`.
 
         Args:
             hidden: ``[..., width]``.
             base: the base's output head.
             delta: the expert's.
         """
-        if not is_plain_linear(base, hidden) or hidden.dtype != torch.float32:
-            return None
-        if base.bias is not None or delta.record.bias:
-            return None
-        weight = base.weight
-        made_of = [*delta.parameters(), weight]
-        return F.linear(hidden, self._get(made_of, hidden, lambda: delta.dense(weight)))
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        return F.linear(hidden, self._get(delta, hidden.dtype, lambda: delta.dense(weight), weight))
 
     def rows(self, hidden: torch.Tensor, delta: QuantizedRowsDelta) -> torch.Tensor:
         """The dense delta of an output head's coded rows, ``[coded, width]`` of the dtype of ``hidden``."""
-        return self._get(delta.parameters(), hidden, lambda: delta.coded_delta(hidden.dtype))
+        return self._get(delta, hidden.dtype, lambda: delta.coded_delta(hidden.dtype))
 
-    def _get(self, made_of: Iterable[torch.Tensor], x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What ``make`` gives, unless it did so for the same tensors in the same state before.
-
-        The tensors are held as long as what was made of them, so that no other can have taken their place.
-        """
-        tensors = list(made_of)
-        if any(tensor.is_inference() for tensor in tensors):
-            # They do not say when they change.
+    def _get(
+        self, delta: StoredDelta, dtype: torch.dtype, make: Callable[[], torch.Tensor], *others: torch.Tensor
+    ) -> torch.Tensor:
+        """What ``make`` gives, unless it did so before for the delta's tensors and ``others`` as they are now."""
+        tensors = [*delta.leaves, *others]
+        kept = self._kept.get(delta)
+        if kept is not None and kept[0] == dtype and kept[1].still(tensors):
+            return kept[2]
+        made_of = MadeOf.now(tensors)
+        if made_of is None:
             return make()
-        versions = [tensor._version for tensor in tensors]
-        kept = self._kept
-        if (
-            kept is not None
-            and (kept[0], kept[2]) == (x.dtype, versions)
-            and len(kept[1]) == len(tensors)
-            and all(map(operator.is_, kept[1], tensors))
-        ):
-            return kept[3]
-        self._kept = kept = None  # the next one may have its memory
+        # The next one may have its memory.
+        del kept
+        self._kept = {known: dense for known, dense in self._kept.items() if known is not delta}
         # A tensor made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             dense = make()
         if free_share() >= _FREE:
-            self._kept = x.dtype, tensors, versions, dense
+            self._kept = {**self._kept, delta: (dtype, made_of, dense)}
         return dense
+
+
+def takes_whole_head(hidden: torch.Tensor, base: nn.Module, delta: nn.Module) -> bool:
+    """Whether an expert's logits are those of one dense matrix: no biases, and a base that only multiplies."""
+    return (
+        isinstance(delta, QuantizedRowsDelta)
+        and is_plain_linear(base, hidden)
+        and base.bias is None
+        and not delta.record.bias
+    )

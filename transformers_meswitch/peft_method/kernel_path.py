@@ -189,10 +189,7 @@ def is_watched(base: nn.Module) -> bool:
 
 def is_plain_linear(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether a base's module does nothing but multiply by its weight, so that a kernel may do it in its place."""
-    return (
-        type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
-        and base.weight.dtype == x.dtype
-        and base.weight.device == x.device
-        and not is_watched(base)
-    )
+    if type(base) is not nn.Linear or is_watched(base):
+        return False
+    weight = base.weight
+    return type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.device == x.device

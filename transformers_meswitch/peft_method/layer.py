@@ -54,6 +54,13 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(base, name)
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """``base_layer``, past ``__getattr__``, which takes long beside what a small layer does in a call."""
+        base = self._modules["base_layer"]
+        assert base is not None
+        return base
+
     # -- what an expert stores here ---------------------------------------------------------------------------------
 
     def add_delta(self, expert: str, record: ModuleRecord) -> None:
@@ -72,7 +79,9 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     def delta_of(self, expert: str | None) -> Any:
         """The expert's delta of this layer, or `None` where it does not differ from the base (or is the base)."""
-        return None if expert is None else self.meswitch_delta._modules.get(module_key(expert))
+        deltas = self._modules["meswitch_delta"]  # as in ``wrapped``
+        assert deltas is not None
+        return None if expert is None else deltas._modules.get(module_key(expert))
 
     def stored_delta(self, expert: str) -> StoredDelta:
         """The expert's delta of this layer; it must have one."""

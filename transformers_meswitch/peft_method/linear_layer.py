@@ -12,10 +12,10 @@ from ..module_kinds import is_conv1d, linear_sizes
 from .deltas import LinearDelta
 from .dense_cache import DenseCache
 from .joint_linears import JointLinears
-from .kernel_path import KernelPath
+from .kernel_path import KernelPath, is_plain_linear
 from .layer import MESwitchLayer
 from .naming import module_key
-from .switch import ExpertSwitch
+from .switch import ExpertSwitch, RowGroup, join_rows
 
 __all__ = ["LinearLayer"]
 
@@ -85,25 +85,30 @@ class LinearLayer(MESwitchLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
-        if self.takes_kernels(x) and not (self.merged_adapters or args or kwargs):
+        base, plain = self.wrapped, not (args or kwargs)
+        again = self._dense.again(x, base, self.switch) if plain and self._kernels.rows is None else None
+        if again is not None:
+            return again
+        if self._kernels.takes(x, base) and plain and not self.merged_adapters:
             by_expert = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
             if by_expert is None:
-                return self.base_layer(x)
+                return base(x)
             assert self.kernel_table is not None
             together = None if self.joint is None else self.joint.take(self, x, by_expert)
             if together is not None:
                 return together
-            return self._kernels.multiply(x, self.base_layer, self.kernel_table, by_expert)
+            return self._kernels.multiply(x, base, self.kernel_table, by_expert)
         groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
-            return self.base_layer(x, *args, **kwargs)
-        prefill = None if args or kwargs else self._kernels.prefill(x, self.base_layer)
+            return base(x, *args, **kwargs)
+        prefill = self._kernels.prefill(x, base) if plain else None
         if prefill is not None:
             return prefill.multiply(x, groups, self.switch.scratch_on(x.device))
-        alone = self.delta_of(groups[0][0]) if groups[0][1] is None else None
-        if isinstance(alone, LinearDelta) and self._dense.takes(x, self.base_layer) and not (args or kwargs):
-            return self._with_bias(self._dense.multiply(x, self.base_layer, alone), alone)
-        y = self.base_layer(x, *args, **kwargs)
+        if plain and self._dense.takes(x, base):
+            dense = self._through_dense(x, base, groups)
+            if dense is not None:
+                return dense
+        y = base(x, *args, **kwargs)
         for expert, rows in groups:
             delta = self.delta_of(expert)
             if delta is None:
@@ -111,6 +116,27 @@ class LinearLayer(MESwitchLayer):
             part = self._with_bias(delta(x if rows is None else x[rows]), delta).to(y.dtype)
             y = y + part if rows is None else y.index_add(0, rows, part)
         return y
+
+    def _through_dense(self, x: torch.Tensor, base: nn.Module, groups: list[RowGroup]) -> torch.Tensor | None:
+        """``[batch, ..., in]`` to ``[batch, ..., out]`` by dense weights; `None` where a delta is another module."""
+        deltas = [self.delta_of(expert) for expert, _ in groups]
+        if not all(delta is None or isinstance(delta, LinearDelta) for delta in deltas):
+            return None
+        self._dense.keep_only(deltas)
+        parts = [
+            (rows, self._answer(x if rows is None else x[rows], base, expert, delta))
+            for delta, (expert, rows) in zip(deltas, groups, strict=True)
+        ]
+        return join_rows(parts, x.shape[0])
+
+    def _answer(self, x: torch.Tensor, base: nn.Module, expert: str | None, delta: LinearDelta | None) -> torch.Tensor:
+        """One expert's output, or the base's."""
+        if delta is None or expert is None:
+            return base(x)
+        if is_plain_linear(base, x):
+            return self._dense.whole(x, base, expert, delta)
+        y: torch.Tensor = base(x)
+        return self._with_bias(y + self._dense.part(x, delta).to(y.dtype), delta)
 
     def _with_bias(self, y: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
         """Output ``[..., out]`` of a delta, and of the base or not, with the difference of biases."""

@@ -7,6 +7,7 @@ are therefore registered under an escaped key, and names that would still confus
 
 from __future__ import annotations
 
+import functools
 import urllib.parse
 from collections.abc import Collection, Iterable
 
@@ -38,6 +39,7 @@ _KEY_PARTS = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=4096)  # every layer asks for it in every call
 def module_key(name: str) -> str:
     """Key of an expert in an ``nn.ModuleDict``: reversible, without dots, never an attribute name.
 

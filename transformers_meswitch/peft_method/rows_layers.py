@@ -15,11 +15,11 @@ from meswitch_kernels import RowsLeaves, embed_rows
 from .. import ops
 from ..module_kinds import linear_sizes
 from .deltas import AnyRowsDelta, QuantizedRowsDelta
-from .dense_cache import DenseCache
+from .dense_cache import DenseCache, takes_whole_head
 from .layer import MESwitchLayer
 from .live_choice import is_replayed
 from .rows_path import RowsPath, correct_logits, rows_leaves
-from .switch import ExpertSwitch
+from .switch import ExpertSwitch, RowGroup, join_rows
 
 __all__ = ["HeadLayer", "RowsLayer"]
 
@@ -117,14 +117,10 @@ class RowsLayer(_KernelRowsLayer):
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)
-        if groups[0][1] is None:
-            return self._embed(groups[0][0], ids, *args, **kwargs)
-        parts = [(rows, self._embed(expert, ids[rows], *args, **kwargs)) for expert, rows in groups]
-        first = parts[0][1]
-        out = first.new_empty(ids.shape[0], *first.shape[1:])
-        for rows, part in parts:
-            out[rows] = part
-        return out
+        parts = [
+            (rows, self._embed(expert, ids if rows is None else ids[rows], *args, **kwargs)) for expert, rows in groups
+        ]
+        return join_rows(parts, ids.shape[0])
 
     def _embed_all(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Through the kernels: ``[batch, ..., width]`` for all experts at once."""
@@ -223,41 +219,50 @@ class HeadLayer(_KernelRowsLayer):
             return self._correct_all(hidden, self.base_layer(hidden))
         groups = self.switch.groups(hidden.shape[0], hidden.device)
         capacity = self.switch.vocab_capacity
-        alone = self.delta_of(groups[0][0]) if groups[0][1] is None and not self.merged_adapters else None
-        if isinstance(alone, QuantizedRowsDelta) and self._dense.takes(hidden, self.base_layer):
-            own = self._dense.whole_head(hidden, self.base_layer, alone)
-            if own is not None:
-                return nn.functional.pad(own, (0, capacity - own.shape[-1]), value=float("-inf"))
-        base = self.base_layer(hidden, *args, **kwargs)
-        if capacity > base.shape[-1]:
-            base = nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
+        if self._dense.takes(hidden, self.base_layer) and not (self.merged_adapters or args or kwargs):
+            whole = self._through_dense(hidden, groups, capacity)
+            if whole is not None:
+                return whole
+        base = _widened(self.base_layer(hidden, *args, **kwargs), capacity)
         if self.merged_adapters:
             return base
-        if groups[0][1] is None:
-            return self._logits(groups[0][0], hidden, base, alone=True)
-        for expert, rows in groups:
-            part = self._logits(expert, hidden[rows], base[rows])
-            base = base.index_copy(0, rows, part)
-        return base
+        parts = [
+            (rows, self._logits(expert, *((hidden, base) if rows is None else (hidden[rows], base[rows]))))
+            for expert, rows in groups
+        ]
+        return join_rows(parts, hidden.shape[0])
+
+    def _through_dense(self, hidden: torch.Tensor, groups: list[RowGroup], capacity: int) -> torch.Tensor | None:
+        """``[batch, ..., vocab_capacity]`` by dense heads; `None` where an expert or the base cannot have one."""
+        deltas = [self.delta_of(expert) for expert, _ in groups]
+        self._dense.keep_only(deltas)
+        if not all(delta is None or takes_whole_head(hidden, self.base_layer, delta) for delta in deltas):
+            return None
+        parts = []
+        for delta, (expert, rows) in zip(deltas, groups, strict=True):
+            own = hidden if rows is None else hidden[rows]
+            if delta is None:
+                logits = self._logits(expert, own, _widened(self.base_layer(own), capacity))
+            else:
+                logits = _widened(self._dense.whole_head(own, self.base_layer, delta), capacity)
+            parts.append((rows, logits))
+        return join_rows(parts, hidden.shape[0])
 
     def _correct_all(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Through the kernels: ``[batch, ..., vocab_capacity]`` for all experts at once."""
         capacity = self.switch.widest_vocabulary if is_replayed() else self.switch.vocab_capacity
         groups = self.switch.kernel_groups(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.device)
         if groups is None:
-            return nn.functional.pad(base, (0, capacity - base.shape[-1]), value=float("-inf"))
+            return _widened(base, capacity)
         assert self.coded_table is not None
         assert self.rows_table is not None
         return correct_logits(hidden, base, (self.coded_table, self.rows_table), groups, capacity)
 
-    def _logits(
-        self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor, *, alone: bool = False
-    ) -> torch.Tensor:
+    def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         delta = self.delta_of(expert)
         if delta is not None:
-            # Only where one expert answers all rows: experts in turn would each push the other out.
-            cached = alone and isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows > 0
-            if cached and self._dense.takes(hidden, self.base_layer):
+            coded = isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows > 0
+            if coded and self._dense.takes(hidden, self.base_layer):
                 base = delta.logits(hidden, base, self._dense.rows(hidden, delta))
             else:
                 base = delta.logits(hidden, base)
@@ -319,6 +324,12 @@ class HeadLayer(_KernelRowsLayer):
         super()._restore_parameters(kept)
         if "weight" in kept:
             self.get_base_layer().out_features = kept["weight"].shape[0]
+
+
+def _widened(logits: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Logits ``[..., vocab]`` of ids that nobody knows added at ``-inf``: ``[..., capacity]``."""
+    more = capacity - logits.shape[-1]
+    return nn.functional.pad(logits, (0, more), value=float("-inf")) if more else logits
 
 
 def _of_length(bias: torch.Tensor, length: int) -> torch.Tensor:

@@ -20,13 +20,29 @@ from .naming import known_expert
 from .prefill_path import PrefillScratch
 from .slots import Slots
 
-__all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup"]
+__all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup", "join_rows"]
 
 #: An expert (`None` is the base) and the batch rows it answers: int64 ``[rows]``, or `None` for all of them.
 RowGroup = tuple[str | None, torch.Tensor | None]
 
 #: The rows chosen for the call in progress. A context variable, so that threads generating at once do not mix.
 _ROWS: ContextVar[tuple[ExpertSwitch, _RowChoice] | None] = ContextVar("meswitch_rows", default=None)
+
+
+def join_rows(parts: Sequence[tuple[torch.Tensor | None, torch.Tensor]], batch: int) -> torch.Tensor:
+    """The output ``[batch, ...]`` of a batch, from that of each expert's rows.
+
+    Args:
+        parts: the rows of each group, and its output ``[rows, ...]``; together every row once.
+        batch: all rows.
+    """
+    rows, out = parts[0]
+    if rows is None:
+        return out
+    out = out.new_empty(batch, *out.shape[1:])
+    for rows, part in parts:
+        out[rows] = part
+    return out
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class _RowChoice:
 
     def __init__(self, names: Sequence[str | None], exact: bool = False) -> None:
         self.names = tuple(names)
+        self.sole = self.names[0] if len(set(self.names)) == 1 else None
         self.exact = exact
         self.batch: int | None = None
         self._groups: dict[tuple[int, torch.device], list[RowGroup]] = {}
@@ -218,7 +235,20 @@ class ExpertSwitch:
     @property
     def chosen_expert(self) -> str | None:
         """The expert that is active, whether or not adapters are disabled."""
-        return next((name for name in self.active if name in self.experts), None)
+        for name in self.active:
+            if name in self.experts:
+                return name
+        return None
+
+    @property
+    def sole_expert(self) -> str | None:
+        """The expert that answers all rows; `None` where there is more to it, and :meth:`groups` is to be asked."""
+        chosen = _ROWS.get()
+        if chosen is not None and chosen[0] is self:
+            sole = chosen[1].sole
+        else:
+            sole = None if self.disabled else self.chosen_expert
+        return None if self.merged is not None or sole == self.pending else sole
 
     @property
     def vocab_capacity(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,10 +12,33 @@ from .. import ops
 from .deltas import ValuesDelta
 from .layer import MESwitchLayer
 from .live_choice import is_replayed
-from .switch import ExpertSwitch
+from .made_of import MadeOf
+from .switch import ExpertSwitch, join_rows
 from .values_stack import ValuesStack, run_with_rows, takes_rows
 
 __all__ = ["ValuesLayer"]
+
+
+class _View(NamedTuple):
+    """A norm as its last expert sees it, and what that was made of: a copy takes longer than a small norm does."""
+
+    expert: str
+    module: nn.Module
+    base: nn.Module
+    values: nn.Module
+    made_of: MadeOf
+
+    def is_of(self, base: nn.Module) -> bool:
+        """Whether it was made of this module, as it is now."""
+        return (
+            self.base is base
+            and self.module.training == base.training
+            and self.made_of.still(_tensors(base, self.values))
+        )
+
+
+def _tensors(*modules: nn.Module) -> list[torch.Tensor]:
+    return [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
 
 
 class ValuesLayer(MESwitchLayer):
@@ -26,6 +49,7 @@ class ValuesLayer(MESwitchLayer):
     def __init__(self, base_layer: nn.Module, switch: ExpertSwitch) -> None:
         super().__init__(base_layer, switch)
         self.stack = None
+        self._last: _View | None = None
 
     @property
     def has_table(self) -> bool:
@@ -58,42 +82,53 @@ class ValuesLayer(MESwitchLayer):
             if base is self.base_layer and self.stack.norms(base, x):
                 return self.stack.norm(base, x, index)
             return run_with_rows(self.base_layer, x, self.stack.pick(base, index))
+        base = self.wrapped
+        last = self._last
+        if last is not None and last.expert == self.switch.sole_expert and last.is_of(base):
+            return last.module(x, *args, **kwargs)
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
-            return self.base_layer(x, *args, **kwargs)
-        if groups[0][1] is None:
-            return self._module(groups[0][0])(x, *args, **kwargs)
-        parts = [(rows, self._module(expert)(x[rows], *args, **kwargs)) for expert, rows in groups]
-        out = x.new_empty(x.shape[0], *parts[0][1].shape[1:], dtype=parts[0][1].dtype)
-        for rows, part in parts:
-            out[rows] = part
-        return out
+            return base(x, *args, **kwargs)
+        parts = [
+            (rows, self._module(base, expert)(x if rows is None else x[rows], *args, **kwargs))
+            for expert, rows in groups
+        ]
+        return join_rows(parts, x.shape[0])
 
-    def _module(self, expert: str | None) -> nn.Module:
+    def _module(self, base: nn.Module, expert: str | None) -> nn.Module:
         """The base's module seen with the expert's parameters: a shallow copy, so that threads do not swap weights."""
-        base = self.base_layer
         delta = self.delta_of(expert)
-        if delta is None:
+        if delta is None or expert is None:
             return base
         view = copy.copy(base)
         # accelerate's hook is a bound ``forward`` of the original module; the copy must use its own.
         view.__dict__.pop("forward", None)
-        view._parameters = self._whole(base, delta)  # type: ignore[assignment]
+        # What is cast in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            view._parameters = self._whole(base, delta)  # type: ignore[assignment]
+        made_of = MadeOf.now(_tensors(base, delta.values))
+        # What was cast for a call that is differentiated is part of its graph.
+        if made_of is not None and all(tensor.is_leaf for tensor in _tensors(view)):
+            self._last = _View(expert, view, base, delta.values, made_of)
         return view
+
+    def drop_cache(self) -> None:
+        """As of every wrapped layer."""
+        self._last = None
 
     def _whole(self, base: nn.Module, delta: ValuesDelta) -> dict[str, torch.Tensor | None]:
         """All parameters of the expert's module: a delta lists those that differ from the base's."""
-        return {**base._parameters, **self._own(delta)}
+        return {**base._parameters, **self._own(base, delta)}
 
-    def _own(self, delta: ValuesDelta) -> dict[str, torch.Tensor]:
-        base = self.get_base_layer()._parameters
+    def _own(self, base: nn.Module, delta: ValuesDelta) -> dict[str, torch.Tensor]:
+        of_base = base._parameters
         return {
-            name: value.to(base[name].dtype)  # type: ignore[union-attr]
-            for name, value in delta.values.named_parameters(recurse=False)
+            name: value.to(of_base[name].dtype)  # type: ignore[union-attr]
+            for name, value in delta.values._parameters.items()
         }
 
     def merged_parameters(self, expert: str) -> dict[str, torch.Tensor]:
         """The expert's own parameters."""
         delta = self.stored_delta(expert)
         assert isinstance(delta, ValuesDelta)
-        return {name: value.detach().clone() for name, value in self._own(delta).items()}
+        return {name: value.detach().clone() for name, value in self._own(self.get_base_layer(), delta).items()}
