@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -200,3 +201,70 @@ def test_a_layer_can_be_traced(model: Any) -> None:
     x = torch.randn(1, 2, 64, dtype=model.dtype)
     with torch.no_grad():
         assert torch.allclose(torch.jit.trace(layer, (x,), check_trace=False)(x), layer(x), atol=1e-1)
+
+
+@pytest.mark.parametrize("name", ["math", "code"])
+@pytest.mark.parametrize("part", ["input_layernorm", "mlp.up_proj"])
+def test_layers_that_answer_again_see_what_changed(model: Any, part: str, name: str) -> None:
+    """What the short way of an expert that answers once more has to look at."""
+    layer: Any = model.model.layers[0].get_submodule(part)
+    x = torch.randn(2, 3, 64, dtype=model.dtype)
+    model.set_expert(name)
+
+    @torch.no_grad()
+    def output(times: int = 3) -> torch.Tensor:
+        found = [layer(x) for _ in range(times)]
+        assert all(torch.equal(found[0], again) for again in found)
+        return found[0]
+
+    def other(y: torch.Tensor, than: torch.Tensor) -> bool:
+        return not torch.allclose(y, than, atol=1e-2)
+
+    first = output()
+    parameter = next(p for key, p in layer.stored_delta(name).named_parameters() if key in ("step", "values.weight"))
+    with torch.no_grad():
+        parameter.mul_(4)
+    changed = output()
+    assert other(changed, first)
+    delta = layer.stored_delta(name)
+    owner, key = (delta.values, "weight") if part == "input_layernorm" else (delta, "step")
+    setattr(owner, key, torch.nn.Parameter(parameter.detach() / 4, requires_grad=False))
+    assert torch.equal(output(), first)
+
+    weight = layer.base_layer.weight
+    with torch.no_grad():
+        layer.base_layer.weight = torch.nn.Parameter(weight + 1)
+    assert (part == "input_layernorm") or other(output(), first)
+    layer.base_layer.weight = weight
+    assert torch.equal(output(), first)
+
+    seen: list[bool] = []
+    with layer.base_layer.register_forward_hook(lambda module, *_: seen.append(module.training)):
+        output(1)
+        layer.train()
+        output(1)
+        layer.eval()
+    assert seen == [False, True]
+    assert torch.equal(output(), first)
+    assert len(seen) == 2
+    base = layer.base_layer
+    layer.base_layer = copy.deepcopy(base)
+    layer.base_layer.weight = weight
+    with layer.base_layer.register_forward_hook(lambda module, *_: seen.append(module.training)):
+        output(1)
+    assert len(seen) == 3
+    layer.base_layer = base
+
+    model.set_expert("code" if name == "math" else "math")
+    assert other(output(), first)
+    with model._meswitch_switch.rows([name, name]):
+        assert torch.equal(output(), first)
+    with model._meswitch_switch.rows([name, None]):
+        assert torch.allclose(output()[0], first[0], atol=1e-5 if model.dtype == torch.float32 else 1e-2)
+        assert torch.allclose(output()[1], layer.base_layer(x)[1], atol=1e-5 if model.dtype == torch.float32 else 1e-2)
+    model.set_expert(name)
+    assert torch.equal(output(), first)
+    model.disable_adapters()
+    assert torch.equal(output(), layer.base_layer(x))
+    model.enable_adapters()
+    assert torch.equal(output(), first)

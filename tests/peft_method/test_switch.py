@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from tests.fixtures_models import TinyFamily
 from tests.model_state import ATOL, ModelState, generated, prompt
 from transformers_meswitch.errors import ExpertNotFoundError, UnsupportedOperationError
+from transformers_meswitch.peft_method.switch import ExpertInfo, ExpertSwitch
 
 
 def answering(model: Any, expected: Any) -> str | None:
@@ -198,3 +199,24 @@ def test_choosing_changes_nothing_but_the_choice(model: Any) -> None:
     model.enable_adapters()
     model.set_expert("math")
     before.assert_unchanged(model)
+
+
+def test_the_only_expert_of_a_batch() -> None:
+    switch = ExpertSwitch(base_vocab_size=8)
+    for name in ("a", "b"):
+        switch.enter(name, ExpertInfo(vocab_size=8))
+    assert switch.sole_expert is None
+    switch.set_active(["a"])
+    assert switch.sole_expert == "a"
+    for names, sole in ((["b"], "b"), (["b", "b"], "b"), (["a", "b"], None), (["a", None], None), ([None], None)):
+        with switch.rows(names):
+            assert switch.sole_expert == sole
+    other = ExpertSwitch(base_vocab_size=8)
+    with other.rows([None]):
+        assert switch.sole_expert == "a"
+    for attribute, value in (("disabled", True), ("merged", "a"), ("pending", "a")):
+        before = getattr(switch, attribute)
+        setattr(switch, attribute, value)
+        assert switch.sole_expert is None
+        setattr(switch, attribute, before)
+    assert switch.sole_expert == "a"
