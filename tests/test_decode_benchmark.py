@@ -63,7 +63,11 @@ def test_compiled_steps_are_of_base_and_experts(tmp_path: Any, monkeypatch: pyte
     result = json.loads((tmp_path / "decode_deep_cpu_compiled.json").read_text())
     assert result["compiled"]
     assert [row["what"] for row in result["rows"]][-1] == "2 experts, a row each"
-    assert asked == [{"fullgraph": True, "dynamic": False}] * len(result["rows"])
+    # Two rows of the base, and of experts each with the base's step beside it.
+    assert len(result["rows"]) == 5
+    assert asked == [{"fullgraph": True, "dynamic": False}] * (2 + 3 * 2)
+    for row in result["rows"][2:]:
+        assert row["ratio_to_base"] == row["milliseconds"] / row["base_milliseconds"]
     # All that is timed, and nothing else.
     assert called == [step._REPEATS + 3] * len(asked)
 
