@@ -46,11 +46,12 @@ def test_compiled_steps_are_of_base_and_experts(tmp_path: Any, monkeypatch: pyte
     called: list[int] = []
 
     def compiled(model: Any, **options: Any) -> Any:
+        number = len(asked)
         asked.append(options)
         called.append(0)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            called[-1] += 1
+            called[number] += 1
             return model(*args, **kwargs)
 
         return call
