@@ -268,3 +268,21 @@ def test_layers_that_answer_again_see_what_changed(model: Any, part: str, name: 
     assert torch.equal(output(), layer.base_layer(x))
     model.enable_adapters()
     assert torch.equal(output(), first)
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "mlp.up_proj"])
+def test_compiled_layers_follow_the_choice(model: Any, part: str) -> None:
+    layer: Any = model.model.layers[0].get_submodule(part)
+    x = torch.randn(2, 3, 64, dtype=model.dtype)
+    compiled = torch.compile(layer, backend="eager")
+    close = {"atol": 1e-5} if model.dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    before = None
+    for name in ("math", "code", None, "math"):
+        model.set_expert(name)
+        with torch.no_grad():
+            expected = [layer(x) for _ in range(2)][1]
+            for _ in range(2):
+                assert torch.allclose(compiled(x), expected, **close)
+                layer(x)
+        assert before is None or not torch.allclose(before, expected, **close)
+        before = expected

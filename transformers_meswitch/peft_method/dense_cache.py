@@ -61,7 +61,7 @@ class DenseCache:
             ``[..., out]``; `None` if it is not as simple as that.
         """
         last = self._last
-        if last is None or last[1] is not base or last[0] != switch.sole_expert or not self.takes(x, base):
+        if last is None or last[1] is not base or not self.takes(x, base) or last[0] != switch.sole_expert:
             return None
         _, module, delta = last
         kept = self._kept.get(delta)

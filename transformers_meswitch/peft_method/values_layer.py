@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from .. import ops
 from .deltas import ValuesDelta
@@ -84,7 +85,7 @@ class ValuesLayer(MESwitchLayer):
             return run_with_rows(self.base_layer, x, self.stack.pick(base, index))
         base = self.wrapped
         last = self._last
-        if last is not None and last.expert == self.switch.sole_expert and last.is_of(base):
+        if last is not None and not is_compiling() and last.expert == self.switch.sole_expert and last.is_of(base):
             return last.module(x, *args, **kwargs)
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
@@ -103,6 +104,9 @@ class ValuesLayer(MESwitchLayer):
         view = copy.copy(base)
         # accelerate's hook is a bound ``forward`` of the original module; the copy must use its own.
         view.__dict__.pop("forward", None)
+        if is_compiling():
+            view._parameters = self._whole(base, delta)  # type: ignore[assignment]
+            return view
         # What is cast in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             view._parameters = self._whole(base, delta)  # type: ignore[assignment]
