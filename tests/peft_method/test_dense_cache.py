@@ -248,6 +248,11 @@ def test_layers_that_answer_again_see_what_changed(model: Any, part: str, name: 
     assert torch.equal(output(), first)
     assert len(seen) == 2
     base = layer.base_layer
+    if part == "input_layernorm":
+        base.variance_epsilon, before = 10.0, base.variance_epsilon
+        assert other(output(), first)
+        base.variance_epsilon = before
+        assert torch.equal(output(), first)
     layer.base_layer = copy.deepcopy(base)
     layer.base_layer.weight = weight
     with layer.base_layer.register_forward_hook(lambda module, *_: seen.append(module.training)):

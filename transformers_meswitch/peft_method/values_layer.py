@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class _View(NamedTuple):
     expert: str
     module: nn.Module
     base: nn.Module
+    attributes: tuple[Any, ...]
     values: nn.Module
     made_of: MadeOf
 
@@ -33,7 +35,8 @@ class _View(NamedTuple):
         """Whether it was made of this module, as it is now."""
         return (
             self.base is base
-            and self.module.training == base.training
+            and len(self.attributes) == len(base.__dict__)
+            and all(map(operator.is_, self.attributes, base.__dict__.values()))
             and self.made_of.still(_tensors(base, self.values))
         )
 
@@ -113,7 +116,7 @@ class ValuesLayer(MESwitchLayer):
         made_of = MadeOf.now(_tensors(base, delta.values))
         # What was cast for a call that is differentiated is part of its graph.
         if made_of is not None and all(tensor.is_leaf for tensor in _tensors(view)):
-            self._last = _View(expert, view, base, delta.values, made_of)
+            self._last = _View(expert, view, base, tuple(base.__dict__.values()), delta.values, made_of)
         return view
 
     def drop_cache(self) -> None:
