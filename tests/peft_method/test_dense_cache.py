@@ -76,6 +76,12 @@ def test_deltas_of_a_mixed_batch_are_made_dense_once(model: Any, made: list[int]
         alone = mixed(name, name)[0]
         assert torch.allclose(alone, first[row], atol=1e-5 if model.dtype == torch.float32 else 0.05)
     assert not torch.allclose(first[0, :, :64], first[2, :, :64], atol=0.05)
+    # Whoever of the batch goes on alone.
+    for name in ("code", "math"):
+        mixed("math", "code")
+        assert kept() == 2
+        mixed(name)
+        assert kept() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -291,3 +297,51 @@ def test_compiled_layers_follow_the_choice(model: Any, part: str) -> None:
                 layer(x)
         assert before is None or not torch.allclose(before, expected, **close)
         before = expected
+
+
+def test_an_expert_loaded_in_the_place_of_another_is_seen(model: Any, tiny_family: TinyFamily) -> None:
+    """Also where a call that had begun before keeps what belongs to the one that is gone."""
+    model.set_expert("math")
+    before = logits(model)
+    layers: list[Any] = [
+        layer for layer in model.modules() if getattr(layer, "_last", None) or hasattr(layer, "_dense")
+    ]
+    caches = [layer._dense.__dict__.copy() if hasattr(layer, "_dense") else layer._last for layer in layers]
+    model.delete_adapter("math")
+    model.load_adapter(tiny_family.deltas["code"], adapter_name="math")
+    for layer, cache in zip(layers, caches, strict=True):
+        if hasattr(layer, "_dense"):
+            layer._dense.__dict__.update(cache)
+        else:
+            layer._last = cache
+    model.set_expert("math")
+    found = [logits(model) for _ in range(2)]
+    model.set_expert("code")
+    assert all(torch.equal(logits(model), other) for other in found)
+    assert not torch.allclose(found[0][..., :64], before[..., :64], atol=1e-2)
+
+
+def test_a_watched_base_sees_the_whole_batch_once(model: Any) -> None:
+    seen: list[torch.Size] = []
+    layer: Any = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 2, 64, dtype=model.dtype)
+    with torch.no_grad(), model._meswitch_switch.rows(["math", "code", None]):
+        expected = layer(x)
+        with layer.base_layer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape)):
+            found = [layer(x) for _ in range(2)]
+    assert seen == [x.shape] * 2
+    assert all(torch.allclose(y, expected, atol=1e-5 if model.dtype == torch.float32 else 0.1) for y in found)
+
+
+def test_double_precision_is_kept() -> None:
+    layer = LinearLayer(torch.nn.Linear(64, 32, bias=False, dtype=torch.float64), ExpertSwitch(base_vocab_size=8))
+    layer.switch.enter("a", ExpertInfo(vocab_size=8))
+    layer.add_delta("a", LinearRecord(32, 64, 2))
+    delta = layer.stored_delta("a")
+    delta.assign("codes", torch.randint(0, 256, (32, 16), dtype=torch.uint8), torch.device("cpu"))
+    delta.assign("step", torch.rand(32), torch.device("cpu"))
+    layer.switch.set_active(["a"])
+    x = torch.randn(2, 1, 64, dtype=torch.float64)
+    expected = x @ (layer.base_layer.weight + delta.weight(torch.float64)).T
+    with torch.no_grad():
+        assert all(torch.allclose(layer(x), expected, rtol=0, atol=1e-12) for _ in range(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from .deltas import LinearDelta, QuantizedRowsDelta, StoredDelta
 from .host_memory import free_share
-from .kernel_path import is_plain_linear, is_watched, wants_gradients
+from .kernel_path import DTYPES, is_plain_linear, is_watched, wants_gradients
 from .made_of import MadeOf
 from .switch import ExpertSwitch
 
-__all__ = ["DenseCache", "takes_whole_head"]
+__all__ = ["DenseCache", "takes_whole", "takes_whole_head"]
 
 #: Nothing is kept when less than this share of the memory is free.
 _FREE = 0.25
@@ -47,7 +47,13 @@ class DenseCache:
         if any(delta not in deltas for delta in self._kept):
             self._kept = {delta: kept for delta, kept in self._kept.items() if delta in deltas}
 
-    def again(self, x: torch.Tensor, base: nn.Module, switch: ExpertSwitch) -> torch.Tensor | None:
+    def has_room(self, deltas: Collection[StoredDelta]) -> bool:
+        """Whether what is made of these deltas is there, or may be kept once it is."""
+        return all(delta in self._kept for delta in deltas) or free_share() >= _FREE
+
+    def again(
+        self, x: torch.Tensor, base: nn.Module, switch: ExpertSwitch, delta_of: Callable[[str], Any]
+    ) -> torch.Tensor | None:
         """What :meth:`whole` gives, by the shortest way there is, if the layer's last call was of the same expert.
 
         A small model's product takes as long as a dozen of Python's calls.
@@ -56,6 +62,7 @@ class DenseCache:
             x: ``[..., in]``.
             base: the base's module.
             switch: the model's.
+            delta_of: the layer's, by an expert's name.
 
         Returns:
             ``[..., out]``; `None` if it is not as simple as that.
@@ -63,9 +70,10 @@ class DenseCache:
         last = self._last
         if last is None or last[1] is not base or not self.takes(x, base) or last[0] != switch.sole_expert:
             return None
-        _, module, delta = last
+        expert, module, delta = last
         kept = self._kept.get(delta)
-        if kept is None or is_watched(module):
+        # Others that are kept are given back on the long way, and the expert may have been loaded anew.
+        if kept is None or len(self._kept) > 1 or delta_of(expert) is not delta or is_watched(module):
             return None
         dtype, made_of, dense = kept
         # Past ``__getattr__``, as all here is for the sake of some microseconds.
@@ -85,7 +93,7 @@ class DenseCache:
         )
 
     def whole(self, x: torch.Tensor, base: nn.Linear, expert: str, delta: LinearDelta) -> torch.Tensor:
-        """The expert's output with its bias, of a base that :func:`~.kernel_path.is_plain_linear`.
+        """The expert's output with its bias, of a base that :func:`takes_whole`.
 
         Args:
             x: ``[..., in]``.
@@ -142,11 +150,16 @@ class DenseCache:
         return dense
 
 
-def takes_whole_head(hidden: torch.Tensor, base: nn.Module, delta: nn.Module) -> bool:
+def takes_whole(base: nn.Module, x: torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Whether one product with the sum of weight and delta, added in float32, is as exact as the input's dtype."""
+    return x.dtype in DTYPES and is_plain_linear(base, x)
+
+
+def takes_whole_head(hidden: torch.Tensor, base: nn.Module, delta: nn.Module | None) -> bool:
     """Whether an expert's logits are those of one dense matrix: no biases, and a base that only multiplies."""
     return (
         isinstance(delta, QuantizedRowsDelta)
-        and is_plain_linear(base, hidden)
+        and takes_whole(base, hidden)
         and base.bias is None
         and not delta.record.bias
     )

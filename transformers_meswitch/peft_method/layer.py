@@ -65,6 +65,7 @@ class MESwitchLayer(nn.Module, BaseTunerLayer):
 
     def add_delta(self, expert: str, record: ModuleRecord) -> None:
         """Make room for an expert's tensors, on the base layer's device."""
+        self.drop_cache()
         parameter = next(self.get_base_layer().parameters())
         dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.get_default_dtype()
         self.meswitch_delta[module_key(expert)] = make_delta(record, dtype, parameter.device)

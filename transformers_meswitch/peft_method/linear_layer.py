@@ -10,9 +10,9 @@ from torch import nn
 
 from ..module_kinds import is_conv1d, linear_sizes
 from .deltas import LinearDelta
-from .dense_cache import DenseCache
+from .dense_cache import DenseCache, takes_whole
 from .joint_linears import JointLinears
-from .kernel_path import KernelPath, is_plain_linear
+from .kernel_path import KernelPath
 from .layer import MESwitchLayer
 from .naming import module_key
 from .switch import ExpertSwitch, RowGroup, join_rows
@@ -86,9 +86,10 @@ class LinearLayer(MESwitchLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``, in the dtype that the base's module returns."""
         base, plain = self.wrapped, not (args or kwargs)
-        again = self._dense.again(x, base, self.switch) if plain and self._kernels.rows is None else None
-        if again is not None:
-            return again
+        if plain and self._kernels.rows is None:
+            again = self._dense.again(x, base, self.switch, self.delta_of)
+            if again is not None:
+                return again
         if self._kernels.takes(x, base) and plain and not self.merged_adapters:
             by_expert = self.switch.kernel_groups(x.shape[0], math.prod(x.shape[1:-1]), x.device)
             if by_expert is None:
@@ -104,39 +105,35 @@ class LinearLayer(MESwitchLayer):
         prefill = self._kernels.prefill(x, base) if plain else None
         if prefill is not None:
             return prefill.multiply(x, groups, self.switch.scratch_on(x.device))
-        if plain and self._dense.takes(x, base):
-            dense = self._through_dense(x, base, groups)
-            if dense is not None:
-                return dense
+        deltas = [self.delta_of(expert) for expert, _ in groups]
+        dense = plain and self._dense.takes(x, base) and all(isinstance(d, LinearDelta | None) for d in deltas)
+        if dense:
+            self._dense.keep_only(deltas)
+            if takes_whole(base, x):
+                return self._by_whole_weights(x, base, groups)
         y = base(x, *args, **kwargs)
-        for expert, rows in groups:
-            delta = self.delta_of(expert)
+        for delta, (_, rows) in zip(deltas, groups, strict=True):
             if delta is None:
                 continue
-            part = self._with_bias(delta(x if rows is None else x[rows]), delta).to(y.dtype)
+            own = x if rows is None else x[rows]
+            part = self._with_bias(self._dense.part(own, delta) if dense else delta(own), delta).to(y.dtype)
             y = y + part if rows is None else y.index_add(0, rows, part)
         return y
 
-    def _through_dense(self, x: torch.Tensor, base: nn.Module, groups: list[RowGroup]) -> torch.Tensor | None:
-        """``[batch, ..., in]`` to ``[batch, ..., out]`` by dense weights; `None` where a delta is another module."""
-        deltas = [self.delta_of(expert) for expert, _ in groups]
-        if not all(delta is None or isinstance(delta, LinearDelta) for delta in deltas):
-            return None
-        self._dense.keep_only(deltas)
-        parts = [
-            (rows, self._answer(x if rows is None else x[rows], base, expert, delta))
-            for delta, (expert, rows) in zip(deltas, groups, strict=True)
-        ]
+    def _by_whole_weights(self, x: torch.Tensor, base: nn.Linear, groups: list[RowGroup]) -> torch.Tensor:
+        """``[batch, ..., in]`` to ``[batch, ..., out]``: a product for each expert, and one where none differs."""
+        parts, others = [], []
+        for expert, rows in groups:
+            delta = self.delta_of(expert)
+            if delta is not None and expert is not None:
+                own = x if rows is None else x[rows]
+                parts.append((rows, self._dense.whole(own, base, expert, delta)))
+            elif rows is not None:
+                others.append(rows)
+        if others:
+            together = torch.cat(others)
+            parts.append((together, base(x[together])))
         return join_rows(parts, x.shape[0])
-
-    def _answer(self, x: torch.Tensor, base: nn.Module, expert: str | None, delta: LinearDelta | None) -> torch.Tensor:
-        """One expert's output, or the base's."""
-        if delta is None or expert is None:
-            return base(x)
-        if is_plain_linear(base, x):
-            return self._dense.whole(x, base, expert, delta)
-        y: torch.Tensor = base(x)
-        return self._with_bias(y + self._dense.part(x, delta).to(y.dtype), delta)
 
     def _with_bias(self, y: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
         """Output ``[..., out]`` of a delta, and of the base or not, with the difference of biases."""

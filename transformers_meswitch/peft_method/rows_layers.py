@@ -19,7 +19,7 @@ from .dense_cache import DenseCache, takes_whole_head
 from .layer import MESwitchLayer
 from .live_choice import is_replayed
 from .rows_path import RowsPath, correct_logits, rows_leaves
-from .switch import ExpertSwitch, RowGroup, join_rows
+from .switch import ExpertSwitch, join_rows
 
 __all__ = ["HeadLayer", "RowsLayer"]
 
@@ -219,34 +219,31 @@ class HeadLayer(_KernelRowsLayer):
             return self._correct_all(hidden, self.base_layer(hidden))
         groups = self.switch.groups(hidden.shape[0], hidden.device)
         capacity = self.switch.vocab_capacity
-        if self._dense.takes(hidden, self.base_layer) and not (self.merged_adapters or args or kwargs):
-            whole = self._through_dense(hidden, groups, capacity)
-            if whole is not None:
-                return whole
+        deltas = [self.delta_of(expert) for expert, _ in groups]
+        dense = self._dense.takes(hidden, self.base_layer) and not (self.merged_adapters or args or kwargs)
+        if dense:
+            self._dense.keep_only(deltas)
+            # A head is large: where it cannot be kept, a mixed batch goes by blocks of each expert's.
+            coded = [delta for delta in deltas if isinstance(delta, QuantizedRowsDelta)]
+            dense = len(groups) == 1 or self._dense.has_room(coded)
+        if dense and all(takes_whole_head(hidden, self.base_layer, delta) for delta in deltas):
+            parts = [
+                (rows, self._whole(hidden if rows is None else hidden[rows], delta, capacity))
+                for delta, (_, rows) in zip(deltas, groups, strict=True)
+            ]
+            return join_rows(parts, hidden.shape[0])
         base = _widened(self.base_layer(hidden, *args, **kwargs), capacity)
         if self.merged_adapters:
             return base
         parts = [
-            (rows, self._logits(expert, *((hidden, base) if rows is None else (hidden[rows], base[rows]))))
+            (rows, self._logits(expert, *((hidden, base) if rows is None else (hidden[rows], base[rows])), dense))
             for expert, rows in groups
         ]
         return join_rows(parts, hidden.shape[0])
 
-    def _through_dense(self, hidden: torch.Tensor, groups: list[RowGroup], capacity: int) -> torch.Tensor | None:
-        """``[batch, ..., vocab_capacity]`` by dense heads; `None` where an expert or the base cannot have one."""
-        deltas = [self.delta_of(expert) for expert, _ in groups]
-        self._dense.keep_only(deltas)
-        if not all(delta is None or takes_whole_head(hidden, self.base_layer, delta) for delta in deltas):
-            return None
-        parts = []
-        for delta, (expert, rows) in zip(deltas, groups, strict=True):
-            own = hidden if rows is None else hidden[rows]
-            if delta is None:
-                logits = self._logits(expert, own, _widened(self.base_layer(own), capacity))
-            else:
-                logits = _widened(self._dense.whole_head(own, self.base_layer, delta), capacity)
-            parts.append((rows, logits))
-        return join_rows(parts, hidden.shape[0])
+    def _whole(self, hidden: torch.Tensor, delta: QuantizedRowsDelta, capacity: int) -> torch.Tensor:
+        """``[rows, ..., vocab_capacity]`` by an expert's dense head."""
+        return _widened(self._dense.whole_head(hidden, self.base_layer, delta)[..., :capacity], capacity)
 
     def _correct_all(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Through the kernels: ``[batch, ..., vocab_capacity]`` for all experts at once."""
@@ -258,11 +255,10 @@ class HeadLayer(_KernelRowsLayer):
         assert self.rows_table is not None
         return correct_logits(hidden, base, (self.coded_table, self.rows_table), groups, capacity)
 
-    def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def _logits(self, expert: str | None, hidden: torch.Tensor, base: torch.Tensor, dense: bool) -> torch.Tensor:
         delta = self.delta_of(expert)
         if delta is not None:
-            coded = isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows > 0
-            if coded and self._dense.takes(hidden, self.base_layer):
+            if dense and isinstance(delta, QuantizedRowsDelta) and delta.record.coded_rows > 0:
                 base = delta.logits(hidden, base, self._dense.rows(hidden, delta))
             else:
                 base = delta.logits(hidden, base)
@@ -329,7 +325,7 @@ class HeadLayer(_KernelRowsLayer):
 def _widened(logits: torch.Tensor, capacity: int) -> torch.Tensor:
     """Logits ``[..., vocab]`` of ids that nobody knows added at ``-inf``: ``[..., capacity]``."""
     more = capacity - logits.shape[-1]
-    return nn.functional.pad(logits, (0, more), value=float("-inf")) if more else logits
+    return nn.functional.pad(logits, (0, more), value=float("-inf")) if more > 0 else logits
 
 
 def _of_length(bias: torch.Tensor, length: int) -> torch.Tensor:

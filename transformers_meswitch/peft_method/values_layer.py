@@ -28,16 +28,17 @@ class _View(NamedTuple):
     module: nn.Module
     base: nn.Module
     attributes: tuple[Any, ...]
-    values: nn.Module
+    delta: ValuesDelta
     made_of: MadeOf
 
-    def is_of(self, base: nn.Module) -> bool:
-        """Whether it was made of this module, as it is now."""
+    def is_of(self, base: nn.Module, delta: ValuesDelta | None) -> bool:
+        """Whether it was made of these, as they are now."""
         return (
             self.base is base
+            and self.delta is delta
             and len(self.attributes) == len(base.__dict__)
             and all(map(operator.is_, self.attributes, base.__dict__.values()))
-            and self.made_of.still(_tensors(base, self.values))
+            and self.made_of.still(_tensors(base, self.delta.values))
         )
 
 
@@ -87,8 +88,9 @@ class ValuesLayer(MESwitchLayer):
                 return self.stack.norm(base, x, index)
             return run_with_rows(self.base_layer, x, self.stack.pick(base, index))
         base = self.wrapped
-        last = self._last
-        if last is not None and not is_compiling() and last.expert == self.switch.sole_expert and last.is_of(base):
+        last = None if is_compiling() else self._last
+        sole = last is not None and last.expert == self.switch.sole_expert
+        if last is not None and sole and last.is_of(base, self.delta_of(last.expert)):
             return last.module(x, *args, **kwargs)
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
@@ -110,13 +112,13 @@ class ValuesLayer(MESwitchLayer):
         if is_compiling():
             view._parameters = self._whole(base, delta)  # type: ignore[assignment]
             return view
+        made_of = MadeOf.now(_tensors(base, delta.values))
         # What is cast in inference mode could not be used outside of it.
         with torch.inference_mode(False):
             view._parameters = self._whole(base, delta)  # type: ignore[assignment]
-        made_of = MadeOf.now(_tensors(base, delta.values))
         # What was cast for a call that is differentiated is part of its graph.
         if made_of is not None and all(tensor.is_leaf for tensor in _tensors(view)):
-            self._last = _View(expert, view, base, tuple(base.__dict__.values()), delta.values, made_of)
+            self._last = _View(expert, view, base, tuple(base.__dict__.values()), delta, made_of)
         return view
 
     def drop_cache(self) -> None:
