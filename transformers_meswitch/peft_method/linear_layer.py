@@ -15,7 +15,7 @@ from .joint_linears import JointLinears
 from .kernel_path import KernelPath
 from .layer import MESwitchLayer
 from .naming import module_key
-from .switch import ExpertSwitch, RowGroup, join_rows
+from .switch import ExpertSwitch, RowGroup, join_rows, take_rows
 
 __all__ = ["LinearLayer"]
 
@@ -100,34 +100,34 @@ class LinearLayer(MESwitchLayer):
                 return together
             return self._kernels.multiply(x, base, self.kernel_table, by_expert)
         groups = self.switch.groups(x.shape[0], x.device)  # refuses rows of others than the expert that is merged
-        if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
+        deltas = [self.delta_of(expert) for expert, _ in groups]
+        if self.merged_adapters or all(delta is None for delta in deltas):
             return base(x, *args, **kwargs)
         prefill = self._kernels.prefill(x, base) if plain else None
         if prefill is not None:
             return prefill.multiply(x, groups, self.switch.scratch_on(x.device))
-        deltas = [self.delta_of(expert) for expert, _ in groups]
         dense = plain and self._dense.takes(x, base) and all(isinstance(d, LinearDelta | None) for d in deltas)
         if dense:
             self._dense.keep_only(deltas)
             if takes_whole(base, x):
-                return self._by_whole_weights(x, base, groups)
+                return self._by_whole_weights(x, base, groups, deltas)
         y = base(x, *args, **kwargs)
         for delta, (_, rows) in zip(deltas, groups, strict=True):
             if delta is None:
                 continue
-            own = x if rows is None else x[rows]
+            own = take_rows(x, rows)
             part = self._with_bias(self._dense.part(own, delta) if dense else delta(own), delta).to(y.dtype)
             y = y + part if rows is None else y.index_add(0, rows, part)
         return y
 
-    def _by_whole_weights(self, x: torch.Tensor, base: nn.Linear, groups: list[RowGroup]) -> torch.Tensor:
+    def _by_whole_weights(
+        self, x: torch.Tensor, base: nn.Linear, groups: list[RowGroup], deltas: list[LinearDelta | None]
+    ) -> torch.Tensor:
         """``[batch, ..., in]`` to ``[batch, ..., out]``: a product for each expert, and one where none differs."""
         parts, others = [], []
-        for expert, rows in groups:
-            delta = self.delta_of(expert)
+        for delta, (expert, rows) in zip(deltas, groups, strict=True):
             if delta is not None and expert is not None:
-                own = x if rows is None else x[rows]
-                parts.append((rows, self._dense.whole(own, base, expert, delta)))
+                parts.append((rows, self._dense.whole(take_rows(x, rows), base, expert, delta)))
             elif rows is not None:
                 others.append(rows)
         if others:

@@ -19,7 +19,7 @@ from .dense_cache import DenseCache, takes_whole_head
 from .layer import MESwitchLayer
 from .live_choice import is_replayed
 from .rows_path import RowsPath, correct_logits, rows_leaves
-from .switch import ExpertSwitch, join_rows
+from .switch import ExpertSwitch, join_rows, take_rows
 
 __all__ = ["HeadLayer", "RowsLayer"]
 
@@ -117,9 +117,7 @@ class RowsLayer(_KernelRowsLayer):
         groups = self.switch.groups(ids.shape[0], ids.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return self.base_layer(ids, *args, **kwargs)
-        parts = [
-            (rows, self._embed(expert, ids if rows is None else ids[rows], *args, **kwargs)) for expert, rows in groups
-        ]
+        parts = [(rows, self._embed(expert, take_rows(ids, rows), *args, **kwargs)) for expert, rows in groups]
         return join_rows(parts, ids.shape[0])
 
     def _embed_all(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -228,7 +226,7 @@ class HeadLayer(_KernelRowsLayer):
             dense = len(groups) == 1 or self._dense.has_room(coded)
         if dense and all(takes_whole_head(hidden, self.base_layer, delta) for delta in deltas):
             parts = [
-                (rows, self._whole(hidden if rows is None else hidden[rows], delta, capacity))
+                (rows, self._whole(take_rows(hidden, rows), delta, capacity))
                 for delta, (_, rows) in zip(deltas, groups, strict=True)
             ]
             return join_rows(parts, hidden.shape[0])
@@ -236,7 +234,7 @@ class HeadLayer(_KernelRowsLayer):
         if self.merged_adapters:
             return base
         parts = [
-            (rows, self._logits(expert, *((hidden, base) if rows is None else (hidden[rows], base[rows])), dense))
+            (rows, self._logits(expert, take_rows(hidden, rows), take_rows(base, rows), dense))
             for expert, rows in groups
         ]
         return join_rows(parts, hidden.shape[0])

@@ -20,13 +20,18 @@ from .naming import known_expert
 from .prefill_path import PrefillScratch
 from .slots import Slots
 
-__all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup", "join_rows"]
+__all__ = ["ExpertInfo", "ExpertSwitch", "RowGroup", "join_rows", "take_rows"]
 
 #: An expert (`None` is the base) and the batch rows it answers: int64 ``[rows]``, or `None` for all of them.
 RowGroup = tuple[str | None, torch.Tensor | None]
 
 #: The rows chosen for the call in progress. A context variable, so that threads generating at once do not mix.
 _ROWS: ContextVar[tuple[ExpertSwitch, _RowChoice] | None] = ContextVar("meswitch_rows", default=None)
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a :data:`RowGroup` of ``[batch, ...]``."""
+    return x if rows is None else x[rows]
 
 
 def join_rows(parts: Sequence[tuple[torch.Tensor | None, torch.Tensor]], batch: int) -> torch.Tensor:

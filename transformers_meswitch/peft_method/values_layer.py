@@ -15,7 +15,7 @@ from .deltas import ValuesDelta
 from .layer import MESwitchLayer
 from .live_choice import is_replayed
 from .made_of import MadeOf
-from .switch import ExpertSwitch, join_rows
+from .switch import ExpertSwitch, join_rows, take_rows
 from .values_stack import ValuesStack, run_with_rows, takes_rows
 
 __all__ = ["ValuesLayer"]
@@ -95,10 +95,7 @@ class ValuesLayer(MESwitchLayer):
         groups = self.switch.groups(x.shape[0], x.device)
         if self.merged_adapters or all(self.delta_of(expert) is None for expert, _ in groups):
             return base(x, *args, **kwargs)
-        parts = [
-            (rows, self._module(base, expert)(x if rows is None else x[rows], *args, **kwargs))
-            for expert, rows in groups
-        ]
+        parts = [(rows, self._module(base, expert)(take_rows(x, rows), *args, **kwargs)) for expert, rows in groups]
         return join_rows(parts, x.shape[0])
 
     def _module(self, base: nn.Module, expert: str | None) -> nn.Module:
